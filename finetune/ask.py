@@ -1,0 +1,40 @@
+"""Answer one question, with the passage it was read from and the answer marked in it."""
+
+import numpy as np
+from rich.markup import escape
+
+from finetune.data import Question
+from finetune.evaluate import Answerer
+from realm.errors import UserError
+from realm.run import Run
+from realm.telemetry import console
+from realm.tokenizer import encode_plain
+
+
+def ask(run: Run, text: str, passages: int) -> None:
+    """Print the answer to `text`, the passage with the answer marked, p(z|x), and the other passages read."""
+    if not text.strip():
+        raise UserError('the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"')
+    answerer = Answerer(run)
+    print_answer(answerer, text, passages)
+
+
+def print_answer(answerer: Answerer, text: str, passages: int) -> None:
+    """See `ask`."""
+    ids, _ = encode_plain(answerer.run.tokenizer, [text])[0]
+    question = Question("", text, (), ids, (), None)
+    rows = answerer.retrieve([question], min(passages, len(answerer.index)))
+    answer = answerer.read([question], rows)[0]
+    corpus = answerer.run.passages
+    console.print(f"[bold]{escape(text)}[/bold]")
+    console.print(f"  [bold green]{escape(answer.text)}[/bold green]   (p(z|x) = {answer.probability:.2f})")
+    body = corpus.text(answer.passage)
+    if answer.start >= 0:
+        end = answer.start + len(answer.text)
+        marked = f"{escape(body[: answer.start])}[bold green]»{escape(body[answer.start : end])}«[/bold green]{escape(body[end:])}"
+    else:
+        marked = escape(body)
+    console.print(f"  from {escape(corpus.title(answer.passage))} \\[{escape(corpus.ids[answer.passage])}]: {marked.strip()}")
+    others = [int(row) for row in np.asarray(rows[0]) if row != answer.passage]
+    if others:
+        console.print(f"  also read: {'; '.join(escape(corpus.title(row)) for row in others)}")

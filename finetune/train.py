@@ -1,0 +1,105 @@
+"""Finetuning on questions: the query tower and the reader learn, the passage embeddings stay as the index holds them."""
+
+import copy
+
+import numpy as np
+import torch
+
+from finetune.data import Question, QuestionBatches, load_questions
+from index.frozen import index_for
+from realm.engine import Engine, Loop, rank, world_size
+from realm.errors import UserError
+from realm.inputs import epoch_rows
+from realm.model import OpenQaModel, QuestionBatch
+from realm.publish import published
+from realm.reader import load_reader, save_reader
+from realm.retriever import Retriever, load_retriever, save_retriever
+from realm.run import Run
+from realm.telemetry import Metrics, console
+
+STAGE = "finetune"
+
+
+def train_finetune(run: Run, resume: bool = False) -> None:
+    """Train the stage and write `finetune/model`; its passages are searched in the index that the retriever came with.
+
+    Raises UserError where no retriever and reader were trained yet, or no training questions are given.
+    """
+    config = run.config.finetune
+    if run.finished(STAGE):
+        console.print(f"  {STAGE}: finished before, in {run.model(STAGE)}")
+        return
+    if not resume and (run.stage(STAGE) / "checkpoints").exists():
+        raise UserError(f"run folder {run.folder} exists and stage {STAGE} was begun in it; add --resume to go on, or give another folder with --run.")
+    path = run.data("train")
+    if path is None:
+        raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
+    torch.manual_seed(run.config.seed + 3)
+    retriever_path = run.latest("retriever", before=STAGE) or run.require("retriever", "run `realm ict` or `realm pretrain` first")
+    reader = load_reader(run.latest("reader", before=STAGE) or run.require("reader", "run `realm reader-warmup` or `realm pretrain` first"))
+    retriever = untied(load_retriever(retriever_path)[0])
+    questions = load_questions(path, run)
+    index = index_for(run.folder, retriever_path, run.config.refresh, run.passages, lambda line: console.print(f"  {line}"))
+    if config.retrieve > len(index):
+        raise UserError(f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it.")
+    for parameter in retriever.passage_tower.parameters():
+        parameter.requires_grad_(False)
+    engine = Engine(OpenQaModel(retriever, reader), config.optim, run.config.engine, config.steps, config.batch_size)
+    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+    start, state, _ = loop.resume()
+    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    batches = FinetuneBatches(run, retriever, QuestionBatches(run, index), questions)
+    seconds = loop.run(
+        start,
+        lambda step: batches(step).to(engine.device),
+        metrics,
+        lambda values: f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  retrieved {values['retriever_rows']:.2f}",
+        seconds_before=state.get("seconds", 0.0),
+    )
+    metrics.close()
+    if rank() == 0:
+        with published(run.model(STAGE)) as folder:
+            save_retriever(retriever, run.tokenizer, folder / "retriever", run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+            save_reader(reader, run.tokenizer, folder / "reader")
+            (folder / "index_version").write_text(index.version.name + "\n")
+            (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+    index.close()
+
+
+def untied(retriever: Retriever) -> Retriever:
+    """The retriever with a query tower of its own, so that training it leaves the index true."""
+    if not retriever.shared:
+        return retriever
+    return Retriever(copy.deepcopy(retriever.query_tower), retriever.passage_tower, retriever.temperature)
+
+
+class FinetuneBatches:
+    """Question batches as a function of the step and the query tower's weights."""
+
+    def __init__(self, run: Run, retriever: Retriever, batches: QuestionBatches, questions: list[Question]) -> None:
+        self.run, self.retriever, self.batches, self.questions, self.config = run, retriever, batches, questions, run.config.finetune
+
+    def __call__(self, step: int) -> QuestionBatch:
+        """Batch number `step` of this rank: retrieve with today's query tower, read the best, the gold passage among them."""
+        rows = epoch_rows(len(self.questions), self.config.batch_size * world_size(), step, self.run.config.seed + 3)[rank() :: world_size()]
+        questions = [self.questions[int(row)] for row in rows]
+        query = self.batches.queries(questions)
+        embeddings = embed_queries(self.retriever, query)
+        _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
+        read = retrieved[:, : self.config.read].copy()
+        if self.config.read_gold:
+            for question, passages in zip(questions, read, strict=True):
+                if question.passage is not None and question.passage not in passages:
+                    passages[-1] = question.passage
+        return self.batches.batch(questions, query, retrieved, read)
+
+
+def embed_queries(retriever: Retriever, query: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
+    """Query embeddings without gradient or dropout, (B, D) float32."""
+    device = next(retriever.parameters()).device
+    training = retriever.training
+    retriever.eval()
+    with torch.inference_mode():
+        embeddings = retriever.embed_queries(query[0].to(device), query[1].to(device)).float().cpu().numpy()
+    retriever.train(training)
+    return embeddings

@@ -1,0 +1,139 @@
+"""Passage embeddings for the index: tokens from the prepared corpus, sorted by length, no gradient.
+
+Shape legend: R rows asked for, D dimension of the embeddings.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from realm.errors import UserError
+from realm.inputs import pad_batch, passage_input, token_budget_batches
+from realm.publish import write_file_atomic, write_json_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from realm.corpus import PreparedCorpus
+    from realm.retriever import Retriever
+
+
+class SpecialIds(NamedTuple):
+    """Wordpiece ids of the special tokens that frame a passage."""
+
+    cls: int
+    sep: int
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
+        return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+
+
+class BadEncoder(UserError):
+    """An exported retriever whose embeddings are of no use; a newer one may be sound."""
+
+
+class Encoder(NamedTuple):
+    """An exported retriever, ready to encode."""
+
+    retriever: "Retriever"
+    special_ids: SpecialIds
+    max_passage_tokens: int
+    tokenizer_fingerprint: str
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Read an exported retriever; UserError where `folder` is none."""
+    from realm.retriever import load_retriever, read_retriever_settings
+    from realm.tokenizer import tokenizer_fingerprint
+
+    retriever, tokenizer = load_retriever(folder)
+    if torch.cuda.is_available():
+        retriever.to("cuda")
+    max_tokens = read_retriever_settings(folder)["max_passage_tokens"]
+    return Encoder(retriever, SpecialIds.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
+
+
+def encode_passages(
+    retriever: "Retriever",
+    corpus: "PreparedCorpus",
+    rows: np.ndarray,
+    special_ids: SpecialIds,
+    max_tokens: int,
+    token_budget: int = 4096,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Embed `[CLS] title [SEP] text [SEP]` of the given corpus rows; returns (R, D) float32 in the order of `rows`.
+
+    Runs on the retriever's own device. `max_tokens`: wordpieces of a passage, special tokens included; `token_budget`: padded tokens of a
+    batch; `autocast`: dtype to compute in, None for that of the weights; `progress` is called after each batch with the count of rows done.
+    Raises BadEncoder where an embedding is not finite.
+    """
+    device = next(retriever.parameters()).device
+    sequence_lengths = np.minimum(np.asarray(corpus.lengths)[rows] + 3, max_tokens)
+    embeddings_RD = np.empty((len(rows), retriever.dim), dtype=np.float32)
+    done = 0
+    was_training = retriever.training
+    retriever.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            for batch in token_budget_batches(sequence_lengths, token_budget):
+                sequences = [
+                    passage_input(corpus.title_ids(row), corpus.text_ids(row), special_ids.cls, special_ids.sep, max_tokens)
+                    for row in rows[batch].tolist()
+                ]
+                ids_BL, mask_BL = pad_batch(sequences, special_ids.pad)
+                embeddings_RD[batch] = retriever.embed_passages(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
+                done += len(batch)
+                if progress is not None:
+                    progress(done)
+    finally:
+        retriever.train(was_training)
+    finite_R = np.isfinite(embeddings_RD).all(axis=1)
+    if not finite_R.all():
+        row = int(np.asarray(rows)[~finite_R][0])
+        raise BadEncoder(f"the encoder embeds passage {row} as a vector that is not finite: it diverged, go back to an earlier checkpoint")
+    return embeddings_RD
+
+
+def encode_in_shards(
+    work: Path,
+    num_rows: int,
+    shard_rows: int,
+    plan: dict[str, Any],
+    encode: Callable[[np.ndarray], np.ndarray],
+    before_shard: Callable[[float], None],
+) -> tuple[list[np.ndarray], int]:
+    """Embed rows 0 … `num_rows` - 1 shard by shard into files of the folder `work`; those an earlier process finished there are kept.
+
+    `plan`: all that decides the embeddings; shards made by another plan are thrown away. `encode(rows)` gives (R, D) embeddings;
+    `before_shard` is called before each shard with the share of shards that are done, and may raise. Returns the shards, mapped, and how
+    many were kept.
+    """
+    plan = {**plan, "num_rows": num_rows, "shard_rows": shard_rows}
+    plan_file = work / "plan.json"
+    if not plan_file.exists() or json.loads(plan_file.read_bytes()) != plan:
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        write_json_atomic(plan_file, plan)
+    starts = range(0, num_rows, shard_rows)
+    shards, num_kept = [], 0
+    for number, start in enumerate(starts):
+        before_shard(number / len(starts))
+        path = work / f"shard-{number:05d}.npy"
+        if path.exists():
+            num_kept += 1
+        else:
+            embeddings_RD = encode(np.arange(start, min(start + shard_rows, num_rows)))
+            write_file_atomic(path, partial(np.save, arr=embeddings_RD, allow_pickle=False))
+        shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return shards, num_kept

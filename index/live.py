@@ -1,0 +1,137 @@
+"""The trainer's side of the asynchronous index: exports, swaps between two steps, staleness, and a refresher beside if asked for."""
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from index.refresh import start_refresher
+from index.search import IndexWatcher, PassageIndex
+from realm.config import RefreshConfig
+from realm.corpus import PreparedCorpus
+from realm.errors import UserError
+from realm.publish import Lineage, Version, newest, published, start_attempt
+from realm.telemetry import console, format_seconds
+from realm.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINING_ENDED = "training-ended"
+
+
+class LiveIndex:
+    """The index in use, and how it follows the refresher. One a trainer; use it as a context manager."""
+
+    def __init__(self, folder: Path, config: RefreshConfig, attempt: int, watcher: IndexWatcher) -> None:
+        self.folder, self.config, self.attempt, self.watcher = folder, config, attempt, watcher
+        self.swaps = 0
+        self.refresher: subprocess.Popen[bytes] | None = None
+        self._index: PassageIndex | None = None
+        self._warned_at: Version | None = None
+
+    @classmethod
+    def begin(
+        cls, folder: Path, config: RefreshConfig, passages: PreparedCorpus, tokenizer: "PreTrainedTokenizerBase", dim: int, parent: int | None, step: int
+    ) -> Self:
+        """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`."""
+        (folder / TRAINING_ENDED).unlink(missing_ok=True)
+        attempt = start_attempt(folder, parent, None if parent is None else step)
+        watcher = IndexWatcher(folder, attempt, passages.fingerprint, dim, tokenizer_fingerprint(tokenizer), config.poll_s, log=lambda line: console.print(f"  {line}"))
+        return cls(folder, config, attempt, watcher)
+
+    @property
+    def index(self) -> PassageIndex:
+        """The index of this step."""
+        assert self._index is not None, "wait_for_first comes before the first search"
+        return self._index
+
+    def needs_export(self, step: int) -> bool:
+        """Whether this lineage has no encoder yet that a refresher could build an index from."""
+        return not newest(self.folder / "encoders", Lineage.load(self.folder), self.attempt)
+
+    def export(self, step: int, write: Callable[[Path], None]) -> None:
+        """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` fills it."""
+        with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
+            write(folder)
+
+    def start_refresher(self) -> None:
+        """Start a refresher beside the trainer: its own process, its output in `refresher/output.log`."""
+        log = self.folder / "refresher" / "output.log"
+        log.parent.mkdir(exist_ok=True)
+        self.refresher = start_refresher(self.folder, log)
+        console.print(f"  refresher started (process {self.refresher.pid}, output in {log})")
+
+    def wait_for_first(self) -> None:
+        """Wait for the first index, at most `refresh.wait_timeout_s`. Raises UserError naming the remedy when there is none by then."""
+        self._wait(0, "the first index")
+        self._take()
+
+    def swap(self, step: int) -> None:
+        """Between two steps: take a newer index if one is ready; apply the staleness policy if it lags too far behind."""
+        self._take()
+        limit = self.config.max_stale_steps
+        behind = step - self.index.step
+        if limit is None or behind <= limit:
+            return
+        if self.config.stale_policy == "stop":
+            raise UserError(f"the index is {behind} steps behind, more than refresh.max_stale_steps = {limit}; is the refresher running?")
+        if self.config.stale_policy == "wait":
+            self._wait(step - limit, f"an index at most {limit} steps old (this one is {behind} behind)")
+            self._take()
+        elif self._warned_at != self.index.version:
+            self._warned_at = self.index.version
+            console.print(f"  warning: index {self.index.version} is {behind} steps behind (refresh.max_stale_steps = {limit}); is the refresher running?")
+
+    def telemetry(self, step: int) -> dict[str, float | str]:
+        """Index version used, steps it is behind, swaps so far."""
+        return {"index": self.index.version.name, "steps_behind": float(step - self.index.step), "swaps": float(self.swaps)}
+
+    def training_ended(self) -> None:
+        """Tell the refresher that no export will follow, and wait until the last index stands (if a refresher runs beside)."""
+        (self.folder / TRAINING_ENDED).touch()
+        if self.refresher is not None:
+            began = time.monotonic()
+            self.refresher.wait(self.config.wait_timeout_s)
+            console.print(f"  waited {format_seconds(time.monotonic() - began)} for the refresher's last index")
+
+    def close(self) -> None:
+        """Give back the index and end the refresher started beside."""
+        self.watcher.stop()
+        if self._index is not None:
+            self._index.close()
+        if self.refresher is not None and self.refresher.poll() is None:
+            self.refresher.terminate()
+            self.refresher.wait(30)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> None:
+        ready = self.watcher.take()
+        if ready is None:
+            return
+        if self._index is not None:
+            self.swaps += 1
+            self._index.close()
+        self._index = ready
+
+    def _wait(self, min_step: int, what: str) -> None:
+        began = time.monotonic()
+        while not self.watcher.wait_for(min_step, min(10.0, self.config.wait_timeout_s)):
+            waited = time.monotonic() - began
+            if self.refresher is not None and self.refresher.poll() is not None:
+                raise UserError(f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder / 'refresher' / 'output.log'}.")
+            if waited >= self.config.wait_timeout_s:
+                raise UserError(
+                    f"waited {format_seconds(waited)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "
+                    f"start `realm refresh --run {self.folder}` or pass --with-refresher."
+                )
+            console.print(f"  waiting for {what}: {format_seconds(waited)} of at most {format_seconds(self.config.wait_timeout_s)}")
+        waited = time.monotonic() - began
+        if waited > 0.5:
+            console.print(f"  waited {format_seconds(waited)} for {what}")

@@ -1,0 +1,289 @@
+"""The refresher: exported encoders in, published index versions out, through the file system alone.
+
+It may be started, killed and restarted at any time: finished shards are kept, and one lease decides who writes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import numpy as np
+import torch
+
+from index.build import IndexManifest, build_index, empty_index, write_version
+from index.encode import BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
+from index.lease import Lease
+from index.store import Collector, process_name, remove_leftovers
+from realm.config import RefreshConfig
+from realm.errors import UserError
+from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
+
+if TYPE_CHECKING:
+    from realm.corpus import PreparedCorpus
+
+TRAINING_ENDED = "training-ended"
+"""File the trainer writes into the run folder when it will export nothing more."""
+
+# What launchers tell their workers; a refresher that inherited it would join the trainer's process group.
+_LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "NODE_RANK"}
+_LAUNCHER_PREFIXES = ("MASTER_", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
+
+
+class _Superseded(Exception):
+    """A newer export, or a new attempt, makes the running work pointless."""
+
+
+class _Stopped(Exception):
+    """Someone asked the refresher to end."""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def refresh(
+    run: Path,
+    config: RefreshConfig,
+    corpus: "PreparedCorpus",
+    once: bool = False,
+    log: Callable[[str], None] = _say,
+    load: Callable[[Path], Encoder] = load_encoder,
+    stop: threading.Event | None = None,
+) -> None:
+    """Build an index for the newest exported encoder, again and again, until training has ended and nothing is left to do.
+
+    `once`: end as soon as nothing is left to do. `stop`: set it to end early; SIGTERM and SIGINT do the same, when called from the main
+    thread. Waits for its turn while another refresher holds the lease.
+
+    Raises UserError where no index can be built as configured (factory string, tokenizer), and LeaseLost where another refresher took
+    over. An encoder that gives no usable embeddings is reported and passed over; with `once` it raises BadEncoder.
+    """
+    torch.set_num_threads(config.threads)
+    faiss.omp_set_num_threads(config.threads)
+    stop = stop or threading.Event()
+    refresher = _Refresher(run, config, corpus, log, load, stop)
+    with _stopping_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
+        waiting = False
+        while not lease.try_acquire():
+            if stop.is_set() or (refresher.is_over(once) and refresher.next_version() is None):
+                return
+            if not waiting:
+                waiting = True
+                holder, expiry = lease.current_holder(), config.lease_expiry_s
+                log(f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life")
+            stop.wait(min(config.poll_s, config.lease_expiry_s / 4))
+        refresher.run_loop(lease, once)
+
+
+class _Refresher:
+    """State of one `refresh` call."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: RefreshConfig,
+        corpus: "PreparedCorpus",
+        log: Callable[[str], None],
+        load: Callable[[Path], Encoder],
+        stop: threading.Event,
+    ) -> None:
+        self.run = run
+        self.config = config
+        self.corpus = corpus
+        self.log = log
+        self.load = load
+        self.stop = stop
+        self.collector = Collector(run, config.keep_last, config.grace_s)
+        self.refused: set[Version] = set()
+        self.dropped_last = False
+
+    def run_loop(self, lease: Lease, once: bool) -> None:
+        for path in remove_leftovers(self.run):
+            self.log(f"removed {path.name}, left over from a crash")
+        while not self.stop.is_set():
+            lease.check()
+            over = self.is_over(once)  # before the look for work: what was exported before training ended is still done
+            version = self.next_version()
+            self._remove_work(except_for=version)
+            if version is not None:
+                self._try_cycle(version, lease, once)
+            self._collect()
+            if version is None:
+                if over:
+                    return
+                self.stop.wait(self.config.poll_s)
+
+    def is_over(self, once: bool) -> bool:
+        return once or (self.run / TRAINING_ENDED).exists()
+
+    def next_version(self) -> Version | None:
+        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus and factory yet."""
+        lineage = Lineage.load(self.run)
+        if lineage.current is None:
+            return None
+        for version in newest(self.run / "encoders", lineage, lineage.current):
+            if version not in self.refused:
+                return None if self._has_index(version) else version
+        return None
+
+    def _has_index(self, encoder: Version) -> bool:
+        return any(version.encoder == encoder and self._is_ours(version) for version in versions_in(self.run / "indexes"))
+
+    def _is_ours(self, version: Version) -> bool:
+        try:
+            manifest, _ = IndexManifest.read(self.run / "indexes" / version.name)
+        except PublishError:
+            return False
+        return (manifest.corpus, manifest.factory) == (self.corpus.fingerprint, self.config.factory)
+
+    def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
+        try:
+            self._cycle(version, lease)
+            self.dropped_last = False
+        except _Superseded as reason:
+            self.dropped_last = True
+            self.log(f"index of {version} dropped: {reason}")
+        except _Stopped:
+            self.log(f"stopped while building the index of {version}; finished shards are kept")
+        except BadEncoder as error:
+            if once:
+                raise
+            self.refused.add(version)
+            self.log(f"no index of {version}: {error}")
+
+    def _cycle(self, version: Version, lease: Lease) -> None:
+        folder = self.run / "encoders" / version.name
+        clock = _Clock()
+        encoder = self.load(folder)
+        if encoder.tokenizer_fingerprint != self.corpus.manifest["tokenizer"]:
+            raise UserError(f"{folder} has another tokenizer than the corpus; prepare the corpus with the encoder's tokenizer")
+        empty_index(encoder.retriever.dim, self.config.factory)  # a factory string that cannot work is found out before encoding
+        encoder_checksum = checksum(folder)
+        clock.phase("load")
+        shards, num_kept = self._encode(version, encoder, encoder_checksum, lease)
+        clock.phase("encode")
+        index = build_index(shards, self.config.factory)
+        clock.phase("build")
+        manifest = IndexManifest(
+            encoder=version.name,
+            encoder_checksum=encoder_checksum,
+            corpus=self.corpus.fingerprint,
+            tokenizer=encoder.tokenizer_fingerprint,
+            dim=index.d,
+            count=index.ntotal,
+            factory=self.config.factory,
+            seconds=dict(clock.seconds),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+        def before_publish() -> None:
+            lease.check()
+            if self.stop.is_set():
+                raise _Stopped
+
+        name = write_version(self.run / "indexes", version.with_epoch(lease.epoch), index, manifest, before_publish).name
+        clock.phase("publish")
+        self._report(name, index.ntotal, num_kept, clock.seconds)
+
+    def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease) -> tuple[list[np.ndarray], int]:
+        """All passages in shards, mapped from disk, and how many shards an earlier refresher had finished."""
+
+        def stop_if_asked(_: int) -> None:
+            if self.stop.is_set():
+                raise _Stopped
+
+        def encode(rows: np.ndarray) -> np.ndarray:
+            retriever, special_ids, max_tokens, _ = encoder
+            autocast = torch.bfloat16 if self.config.precision == "bf16" else None
+            return encode_passages(retriever, self.corpus, rows, special_ids, max_tokens, self.config.token_budget, autocast, stop_if_asked)
+
+        def before_shard(share_done: float) -> None:
+            lease.check()
+            self._check_superseded(version, share_done)
+
+        plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
+        work = self.run / "refresher" / version.name
+        return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard)
+
+    def _check_superseded(self, version: Version, share_done: float) -> None:
+        """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.
+
+        Without the last condition exports that come faster than an index is built would starve the trainer.
+        """
+        lineage = Lineage.load(self.run)
+        assert lineage.current is not None
+        if not lineage.allows(version, lineage.current):
+            raise _Superseded(f"attempt {lineage.current} has abandoned it")
+        latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
+        if latest in (version, *self.refused) or self.dropped_last or share_done >= 0.5:
+            return
+        if any(self._is_ours(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
+            raise _Superseded(f"{latest} is newer")
+
+    def _collect(self) -> None:
+        lineage = Lineage.load(self.run)
+        if lineage.current is not None:
+            for version in self.collector.collect(lineage, lineage.current):
+                self.log(f"index {version} deleted")
+
+    def _remove_work(self, except_for: Version | None) -> None:
+        for version in versions_in(self.run / "refresher"):
+            if version != except_for:
+                shutil.rmtree(self.run / "refresher" / version.name)
+
+    def _report(self, name: str, rows: int, num_kept: int, seconds: dict[str, float]) -> None:
+        phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
+        kept = f" ({num_kept} shards kept from before)" if num_kept else ""
+        self.log(f"index {name} published: {rows} passages, {phases}{kept}")
+        entry: dict[str, Any] = {"version": name, "rows": rows, "shards_kept": num_kept, "seconds": seconds, "time": time.time()}
+        with (self.run / "refresher" / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class _Clock:
+    """Seconds by phase, each since the one before."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def phase(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set `stop`; only the main thread can ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_refresher(run: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    """Start `realm refresh --run RUN` as a fresh process with its output in `log_path` and without the launcher's variables."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        command = [sys.executable, "-m", "realm", "refresh", "--run", str(run)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)

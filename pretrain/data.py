@@ -1,0 +1,202 @@
+"""Masked salient spans: which sentence, which span, which candidates, and the batches made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from realm.corpus import PreparedCorpus
+from realm.errors import UserError
+from realm.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
+from realm.model import JointBatch, MaskedBatch, RealmBatch
+from realm.reader import joint_input, pad_joint
+
+NULL = -1
+"""Row number that stands for the null passage."""
+EMPTY = -2
+"""Row number of a candidate slot that holds nothing."""
+_NO_IDS = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class MaskedSentence:
+    """One sentence with one salient span to predict."""
+
+    row: int
+    """Row of the sentence's block in its corpus."""
+    sentence_ids: IntArray
+    """The sentence, nothing masked."""
+    start: int
+    """First wordpiece of the span."""
+    end: int
+    """One past its last."""
+    kind: int
+    """Span type, an index into SPAN_TYPES."""
+
+    @property
+    def span_ids(self) -> IntArray:
+        return self.sentence_ids[self.start : self.end]
+
+    def masked_ids(self, mask_id: int) -> IntArray:
+        """The sentence with a mask for each wordpiece of the span."""
+        masked = self.sentence_ids.copy()
+        masked[self.start : self.end] = mask_id
+        return masked
+
+    def with_span(self, span_ids: IntArray) -> "MaskedSentence":
+        """The same sentence about another span."""
+        ids = np.concatenate((self.sentence_ids[: self.start], span_ids, self.sentence_ids[self.end :]))
+        return replace(self, sentence_ids=ids, end=self.start + len(span_ids))
+
+
+class SpanSampler:
+    """Draws masked sentences from a prepared corpus."""
+
+    def __init__(self, corpus: PreparedCorpus, max_span_tokens: int, max_sentence_tokens: int) -> None:
+        self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
+        self.rows = np.array([row for row in range(len(corpus)) if len(self._eligible(row)[0])], dtype=np.int64)
+        if not len(self.rows):
+            raise UserError("the statements hold no salient span that fits a query; check the span pipeline and retriever.max_query_tokens.")
+
+    def _sentences(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        starts = self.corpus.sentence_starts(row)
+        return starts, np.append(starts[1:], len(self.corpus.text_ids(row)))
+
+    def _eligible(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Span starts, ends, types, and the start and end of their sentences, for spans that are short enough and fit the query."""
+        starts, ends, kinds = self.corpus.spans(row)
+        sentence_starts, sentence_ends = self._sentences(row)
+        sentence = np.searchsorted(sentence_starts, starts, side="right") - 1
+        begin, finish = sentence_starts[sentence], sentence_ends[sentence]
+        fits = (ends - starts <= self.max_span_tokens) & (ends <= finish) & (ends - begin <= self.max_sentence_tokens)
+        return starts[fits], ends[fits], kinds[fits], begin[fits], finish[fits]
+
+    def draw(self, row: int, rng: np.random.Generator) -> MaskedSentence:
+        """One sentence of the block that has an eligible span, at random, and one of its spans (Guu et al. 2020, section 3.4)."""
+        starts, ends, kinds, begin, finish = self._eligible(row)
+        sentence = rng.choice(np.unique(begin))
+        chosen = rng.choice(np.flatnonzero(begin == sentence))
+        ids = self.corpus.text_ids(row)[sentence : min(finish[chosen], sentence + self.max_sentence_tokens)]
+        return MaskedSentence(row, np.array(ids), int(starts[chosen] - sentence), int(ends[chosen] - sentence), int(kinds[chosen]))
+
+    def pool(self, limit: int = 200_000) -> dict[int, list[IntArray]]:
+        """Distinct spans by type, for entity substitution, from at most `limit` blocks."""
+        seen: dict[int, dict[bytes, IntArray]] = {}
+        for row in self.rows[:limit]:
+            ids = self.corpus.text_ids(row)
+            for start, end, kind, _, _ in zip(*self._eligible(row), strict=True):
+                span = np.array(ids[start:end])
+                seen.setdefault(int(kind), {})[span.tobytes()] = span
+        return {kind: list(spans.values()) for kind, spans in seen.items()}
+
+
+def substitute(
+    example: MaskedSentence, texts: Sequence[IntArray], pool: dict[int, list[IntArray]], wordpieces: Wordpieces, rng: np.random.Generator
+) -> tuple[MaskedSentence, list[IntArray]]:
+    """Another span of the same type in place of the masked one, in the target and wherever it stands in `texts`.
+
+    The query shows only masks, so the one way to predict the new span is to copy it from the passage.
+    """
+    others = pool[example.kind]
+    other = others[rng.integers(len(others))]
+    return example.with_span(other), [replace_span(text, example.span_ids, other, wordpieces) for text in texts]
+
+
+def replace_span(text_ids: IntArray, old: IntArray, new: IntArray, wordpieces: Wordpieces) -> IntArray:
+    """`text_ids` with every whole-word occurrence of `old` replaced by `new`."""
+    parts, at = [], 0
+    for start in wordpieces.find(text_ids, old):
+        parts += [text_ids[at:start], new]
+        at = start + len(old)
+    return np.concatenate([*parts, text_ids[at:]]) if parts else text_ids
+
+
+def choose_candidates(
+    retrieved_rows: Sequence[int], example: MaskedSentence, count: int, passages: PreparedCorpus, statements: PreparedCorpus, wordpieces: Wordpieces
+) -> list[int]:
+    """The first `count` retrieved passages that are not trivial, filled up with EMPTY.
+
+    Trivial is the block the sentence comes from, any copy of that block's text, any passage in which the whole sentence stands, and a
+    second copy of a passage already chosen (Guu et al. 2020, section 3.4). What was dropped is never put back.
+    """
+    same_corpus = passages.fingerprint == statements.fingerprint
+    source_hash = statements.text_hash(example.row)
+    chosen: list[int] = []
+    seen = {source_hash}
+    for row in map(int, retrieved_rows):
+        text_hash = passages.text_hash(row)
+        trivial = text_hash in seen or (same_corpus and row == example.row) or bool(wordpieces.find(passages.text_ids(row), example.sentence_ids))
+        if not trivial:
+            seen.add(text_hash)
+            chosen.append(row)
+        if len(chosen) == count:
+            break
+    return chosen + [EMPTY] * (count - len(chosen))
+
+
+class BatchMaker:
+    """Turns masked sentences and passage rows into padded batches."""
+
+    def __init__(self, passages: PreparedCorpus, wordpieces: Wordpieces, max_query: int, max_passage: int, max_joint: int, num_buckets: int) -> None:
+        self.passages, self.wordpieces = passages, wordpieces
+        self.max_query, self.max_passage, self.max_joint, self.num_buckets = max_query, max_passage, max_joint, num_buckets
+
+    def passage(self, row: int) -> tuple[IntArray, IntArray]:
+        """Title and text of a passage; both empty for the null passage and for an empty slot."""
+        if row < 0:
+            return _NO_IDS, _NO_IDS
+        return self.passages.title_ids(row), self.passages.text_ids(row)
+
+    def queries(self, examples: Sequence[MaskedSentence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The retriever's view of the masked sentences: ids and mask, (B, L)."""
+        words = self.wordpieces
+        return pad_batch([query_input(e.masked_ids(words.mask), words.cls, words.sep, self.max_query) for e in examples], words.pad)
+
+    def passage_inputs(self, parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The retriever's view of passages given as (title, text)."""
+        words = self.wordpieces
+        return pad_batch([passage_input(title, text, words.cls, words.sep, self.max_passage) for title, text in parts], words.pad)
+
+    def masked(self, examples: Sequence[MaskedSentence], passages: Sequence[Sequence[tuple[IntArray, IntArray]]]) -> MaskedBatch:
+        """The reader's view: every example with each of its passages, sorted by length into a fixed number of buckets."""
+        words = self.wordpieces
+        joints = [
+            joint_input(example.masked_ids(words.mask), title, text, words.cls, words.sep, self.max_joint)
+            for example, parts in zip(examples, passages, strict=True)
+            for title, text in parts
+        ]
+        order = np.argsort([-len(ids) for ids, _, _ in joints], kind="stable")
+        buckets = []
+        for rows in np.array_split(order, min(self.num_buckets, len(order))):
+            tensors = pad_joint([joints[i][0] for i in rows], [joints[i][1] for i in rows], words.pad)
+            buckets.append(JointBatch(*tensors, torch.from_numpy(rows)))
+        positions = [np.arange(example.start, example.end) + 1 for example in examples]
+        position_BM, token_BM = pad_batch(positions, 0)
+        target_BM, _ = pad_batch([example.span_ids for example in examples], 0)
+        return MaskedBatch(buckets, position_BM, target_BM, token_BM.bool())
+
+    def realm(
+        self, examples: Sequence[MaskedSentence], candidates: np.ndarray, pool: dict[int, list[IntArray]] | None, rate: float, rng: np.random.Generator
+    ) -> RealmBatch:
+        """A pretraining batch; `candidates` (B, N − 1) are passage rows or EMPTY. A share `rate` of examples is substituted."""
+        parts, read_examples, holds = [], [], []
+        for example, rows in zip(examples, candidates, strict=True):
+            chosen = [self.passage(NULL), *(self.passage(int(row)) for row in rows)]
+            holds.append([bool(self.wordpieces.find(text, example.span_ids)) for _, text in chosen])
+            if pool is not None and rng.random() < rate:
+                example, texts = substitute(example, [part for both in chosen for part in both], pool, self.wordpieces, rng)
+                chosen = list(zip(texts[0::2], texts[1::2], strict=True))
+            read_examples.append(example)
+            parts.append(chosen)
+        distinct, inverse = np.unique(candidates, return_inverse=True)
+        # Row 0 is the null passage, which also stands in for empty slots; they are masked out of the softmax.
+        unique_parts = [self.passage(NULL), *(self.passage(int(row)) for row in distinct)]
+        passage_ids, passage_mask = self.passage_inputs(unique_parts)
+        index_BN = torch.zeros(len(examples), candidates.shape[1] + 1, dtype=torch.long)
+        index_BN[:, 1:] = torch.from_numpy(inverse.reshape(candidates.shape)) + 1
+        valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
+        valid_BN[:, 1:] = torch.from_numpy(candidates >= 0)
+        query_ids, query_mask = self.queries(examples)
+        masked = self.masked(read_examples, parts)
+        return RealmBatch(query_ids, query_mask, passage_ids, passage_mask, index_BN, valid_BN, torch.tensor(holds), masked)

@@ -1,0 +1,77 @@
+"""Inverse cloze task: the retriever's warm start (Lee et al. 2019, section 4; Guu et al. 2020, section 3.4)."""
+
+import numpy as np
+import torch
+
+from pretrain.data import BatchMaker
+from pretrain.stage import batch_maker, begin_stage, initial_retriever, save_models
+from realm.config import IctConfig
+from realm.corpus import PreparedCorpus
+from realm.engine import Engine, Loop, rank, world_size
+from realm.errors import UserError
+from realm.inputs import epoch_rows, pad_batch, query_input
+from realm.model import IctModel, PairBatch
+from realm.run import Run
+from realm.telemetry import Metrics
+
+STAGE = "ict"
+
+
+def train_ict(run: Run, resume: bool = False) -> None:
+    """Train the stage and write `ict/model/retriever`."""
+    config = run.config.ict
+    if not begin_stage(run, STAGE, resume):
+        return
+    torch.manual_seed(run.config.seed)
+    retriever = initial_retriever(run, STAGE)
+    batches = IctBatches(run.passages, batch_maker(run), config, run.config.seed)
+    engine = Engine(IctModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
+    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+    start, state, _ = loop.resume()
+    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    seconds = loop.run(
+        start,
+        lambda step: batches(step).to(engine.device),
+        metrics,
+        lambda values: f"loss {values['loss']:.3f}  in-batch accuracy {values['accuracy']:.2f}",
+        seconds_before=state.get("seconds", 0.0),
+    )
+    metrics.close()
+    save_models(run, STAGE, seconds, retriever=retriever)
+
+
+class IctBatches:
+    """Sentence-block pairs as a function of the step."""
+
+    def __init__(self, passages: PreparedCorpus, maker: BatchMaker, config: IctConfig, seed: int) -> None:
+        self.passages, self.maker, self.config, self.seed = passages, maker, config, seed
+        self.rows = np.array([row for row in range(len(passages)) if len(passages.sentence_starts(row)) > 1], dtype=np.int64)
+        if len(self.rows) < 2:
+            raise UserError("the inverse cloze task needs passages of two sentences or more, and there are none; give longer passages.")
+
+    def __call__(self, step: int) -> PairBatch:
+        """Batch number `step` of this rank."""
+        words, global_batch = self.maker.wordpieces, self.config.batch_size * world_size()
+        rows = self.rows[epoch_rows(len(self.rows), global_batch, step, self.seed)][rank() :: world_size()]
+        rng = np.random.default_rng((self.seed, step, rank(), 1))
+        queries, blocks = [], []
+        for row in map(int, rows):
+            ids = self.passages.text_ids(row)
+            starts = np.append(self.passages.sentence_starts(row), len(ids))
+            at = rng.integers(len(starts) - 1)
+            sentence = np.array(ids[starts[at] : starts[at + 1]])
+            if rng.random() >= self.config.keep_sentence:
+                ids = np.concatenate((ids[: starts[at]], ids[starts[at + 1] :]))
+            if rng.random() < self.config.mask_spans:
+                self._mask_span(row, sentence, int(starts[at]), rng)
+            queries.append(query_input(sentence, words.cls, words.sep, self.maker.max_query))
+            blocks.append((self.passages.title_ids(row), ids))
+        return PairBatch(*pad_batch(queries, words.pad), *self.maker.passage_inputs(blocks))
+
+    def _mask_span(self, row: int, sentence: np.ndarray, offset: int, rng: np.random.Generator) -> None:
+        """Mask one salient span of the sentence in place, if it has any."""
+        starts, ends, _ = self.passages.spans(row)
+        inside = np.flatnonzero((starts >= offset) & (ends <= offset + len(sentence)))
+        if len(inside):
+            chosen = rng.choice(inside)
+            sentence[starts[chosen] - offset : ends[chosen] - offset] = self.maker.wordpieces.mask

@@ -1,0 +1,101 @@
+"""Reader warm-up: predict masked salient spans from retrieved passages that hold them.
+
+No answer of any question is used: the spans come from the tagger, the passages from the retriever. Entity substitution keeps the reader from
+memorising facts, so that what it learns is to copy.
+"""
+
+import numpy as np
+import torch
+
+from pretrain.data import MaskedSentence, SpanSampler, choose_candidates, substitute
+from pretrain.search import FrozenSearch
+from pretrain.stage import batch_maker, begin_stage, initial_reader, initial_retriever, save_models
+from realm.engine import Engine, Loop, rank, world_size
+from realm.errors import UserError
+from realm.inputs import epoch_rows
+from realm.model import MaskedBatch, ReaderWarmupModel
+from realm.run import Run
+from realm.telemetry import Metrics
+
+STAGE = "reader_warmup"
+_STEPS_AT_ONCE = 50
+
+
+def train_reader_warmup(run: Run, resume: bool = False) -> None:
+    """Train the stage and write `reader_warmup/model/reader`."""
+    config = run.config.reader_warmup
+    if not begin_stage(run, STAGE, resume):
+        return
+    torch.manual_seed(run.config.seed + 1)
+    reader = initial_reader(run, STAGE)
+    engine = Engine(ReaderWarmupModel(reader), config.optim, run.config.engine, config.steps, config.batch_size)
+    batches = WarmupBatches(run)
+    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+    start, state, _ = loop.resume()
+    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    seconds = loop.run(
+        start,
+        lambda step: batches(step).to(engine.device),
+        metrics,
+        lambda values: f"loss {values['loss']:.3f}  span accuracy {values['accuracy']:.2f}",
+        seconds_before=state.get("seconds", 0.0),
+    )
+    metrics.close()
+    save_models(run, STAGE, seconds, reader=reader)
+
+
+class WarmupBatches:
+    """Masked sentences, each with a passage that holds its span, as a function of the step.
+
+    Passages for fifty steps are retrieved at once. A sentence for which none of the retrieved passages holds the span is left out and the
+    next one takes its place, so batches stay full.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config, self.maker = run, run.config.reader_warmup, batch_maker(run)
+        self.sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, self.maker.max_query - 2)
+        self.pool = self.sampler.pool()
+        self.search = FrozenSearch(initial_retriever(run, STAGE).eval(), run.passages, self.maker)
+        self._block = -1
+        self._found: list[tuple[MaskedSentence, int]] = []
+
+    def __call__(self, step: int) -> MaskedBatch:
+        """Batch number `step` of this rank."""
+        size = self.config.batch_size
+        if step // _STEPS_AT_ONCE != self._block:
+            self._block = step // _STEPS_AT_ONCE
+            self._found = self._retrieve(self._block)
+        at = step % _STEPS_AT_ONCE * size
+        rng = np.random.default_rng((self.run.config.seed, step, rank(), 2))
+        examples, passages = [], []
+        for i in range(at, at + size):
+            example, row = self._found[i % len(self._found)]
+            title, text = self.maker.passage(row)
+            if rng.random() < self.config.substitution:
+                example, (title, text) = substitute(example, (title, text), self.pool, self.maker.wordpieces, rng)
+            examples.append(example)
+            passages.append([(title, text)])
+        return self.maker.masked(examples, passages)
+
+    def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
+        """Masked sentences with a passage each for fifty steps; twice as many are drawn as needed, since not all find one."""
+        seed = self.run.config.seed
+        rng = np.random.default_rng((seed, block, rank(), 3))
+        count = 2 * _STEPS_AT_ONCE * self.config.batch_size * world_size()
+        rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), count, block, seed + 1)][rank() :: world_size()]
+        examples = [self.sampler.draw(int(row), rng) for row in rows]
+        found = []
+        for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
+            holding = holding_rows(retrieved, example, self.run)
+            if holding:
+                found.append((example, holding[rng.integers(len(holding))]))
+        if not found:
+            raise UserError("no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first.")
+        return found
+
+
+def holding_rows(retrieved: np.ndarray, example: MaskedSentence, run: Run) -> list[int]:
+    """Of the retrieved rows, those that are not trivial and hold the span."""
+    words = run.wordpieces
+    rows = choose_candidates(retrieved, example, len(retrieved), run.passages, run.statements, words)
+    return [row for row in rows if row >= 0 and words.find(run.passages.text_ids(row), example.span_ids)]

@@ -1,0 +1,64 @@
+"""What the pretraining stages share: opening a run, its models and its batch maker; ending a stage."""
+
+from pathlib import Path
+
+from pretrain.data import BatchMaker
+from realm.engine import rank
+from realm.errors import UserError
+from realm.publish import published
+from realm.reader import Reader, build_reader, load_reader, save_reader
+from realm.retriever import Retriever, build_retriever, load_retriever, save_retriever
+from realm.run import Run
+from realm.telemetry import console
+
+
+def batch_maker(run: Run) -> BatchMaker:
+    """Batches as the run's config says."""
+    retriever, reader = run.config.retriever, run.config.reader
+    return BatchMaker(
+        run.passages, run.wordpieces, retriever.max_query_tokens, retriever.max_passage_tokens, reader.max_tokens, run.config.pretrain.reader_buckets
+    )
+
+
+def initial_retriever(run: Run, stage: str) -> Retriever:
+    """The retriever that stage `stage` starts from: the newest of an earlier stage, else as the config builds it."""
+    path = run.latest("retriever", before=stage)
+    return load_retriever(path)[0] if path else build_retriever(run.config.retriever, run.tokenizer)
+
+
+def initial_reader(run: Run, stage: str) -> Reader:
+    """The reader that stage `stage` starts from."""
+    path = run.latest("reader", before=stage)
+    if path:
+        return load_reader(path)
+    reader, notes = build_reader(run.config.reader, run.tokenizer)
+    for line in notes:
+        console.print(f"  note: {line}")
+    return reader
+
+
+def begin_stage(run: Run, stage: str, resume: bool) -> bool:
+    """Whether there is anything to do. Raises UserError for a stage that was begun before, unless `resume`."""
+    if run.finished(stage):
+        console.print(f"  {stage}: finished before, in {run.model(stage)}")
+        return False
+    if not resume and (run.stage(stage) / "checkpoints").exists():
+        raise UserError(f"run folder {run.folder} exists and stage {stage} was begun in it; add --resume to go on, or give another folder with --run.")
+    return True
+
+
+def save_models(run: Run, stage: str, seconds: float, retriever: Retriever | None = None, reader: Reader | None = None) -> None:
+    """Publish the stage's result, all at once: the stage has ended."""
+    if rank() != 0:
+        return
+    with published(run.model(stage)) as folder:
+        if retriever is not None:
+            export_retriever(run, retriever, folder / "retriever")
+        if reader is not None:
+            save_reader(reader, run.tokenizer, folder / "reader")
+        (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+
+
+def export_retriever(run: Run, retriever: Retriever, folder: Path) -> None:
+    """Write a retriever with the run's tokenizer and lengths."""
+    save_retriever(retriever, run.tokenizer, folder, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)

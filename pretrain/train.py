@@ -1,0 +1,168 @@
+"""REALM pretraining: masked salient spans, candidates from a live index, marginal likelihood (Guu et al. 2020, sections 3.2 to 3.4)."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from index.live import LiveIndex
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
+from pretrain.probe import masked_accuracy
+from pretrain.reader_warmup import holding_rows
+from pretrain.search import embed_masked
+from pretrain.stage import batch_maker, begin_stage, export_retriever, initial_reader, initial_retriever, save_models
+from realm.engine import Engine, Loop, rank, world_size
+from realm.inputs import epoch_rows
+from realm.model import RealmBatch, RealmModel
+from realm.run import Run
+from realm.telemetry import Metrics, console
+
+STAGE = "pretrain"
+
+
+def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) -> None:
+    """Train the stage beside a refresher and write `pretrain/model`.
+
+    Raises UserError where no index appears within `refresh.wait_timeout_s`, or the staleness policy says stop.
+    """
+    config = run.config.pretrain
+    if not begin_stage(run, STAGE, resume):
+        return
+    torch.manual_seed(run.config.seed + 2)
+    retriever, reader = initial_retriever(run, STAGE), initial_reader(run, STAGE)
+    engine = Engine(RealmModel(retriever, reader, config.marginal), config.optim, run.config.engine, config.steps, config.batch_size)
+    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+    start, state, checkpoint = loop.resume()
+    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start) as live:
+        if live.needs_export(start):
+            live.export(start, lambda folder: export_retriever(run, retriever, folder))
+        if with_refresher:
+            live.start_refresher()
+        live.wait_for_first()
+        candidates = Candidates(run, retriever, live)
+        if checkpoint is not None:
+            candidates.restore(checkpoint, start)
+        elif config.reader_check:
+            check_reader(run, reader, candidates)
+
+        def after_step(step: int) -> dict[str, float | str]:
+            if step % run.config.refresh.every_steps == 0 or step == config.steps:
+                live.export(step, lambda folder: export_retriever(run, retriever, folder))
+            return candidates.timing | live.telemetry(step)
+
+        seconds = loop.run(
+            start,
+            lambda step: candidates.batch(step).to(engine.device),
+            metrics,
+            lambda values: (
+                f"loss {values['loss']:.2f}  utility {values['utility']:+.2f}  null {values['null_mass']:.2f}  "
+                f"holding {values['holding']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
+            ),
+            after_step,
+            lambda: {"attempt": live.attempt},
+            candidates.save,
+            state.get("seconds", 0.0),
+        )
+        candidates.close()
+        save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
+        live.training_ended()
+    metrics.close()
+
+
+class Candidates:
+    """Examples and candidates of each step, found one step ahead.
+
+    While step t trains, the candidates of step t + 1 are searched on a thread; their queries are embedded on the main thread before, with
+    the weights of step t. What is pending when a checkpoint is written belongs to it.
+    """
+
+    def __init__(self, run: Run, retriever: torch.nn.Module, live: LiveIndex) -> None:
+        self.run, self.config, self.retriever, self.live = run, run.config.pretrain, retriever, live
+        self.maker = batch_maker(run)
+        self.sampler = SpanSampler(run.statements, self.config.max_span_tokens, self.maker.max_query - 2)
+        self.pool = self.sampler.pool() if self.config.substitution else None
+        self.timing: dict[str, float] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
+        self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None
+
+    def examples(self, step: int) -> list[MaskedSentence]:
+        """Masked sentences of a step, a function of seed and step."""
+        rows = epoch_rows(len(self.sampler.rows), self.config.batch_size * world_size(), step, self.run.config.seed + 2)[rank() :: world_size()]
+        rng = np.random.default_rng((self.run.config.seed, step, rank(), 4))
+        return [self.sampler.draw(int(self.sampler.rows[row]), rng) for row in rows]
+
+    def batch(self, step: int) -> RealmBatch:
+        """The batch of `step`; starts the search for the next one."""
+        began = time.monotonic()
+        self.live.swap(step)
+        if self._pending is None:
+            self._search_ahead(step)
+        assert self._pending is not None and self._pending[0] == step
+        _, examples, future = self._pending
+        candidates = future.result()
+        found = time.monotonic()
+        self._search_ahead(step + 1)
+        embedded = time.monotonic()
+        rng = np.random.default_rng((self.run.config.seed, step, rank(), 5))
+        batch = self.maker.realm(examples, candidates, self.pool, self.config.substitution, rng)
+        tokens = sum(int(joint.mask_RL.sum()) for joint in batch.masked.joint)
+        self.timing = {
+            "seconds/wait_search": found - began,
+            "seconds/embed_queries": embedded - found,
+            "seconds/collate": time.monotonic() - embedded,
+            "reader_tokens": float(tokens),
+        }
+        return batch
+
+    def search(self, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int) -> np.ndarray:
+        """Non-trivial candidates of the current index, (B, count) passage rows, EMPTY where there are too few."""
+        index = self.live.index
+        wanted = min(count + self.config.extra_retrieved, len(index))
+        _, retrieved = index.search(query_emb_BD, wanted)
+        chosen = [
+            choose_candidates(rows[rows >= 0], example, count, self.run.passages, self.run.statements, self.run.wordpieces)
+            for example, rows in zip(examples, retrieved, strict=True)
+        ]
+        return np.array(chosen, dtype=np.int64)
+
+    def _search_ahead(self, step: int) -> None:
+        examples = self.examples(step)
+        query_emb_BD = embed_masked(self.retriever, examples, self.maker)  # type: ignore[arg-type]
+        self._pending = (step, examples, self._thread.submit(self.search, examples, query_emb_BD, self.config.candidates - 1))
+
+    def save(self, checkpoint: Path) -> None:
+        """Add the pending candidates and the index version to a checkpoint."""
+        assert self._pending is not None
+        np.save(checkpoint / "candidates.npy", self._pending[2].result())
+        (checkpoint / "index_version").write_text(self.live.index.version.name + "\n")
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Take up the candidates that were pending."""
+        done: Future[np.ndarray] = Future()
+        done.set_result(np.load(checkpoint / "candidates.npy"))
+        self._pending = (step, self.examples(step), done)
+
+    def close(self) -> None:
+        """End the search thread."""
+        self._thread.shutdown()
+
+
+def check_reader(run: Run, reader: Any, candidates: Candidates) -> None:
+    """Say whether the reader can read: its accuracy on passages known to hold the span, against the null passage."""
+    sampler = candidates.sampler
+    rng = np.random.default_rng(run.config.seed + 5)
+    examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
+    _, retrieved = candidates.live.index.search(embed_masked(candidates.retriever, examples, candidates.maker), min(20, len(candidates.live.index)))  # type: ignore[arg-type]
+    pairs = [(example, holding[0]) for example, rows in zip(examples, retrieved, strict=True) if (holding := holding_rows(rows, example, run))]
+    if not pairs:
+        console.print("  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first")
+        return
+    chosen = [example for example, _ in pairs]
+    read, null = masked_accuracy(reader, run, chosen, [row for _, row in pairs]), masked_accuracy(reader, run, chosen, [NULL] * len(pairs))
+    console.print(f"  reader check: masked span right from a passage that holds it {read:.0f} %, from the null passage {null:.0f} % ({len(pairs)} spans)")
+    if read < null + 10:
+        console.print("  warning: the reader cannot read yet, so it will teach the retriever little; train reader_warmup longer")

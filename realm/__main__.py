@@ -1,0 +1,5 @@
+"""`python -m realm`."""
+
+from realm.cli import main
+
+raise SystemExit(main())

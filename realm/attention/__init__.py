@@ -1,0 +1,28 @@
+"""Self-attention variants of the reader, one file each; the registry is the config schema (`attention: {type: …}`).
+
+A variant is a frozen dataclass registered under its name. `replace(attention, layer)` receives each of BERT's self-attention modules and
+returns the module to use in its place. Nothing here imports the rest of the project; `binding` alone touches transformers' internals.
+"""
+
+from dataclasses import dataclass
+
+import draccus
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AttentionConfig(draccus.ChoiceRegistry):
+    """Base of all variants."""
+
+    @classmethod
+    def default_choice_name(cls) -> str:
+        return "dense"
+
+    def replace(self, attention: nn.Module, layer: int) -> nn.Module:
+        """The module that takes the place of BERT's self-attention in layer number `layer` (0 is the lowest)."""
+        raise TypeError(f"{type(self).__name__} does not say how it replaces a self-attention module")
+
+
+from realm.attention import dense, longformer  # noqa: E402  (the variants register themselves on the base above)
+
+__all__ = ["AttentionConfig", "dense", "longformer"]

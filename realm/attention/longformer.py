@@ -1,0 +1,128 @@
+"""Sliding-window attention with global tokens (Beltagy et al. 2020, "Longformer", sections 3.1 and 3.2).
+
+Every token attends to the tokens at most `window` places away and to the global tokens; a global token attends to every token, through
+query, key and value projections of its own that start as copies of the local ones. Work and memory grow linearly with the length: queries
+are taken in blocks of `window`, each against three blocks of keys, and nothing of size length × length is ever made.
+
+Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most, C block, N = ⌈L/C⌉ blocks.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from realm.attention import AttentionConfig
+
+
+@AttentionConfig.register_subclass("longformer")
+@dataclass(frozen=True)
+class LongformerAttention(AttentionConfig):
+    """Sliding window plus global tokens."""
+
+    window: int = 256
+    """Tokens visible on each side (the paper's w is 2 × this)."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"attention.window must be at least 1, got {self.window}")
+
+    def replace(self, attention: nn.Module, layer: int) -> nn.Module:
+        return LongformerSelfAttention(attention, self.window)
+
+
+class LongformerSelfAttention(nn.Module):
+    """Takes over the local projections of a BERT self-attention module and adds the global ones."""
+
+    def __init__(self, local: nn.Module, window: int) -> None:
+        super().__init__()
+        self.window = window
+        self.num_heads: int = local.num_attention_heads  # type: ignore[assignment]
+        self.query, self.key, self.value = local.query, local.key, local.value
+        self.query_global = copy.deepcopy(local.query)
+        self.key_global = copy.deepcopy(local.key)
+        self.value_global = copy.deepcopy(local.value)
+        self.dropout: float = local.dropout.p  # type: ignore[union-attr, assignment]
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, global_mask: Tensor | None = None, **_: object
+    ) -> tuple[Tensor, None]:
+        """`hidden_states` (B, L, H·D); `attention_mask` (B, L) true on real tokens; `global_mask` (B, L) true on global tokens.
+
+        Without a global mask the first token of every row ([CLS]) is global. Outputs on padding are finite and meaningless.
+        """
+        B, L, width = hidden_states.shape
+        real_BL = torch.ones(B, L, dtype=torch.bool, device=hidden_states.device) if attention_mask is None else attention_mask.bool()
+        if global_mask is None:
+            global_mask = torch.zeros_like(real_BL)
+            global_mask[:, 0] = True
+        global_BL = global_mask.bool() & real_BL
+        dropout = self.dropout if self.training else 0.0
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(B, -1, self.num_heads, width // self.num_heads).transpose(1, 2)
+
+        at_BG, present_BG = global_positions(global_BL)
+        q, k, v = heads(self.query(hidden_states)), heads(self.key(hidden_states)), heads(self.value(hidden_states))
+        out_BHLD = windowed_attention(q, k, v, real_BL, global_BL, at_BG, present_BG, self.window, dropout)
+
+        hidden_BGW = hidden_states.gather(1, at_BG[..., None].expand(-1, -1, width))
+        global_out_BHGD = F.scaled_dot_product_attention(
+            heads(self.query_global(hidden_BGW)),
+            heads(self.key_global(hidden_states)),
+            heads(self.value_global(hidden_states)),
+            attn_mask=real_BL[:, None, None, :],
+            dropout_p=dropout,
+        )
+        out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
+        global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
+        # Slots beyond a row's own global tokens point at a position past the end, which is cut off again.
+        target_BG = torch.where(present_BG, at_BG, L)[..., None].expand(-1, -1, width)
+        out_BLW = F.pad(out_BLW, (0, 0, 0, 1)).scatter(1, target_BG, global_out_BGW)[:, :L]
+        return out_BLW, None
+
+
+def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of each row's global tokens, (B, G), and which of those slots are filled, (B, G); G is at least 1."""
+    count = max(1, int(global_BL.sum(1).max()))
+    order = torch.sort((~global_BL).to(torch.int8), dim=1, stable=True).indices[:, :count]
+    return order, global_BL.gather(1, order)
+
+
+def windowed_attention(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, real_BL: Tensor, global_BL: Tensor, at_BG: Tensor, present_BG: Tensor, window: int, dropout: float
+) -> Tensor:
+    """Attention of every token to its window and to the global tokens: blocks of queries against three blocks of keys; (B, H, L, D)."""
+    B, H, L, D = q_BHLD.shape
+    C = min(window, L)
+    N = -(-L // C)
+    pad = N * C - L
+
+    def blocks_of_queries(x_BHLD: Tensor) -> Tensor:
+        return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, N, C, D).transpose(1, 2)
+
+    def blocks_of_keys(x_BHLD: Tensor, at: Tensor) -> Tensor:
+        around = F.pad(x_BHLD, (0, 0, C, C + pad)).unfold(2, 3 * C, C).permute(0, 2, 1, 4, 3)  # (B, N, H, 3C, D)
+        shared = x_BHLD.gather(2, at[:, None, :, None].expand(-1, H, -1, D))[:, None].expand(-1, N, -1, -1, -1)
+        return torch.cat([around, shared], dim=3)
+
+    # A global key is left to its own slot, so that no window counts it twice.
+    local_key_BL = real_BL & ~global_BL
+    key_BN3C = F.pad(local_key_BL, (C, C + pad)).unfold(1, 3 * C, C)
+    offset = torch.arange(3 * C, device=q_BHLD.device)[None, :] - C - torch.arange(C, device=q_BHLD.device)[:, None]
+    near_C3C = offset.abs() <= window
+    mask_BNC3C = key_BN3C[:, :, None, :] & near_C3C
+    mask = torch.cat([mask_BNC3C, present_BG[:, None, None, :].expand(-1, N, C, -1)], dim=-1)
+    # A query that sees nothing (padding in a row without global tokens) looks at everything instead of producing NaN.
+    mask = mask | ~mask.any(-1, keepdim=True)
+    G = at_BG.shape[1]
+    out = F.scaled_dot_product_attention(
+        blocks_of_queries(q_BHLD).reshape(B * N, H, C, D),
+        blocks_of_keys(k_BHLD, at_BG).reshape(B * N, H, 3 * C + G, D),
+        blocks_of_keys(v_BHLD, at_BG).reshape(B * N, H, 3 * C + G, D),
+        attn_mask=mask.reshape(B * N, 1, C, 3 * C + G),
+        dropout_p=dropout,
+    )
+    return out.view(B, N, H, C, D).transpose(1, 2).reshape(B, H, N * C, D)[:, :, :L]

@@ -1,0 +1,157 @@
+"""`realm bench spans`: precision, recall, F1 and speed of a salient-span pipeline against annotated sentences.
+
+Annotations are CoNLL files, plain or gzip, with BIO tags: one token a line (`token TAB tag` or `number TAB token TAB tag`), a blank line
+between sentences. A sentence's tokens are joined by single blanks for tagging; a predicted span counts where both its ends are those of an
+annotated one.
+"""
+
+import argparse
+import gzip
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import error as ZlibError
+
+from realm.errors import UserError
+from realm.salient_spans import SalientSpan, SpanConfig, SpanTagger
+
+_TAG = re.compile(r"O|[BI]-\S+")
+
+
+@dataclass(frozen=True)
+class AnnotatedSentence:
+    """A sentence's text, its tokens joined by single blanks, and its annotated spans as (start, end, label) in characters."""
+
+    text: str
+    spans: tuple[tuple[int, int, str], ...]
+
+
+def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
+    """The sentences of a CoNLL file. Raises UserError, naming file and line, on a line that is not one, and on a file it cannot read."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    fields = line.rstrip("\r\n").split("\t")
+                    if len(fields) not in (2, 3) or not fields[-2].strip() or not _TAG.fullmatch(fields[-1]):
+                        raise UserError(
+                            f"{path}, line {number}: expected a token and O, B-… or I-… in the last two of two or three tab-separated "
+                            f"fields, got {line.rstrip()!r}"
+                        )
+                    tokens.append(fields[-2])
+                    tags.append(fields[-1])
+                elif tokens:
+                    yield _sentence(tokens, tags)
+                    tokens, tags = [], []
+    except (OSError, EOFError, ZlibError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as {'gzip-compressed ' if path.suffix == '.gz' else ''}UTF-8 text: {error}") from error
+    if tokens:
+        yield _sentence(tokens, tags)
+
+
+def _sentence(tokens: list[str], tags: list[str]) -> AnnotatedSentence:
+    spans: list[tuple[int, int, str]] = []
+    position = 0
+    label = ""
+    for token, tag in zip(tokens, tags, strict=True):
+        end = position + len(token)
+        if tag.startswith("I-") and tag[2:] == label:
+            spans[-1] = (spans[-1][0], end, label)
+        elif tag != "O":
+            # an I- that continues nothing opens a span, as in the IOB1 files of CoNLL 2003
+            spans.append((position, end, tag[2:]))
+        label = "" if tag == "O" else tag[2:]
+        position = end + 1
+    return AnnotatedSentence(" ".join(tokens), tuple(spans))
+
+
+def bench_spans(entities: Path | None, dates: Path | None, config: SpanConfig) -> list[dict]:
+    """One row for each file given: what, pipeline, sentences, annotated, precision, recall, f1 (shares of 1) and sentences_per_s.
+
+    On `entities` boundaries alone count, and predicted dates and numbers are left out; on `dates` only predicted dates count.
+    Raises UserError on a malformed or empty file and where the pipeline is not installed.
+    """
+    tagger = SpanTagger.load(config)
+    files = [("entities", entities), ("dates", dates)]
+    return [_bench_file(what, path, tagger) for what, path in files if path is not None]
+
+
+def _bench_file(what: str, path: Path, tagger: SpanTagger) -> dict:
+    sentences = list(read_conll(path))
+    if not sentences:
+        raise UserError(f"{path} holds no sentence: give a CoNLL file with one token a line")
+    began = time.perf_counter()
+    tagged = list(tagger.tag(sentence.text for sentence in sentences))
+    seconds = time.perf_counter() - began
+    num_right = num_predicted = num_annotated = 0
+    for sentence, spans in zip(sentences, tagged, strict=True):
+        predicted = {(span.start, span.end) for span in spans if _counts(span, what)}
+        annotated = {(start, end) for start, end, _ in sentence.spans}
+        num_right += len(predicted & annotated)
+        num_predicted += len(predicted)
+        num_annotated += len(annotated)
+    return {
+        "what": what,
+        "pipeline": tagger.name,
+        "file": path.name,
+        "sentences": len(sentences),
+        "annotated": num_annotated,
+        "precision": num_right / num_predicted if num_predicted else 0.0,
+        "recall": num_right / num_annotated if num_annotated else 0.0,
+        "f1": 2 * num_right / (num_predicted + num_annotated) if num_predicted + num_annotated else 0.0,
+        "sentences_per_s": len(sentences) / seconds,
+    }
+
+
+def _counts(span: SalientSpan, what: str) -> bool:
+    return span.type == "date" if what == "dates" else span.type not in ("date", "number")
+
+
+def _table(rows: list[dict]) -> str:
+    formats = {
+        "precision": "{:.3f}",
+        "recall": "{:.3f}",
+        "f1": "{:.3f}",
+        "sentences_per_s": "{:,.0f}",
+        "sentences": "{:,}",
+        "annotated": "{:,}",
+    }
+    cells = [[*rows[0]], *([formats.get(name, "{}").format(value) for name, value in row.items()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [name in formats for name in rows[0]]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in cells
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("--entities", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of named entities")
+    parser.add_argument("--dates", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of date expressions")
+    parser.add_argument("--pipeline", default="builtin", help='"builtin" or a spaCy pipeline by name or path (default: %(default)s)')
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Benchmarks as `argv` says, prints one table and returns 0; raises UserError."""
+    parser = argparse.ArgumentParser(prog="realm bench spans", description="Precision, recall, F1 and speed of a salient-span pipeline.")
+    add_options(parser)
+    args = parser.parse_args(argv)
+    if args.entities is None and args.dates is None:
+        raise UserError("nothing to measure: give --entities FILE, --dates FILE or both")
+    rows = bench_spans(args.entities, args.dates, SpanConfig(pipeline=args.pipeline))
+    print(_table(rows))
+    if args.json is not None:
+        try:
+            args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+    return 0

@@ -1,0 +1,91 @@
+"""BERT encoders: from a checkpoint (hub name or local folder) or from scratch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import AutoConfig, BertConfig, BertModel
+
+from realm.errors import UserError
+
+
+@dataclass(frozen=True)
+class BertSource:
+    """Where a BERT comes from; the sizes count only when it is made from scratch."""
+
+    path: str | None = None
+    """Hub name or local folder of a BERT checkpoint; none: random weights of the sizes below."""
+    layers: int = 12
+    """Transformer layers."""
+    hidden: int = 768
+    """Width of a token's representation."""
+    heads: int = 12
+    """Attention heads; must divide `hidden`."""
+    intermediate: int = 3072
+    """Width of the feed-forward layers."""
+    dropout: float = 0.1
+    """Dropout on hidden states and attention, of checkpoints too."""
+    max_positions: int = 512
+    """Learned positions of a model made from scratch."""
+    init_std: float = 0.02
+    """Standard deviation of random weights."""
+
+
+def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:
+    """The encoder without BERT's pooler. `field` names the config section in messages.
+
+    Raises UserError where the checkpoint cannot be found or read, is no BERT, or has fewer embeddings than the tokenizer has wordpieces.
+    """
+    if source.path is None:
+        if source.hidden % source.heads:
+            raise UserError(f"{field}.hidden ({source.hidden}) is no multiple of {field}.heads ({source.heads}); choose a divisor.")
+        config = BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=source.hidden,
+            num_hidden_layers=source.layers,
+            num_attention_heads=source.heads,
+            intermediate_size=source.intermediate,
+            max_position_embeddings=source.max_positions,
+            hidden_dropout_prob=source.dropout,
+            attention_probs_dropout_prob=source.dropout,
+            initializer_range=source.init_std,
+            pad_token_id=pad_id,
+        )
+        return BertModel(config, add_pooling_layer=False)
+    config = bert_config(source.path, field)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the heads a checkpoint brings along and we do not use are no news
+    try:
+        bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{field}.path: no BERT weights could be read from {source.path!r} ({first_line(error)}).") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if bert.config.vocab_size < vocab_size:
+        raise UserError(
+            f"{field}.path: {source.path!r} embeds {bert.config.vocab_size} wordpieces, the tokenizer has {vocab_size}; "
+            "use the checkpoint's own tokenizer (tokenizer.path)."
+        )
+    return bert
+
+
+def bert_config(path: str, field: str) -> BertConfig:
+    """The checkpoint's config; raises UserError with the remedy when it is out of reach or of another family."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if Path(path).exists() or path.startswith(("/", ".")):
+            raise UserError(f"{field}.path: {path!r} is no folder of a transformers checkpoint ({first_line(error)}).") from error
+        raise UserError(
+            f"{field}.path: {path!r} is neither a local folder nor a model this machine can fetch from the hub; check the name and the network, "
+            "or give the path of a downloaded folder."
+        ) from error
+    if not isinstance(config, BertConfig):
+        raise UserError(f"{field}.path: {path!r} is a {config.model_type!r} model; give a BERT checkpoint.")
+    return config
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, for quoting inside ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,159 @@
+"""The command line: one subcommand a program, each importing what it needs when it runs, so that `realm --help` answers at once."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from realm.errors import UserError
+
+if TYPE_CHECKING:
+    from realm.run import Run
+
+_DESCRIPTION = "Retrieval-augmented pretraining: retriever and reader trained end to end beside an asynchronously refreshed index."
+_EPILOG = "Any field of the config can be overridden on the command line: --pretrain.steps 1000 --run runs/other."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a mistake of the user, 130 after an interrupt that can be resumed."""
+    options, overrides = _parser().parse_known_args(arguments)
+    if overrides and not options.takes_overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+    options.overrides = overrides
+    try:
+        options.command(options)
+    except UserError as error:
+        print(f"realm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("realm: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Imported late: the class lives beside torch.
+        from realm.engine import Interrupted
+
+        if isinstance(error, Interrupted):
+            print(f"realm: {error}", file=sys.stderr)
+            return 130
+        raise
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="realm", description=_DESCRIPTION, epilog=_EPILOG)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], about: str, source: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about, epilog=_EPILOG if source else None, allow_abbrev=False)
+        if source == "config":
+            sub.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+        elif source == "run":
+            sub.add_argument("--run", type=Path, required=True, help="run folder")
+        sub.set_defaults(command=command, takes_overrides=bool(source))
+        return sub
+
+    everything = add("run", _run, "every stage in order, then a table: prepare, ict, reader-warmup, pretrain, finetune, evaluate", "config")
+    everything.add_argument("--resume", action="store_true", help="go on with a run that was begun before")
+    prepare = add("prepare", _prepare, "corpus to token arrays and salient spans, once", "config")
+    prepare.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
+    for name, command, about in (
+        ("ict", _ict, "inverse cloze warm start of the retriever"),
+        ("reader-warmup", _reader_warmup, "teach the reader to read retrieved passages"),
+        ("pretrain", _pretrain, "REALM pretraining beside a refresher"),
+    ):
+        stage = add(name, command, about, "config")
+        stage.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        if name == "pretrain":
+            stage.add_argument("--with-refresher", action="store_true", help="start a refresher process beside the trainer")
+    refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
+    refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
+    finetune = add("finetune", _finetune, "finetune on questions", "run")
+    finetune.add_argument("--questions", type=Path, help="SQuAD-format file; default: data.train of the run's config")
+    finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
+    evaluate.add_argument("--questions", type=Path, help="SQuAD-format file; default: those of --split")
+    evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)")
+    ask = add("ask", _ask, "answer one question from the corpus", "run")
+    ask.add_argument("question", help="the question, in quotes")
+    ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
+    bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks; each prints one table.")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
+    spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
+    spans.set_defaults(command=_bench_spans, takes_overrides=True)
+    return parser
+
+
+def _open(options: argparse.Namespace) -> "Run":
+    """The run of `--config` (created where new) or of `--run`."""
+    from realm.config import load_config
+    from realm.run import Run
+
+    if hasattr(options, "config"):
+        return Run.create(load_config(options.config, options.overrides))
+    return Run.open(options.run, options.overrides)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from realm.config import load_config
+    from realm.pipeline import run_all
+
+    run_all(load_config(options.config, options.overrides), options.resume)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from realm.config import load_config
+    from realm.pipeline import prepare
+
+    prepare(load_config(options.config, options.overrides), options.skip_bad)
+
+
+def _ict(options: argparse.Namespace) -> None:
+    from pretrain.ict import train_ict
+
+    train_ict(_open(options), options.resume)
+
+
+def _reader_warmup(options: argparse.Namespace) -> None:
+    from pretrain.reader_warmup import train_reader_warmup
+
+    train_reader_warmup(_open(options), options.resume)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from pretrain.train import train_realm
+
+    train_realm(_open(options), options.resume, options.with_refresher)
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from index.refresh import refresh
+
+    run = _open(options)
+    refresh(run.folder, run.config.refresh, run.passages, once=options.once)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from finetune.train import train_finetune
+
+    if options.questions is not None:
+        options.overrides = [*options.overrides, "--data.train", str(options.questions)]
+    train_finetune(_open(options), options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from finetune.evaluate import evaluate, print_figures
+
+    print_figures(evaluate(_open(options), options.questions, options.split))
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from finetune.ask import ask
+
+    ask(_open(options), options.question, options.passages)
+
+
+def _bench_spans(options: argparse.Namespace) -> None:
+    from realm import bench_spans
+
+    bench_spans.main(options.overrides)

@@ -1,0 +1,214 @@
+"""The corpus: its configuration, and the prepared blocks, memory-mapped.
+
+A *document* is one record of the input. A *block* is what is retrieved and read: a stretch of whole sentences of one document.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from realm.documents import BadRecords, Document, read_documents
+from realm.errors import UserError
+
+__all__ = ["BadRecords", "CorpusConfig", "Document", "PreparedCorpus", "read_documents"]
+
+MANIFEST = "manifest.json"
+BLOCKS = "blocks.arrow"
+FORMAT = 1
+"""Version of the prepared folder's layout."""
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("document", pa.int32()),
+        ("place", pa.int32()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("title_ids", pa.list_(pa.int32())),
+        ("text_ids", pa.list_(pa.int32())),
+        ("sentence_starts", pa.list_(pa.int32())),
+        ("span_starts", pa.list_(pa.int32())),
+        ("span_ends", pa.list_(pa.int32())),
+        ("span_types", pa.list_(pa.int8())),
+        ("text_hash", pa.uint64()),
+    ]
+)
+_LISTS = tuple(column.name for column in SCHEMA if pa.types.is_list(column.type))
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What is retrieved, what is pretrained on, and how it is prepared."""
+
+    passages: str
+    """JSONL file (.jsonl, .jsonl.gz, .jsonl.zst) of {"id", "title", "text"}, or "gazetteer" for the built-in corpus."""
+    statements: str | None = None
+    """Sentences to mask in pretraining, in the same format; without it the passages themselves."""
+    prepared: str = "prepared"
+    """Folder that `realm prepare` writes."""
+    block_tokens: int = 288
+    """A block's wordpieces at most, counted as the encoder reads it: `[CLS] title [SEP] text [SEP]`, the three special tokens included."""
+    num_workers: int = 0
+    """Processes that prepare; 0: one per CPU, fewer for a small corpus."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and say how many, instead of refusing the file."""
+
+
+class _Batch:
+    """One record batch as NumPy views of the mapped file: `lists[name]` is (offsets, values)."""
+
+    def __init__(self, batch: pa.RecordBatch):
+        self.columns = {name: batch.column(name) for name in ("id", "title", "text")}
+        self.document, self.place, self.text_hash = (batch.column(name).to_numpy() for name in ("document", "place", "text_hash"))
+        self.lists = {name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS}
+
+    def piece(self, name: str, row: int) -> np.ndarray:
+        offsets, values = self.lists[name]
+        return values[offsets[row] : offsets[row + 1]]
+
+
+class PreparedCorpus:
+    """The blocks of a prepared corpus, read-only and memory-mapped: processes that open the same folder share its pages.
+
+    Rows are numbered as the blocks stand in the input. Arrays are views of the mapped file, int32 unless said otherwise.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], batches: list[_Batch], first_rows: list[int]):
+        self.path = path
+        self.manifest = manifest
+        self.fingerprint: str = manifest["fingerprint"]
+        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the block size."""
+        self.ids: Sequence[str] = _BlockIds(self)
+        """Id of every row: the document's own where it is one block, else `document#0`, `document#1` …"""
+        self._batches, self._first_rows = batches, first_rows
+
+    @classmethod
+    def open(cls, path: Path | str) -> "PreparedCorpus":
+        """Maps the folder that `realm.prepare.prepare_corpus` wrote. Raises UserError where it is missing, unfinished or altered."""
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            state = "is not a finished prepared corpus" if path.exists() else "does not exist"
+            raise UserError(f"{path} {state}; run realm prepare with the same configuration first") from None
+        except ValueError as error:
+            raise UserError(f"{path / MANIFEST} is no JSON ({error}); prepare it again into a new folder") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder")
+        blocks = path / BLOCKS
+        size = blocks.stat().st_size if blocks.is_file() else 0
+        if size != manifest["bytes"]:
+            raise UserError(f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder")
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{blocks} is damaged ({error}); prepare it again into a new folder") from error
+        first_rows = [0, *accumulate(len(batch) for batch in batches)]
+        if first_rows[-1] != manifest["blocks"]:
+            expected = manifest["blocks"]
+            raise UserError(f"{blocks} has {first_rows[-1]} rows but its manifest says {expected}; prepare it again into a new folder")
+        return cls(path, manifest, [_Batch(batch) for batch in batches], first_rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedCorpus.open, (self.path,)
+
+    def __len__(self) -> int:
+        return self._first_rows[-1]
+
+    def title(self, row: int) -> str:
+        """Title of the document that row's block stands in."""
+        batch, i = self._at(row)
+        return batch.columns["title"][i].as_py()
+
+    def text(self, row: int) -> str:
+        """Text of the block, white space at its ends included: a document's blocks put together are its text."""
+        batch, i = self._at(row)
+        return batch.columns["text"][i].as_py()
+
+    def title_ids(self, row: int) -> np.ndarray:
+        """Wordpieces of the title, without special tokens; a title beyond half a block is cut there."""
+        batch, i = self._at(row)
+        return batch.piece("title_ids", i)
+
+    def text_ids(self, row: int) -> np.ndarray:
+        """Wordpieces of the text, without special tokens."""
+        batch, i = self._at(row)
+        return batch.piece("text_ids", i)
+
+    def sentence_starts(self, row: int) -> np.ndarray:
+        """Offsets into `text_ids` at which sentences begin; the first is 0 even where a block goes on with a long sentence."""
+        batch, i = self._at(row)
+        return batch.piece("sentence_starts", i)
+
+    def spans(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Salient spans: starts and ends (exclusive) as offsets into `text_ids`, and types (int8, into `SPAN_TYPES`)."""
+        batch, i = self._at(row)
+        return batch.piece("span_starts", i), batch.piece("span_ends", i), batch.piece("span_types", i)
+
+    def document(self, row: int) -> int:
+        """Number of the document among the documents of the input."""
+        batch, i = self._at(row)
+        return int(batch.document[i])
+
+    def place(self, row: int) -> int:
+        """Number of the block in its document."""
+        batch, i = self._at(row)
+        return int(batch.place[i])
+
+    def text_hash(self, row: int) -> int:
+        """64-bit hash of the text without regard to case and white space: equal for copies."""
+        batch, i = self._at(row)
+        return int(batch.text_hash[i])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Wordpieces of title and text of every row, without special tokens."""
+        counts = [np.diff(batch.lists["title_ids"][0]) + np.diff(batch.lists["text_ids"][0]) for batch in self._batches]
+        return np.concatenate(counts).astype(np.int32)
+
+    def row_of_id(self, block_id: str) -> int:
+        """Row of the block with this id; KeyError where there is none. The first call reads all ids into memory."""
+        return self._rows[block_id]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {block_id: row for row, block_id in enumerate(self.ids)}
+
+    def _at(self, row: int) -> tuple[_Batch, int]:
+        if not 0 <= row < self._first_rows[-1]:
+            raise IndexError(f"row {row} of a corpus of {self._first_rows[-1]} blocks")
+        number = bisect_right(self._first_rows, row) - 1
+        return self._batches[number], row - self._first_rows[number]
+
+
+class _BlockIds(Sequence[str]):
+    """The ids of a corpus, read from the mapped file when asked for."""
+
+    def __init__(self, corpus: PreparedCorpus):
+        self._corpus = corpus
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        batch, i = self._corpus._at(row)
+        return batch.columns["id"][i].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self._corpus._batches:
+            yield from batch.columns["id"].to_pylist()

@@ -1,0 +1,181 @@
+"""The gazetteer's tables and templates, read from the package, and the split of its entities and facts."""
+
+import csv
+import hashlib
+import re
+import tomllib
+import unicodedata
+from dataclasses import dataclass
+from importlib.resources import files
+
+ALIAS_SEPARATOR = " / "
+ORPHAN_SHARE = 0.06
+TRAIN_SHARE = 0.7
+VALIDATION_SHARE = 0.1
+HELD_OUT_EVERY = 10
+SEED = "gazetteer-1"
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One column of a table that states facts, with the sentences that state and ask it.
+
+    `column` is the heading in the TSV file. A relation with few distinct objects is stated but not `asked`.
+    """
+
+    name: str
+    column: str
+    asked: bool
+    passage: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the entities of one TSV file are written about.
+
+    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and in questions. `passages` groups the
+    relations that stand in one passage; `contexts` are sentences that introduce the entity from its other columns.
+    """
+
+    name: str
+    subject: str
+    asked_as: str
+    lower: bool
+    passages: tuple[tuple[str, ...], ...]
+    contexts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One cell of a table: `objects[0]` is the form used in texts, the others are accepted as answers too."""
+
+    id: str
+    relation: Relation
+    objects: tuple[str, ...]
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One row of a table. `split` is train, validation, test, or orphan: an entity of which no passage tells."""
+
+    id: str
+    name: str
+    table: Table
+    split: str
+    columns: dict[str, str]
+    facts: tuple[Fact, ...]
+
+    def in_text(self) -> str:
+        """The entity's name as it stands inside a sentence, with its article where it has one."""
+        return self.table.subject.format(name=self.name.lower() if self.table.lower else self.name)
+
+    def in_question(self) -> str:
+        """The entity's name as questions give it: unambiguous without a passage."""
+        return self.table.asked_as.format(name=self.name.lower() if self.table.lower else self.name)
+
+
+def stable_number(*parts: str) -> int:
+    """A 64-bit number that depends on the parts alone, not on the process, so that every choice is the same each time."""
+    return int.from_bytes(hashlib.sha256("\0".join((SEED, *parts)).encode()).digest()[:8], "big")
+
+
+def slug(name: str) -> str:
+    """`name` in lower-case ASCII with hyphens, for ids."""
+    plain = unicodedata.normalize("NFKD", name.translate(str.maketrans("øØłŁ", "oOlL"))).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+
+
+def load_templates() -> tuple[list[Table], dict[str, Relation]]:
+    """The tables in order of name, and the relations by name, from `templates/*.toml`."""
+    tables: list[Table] = []
+    relations: dict[str, Relation] = {}
+    for path in sorted(files(__package__).joinpath("templates").iterdir(), key=lambda entry: entry.name):
+        if not path.name.endswith(".toml"):
+            continue
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, fields in content["tables"].items():
+            subject = f"{fields['article']} {{name}}" if "article" in fields else "{name}"
+            tables.append(
+                Table(
+                    name=name,
+                    subject=subject,
+                    asked_as=fields.get("asked_as", subject),
+                    lower=fields.get("lower", False),
+                    passages=tuple(tuple(group) for group in fields["passages"]),
+                    contexts=tuple(fields["contexts"]),
+                )
+            )
+        for name, fields in content["relations"].items():
+            assert name not in relations, f"relation {name} stands in two template files"
+            relations[name] = Relation(
+                name=name,
+                column=fields.get("column", name),
+                asked=fields["asked"],
+                passage=tuple(fields["passage"]),
+                statements=tuple(fields["statements"]),
+                questions=tuple(fields["questions"]),
+            )
+    return sorted(tables, key=lambda table: table.name), relations
+
+
+def read_rows(table: Table) -> list[dict[str, str]]:
+    """The rows of `tables/<name>.tsv`; an empty cell is a fact left out."""
+    text = files(__package__).joinpath("tables", f"{table.name}.tsv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True))
+
+
+def split_of(position: int, num_orphans: int, num_entities: int) -> str:
+    """The split of the entity at `position` in the hash order of its table: orphans first, the rest 70/10/20."""
+    if position < num_orphans:
+        return "orphan"
+    num_rest = num_entities - num_orphans
+    num_train, num_validation = round(TRAIN_SHARE * num_rest), max(1, round(VALIDATION_SHARE * num_rest))
+    rest = position - num_orphans
+    if rest < num_train:
+        return "train"
+    return "validation" if rest < num_train + num_validation else "test"
+
+
+def load_entities() -> list[Entity]:
+    """All entities in the order of tables and rows, split by entity within each table.
+
+    A tenth of the facts that stand in passages is held out from the statements: every tenth in the order of table, split and hash, which
+    spreads them over all of these.
+    """
+    tables, relations = load_templates()
+    drafts: list[tuple[str, Table, str, dict[str, str], list[tuple[str, Relation, tuple[str, ...]]]]] = []
+    for table in tables:
+        rows = read_rows(table)
+        order = sorted(rows, key=lambda row: stable_number("split", table.name, row["name"]))
+        num_orphans = max(1, round(ORPHAN_SHARE * len(rows)))
+        splits = {row["name"]: split_of(position, num_orphans, len(rows)) for position, row in enumerate(order)}
+        for row in rows:
+            entity_id = f"{table.name}/{slug(row['name'])}"
+            stated = [relations[name] for group in table.passages for name in group]
+            facts = [
+                (f"{entity_id}/{relation.column}", relation, tuple(row[relation.column].split(ALIAS_SEPARATOR)))
+                for relation in stated
+                if row[relation.column]
+            ]
+            drafts.append((entity_id, table, splits[row["name"]], row, facts))
+    ranked = sorted(
+        (table.name, split, stable_number("held out", fact_id), fact_id)
+        for _, table, split, _, facts in drafts
+        for fact_id, _, _ in facts
+        if split != "orphan"
+    )
+    held_out = {fact_id for place, (*_, fact_id) in enumerate(ranked) if place % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}
+    return [
+        Entity(
+            id=entity_id,
+            name=row["name"],
+            table=table,
+            split=split,
+            columns=row,
+            facts=tuple(Fact(fact_id, relation, objects, fact_id in held_out) for fact_id, relation, objects in facts),
+        )
+        for entity_id, table, split, row, facts in drafts
+    ]

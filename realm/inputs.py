@@ -1,0 +1,97 @@
+"""Token sequences in the shape the encoders read: special tokens, padding, batches of bounded size.
+
+Shape legend: B rows, L wordpieces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+IntArray = np.ndarray
+"""One-dimensional array of wordpiece ids."""
+
+
+@dataclass(frozen=True)
+class Wordpieces:
+    """What building inputs needs to know of a tokenizer."""
+
+    cls: int
+    sep: int
+    mask: int
+    pad: int
+    continuation: np.ndarray
+    """True for wordpieces that continue a word (`##…`), one entry per id."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Wordpieces":
+        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        continuation = np.array([name.startswith("##") for name in names])
+        return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id, continuation)
+
+    def find(self, text_ids: IntArray, span_ids: IntArray) -> list[int]:
+        """Where `span_ids` stands in `text_ids` as whole words, without overlaps."""
+        text_ids, span_ids = np.ascontiguousarray(text_ids, np.int32), np.ascontiguousarray(span_ids, np.int32)
+        text, span, found, at = text_ids.tobytes(), span_ids.tobytes(), [], 0
+        while (at := text.find(span, at)) >= 0:
+            start, end = at // 4, at // 4 + len(span_ids)
+            whole = not self.continuation[text_ids[start]] and (end == len(text_ids) or not self.continuation[text_ids[end]])
+            if at % 4 == 0 and whole:
+                found.append(start)
+                at += len(span)
+            else:
+                at += 1
+        return found
+
+
+def query_input(text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> IntArray:
+    """`[CLS] text [SEP]`, the text cut so that the whole is at most `max_tokens` wordpieces."""
+    return np.concatenate(([cls_id], text_ids[: max_tokens - 2], [sep_id])).astype(np.int32)
+
+
+def passage_input(title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> IntArray:
+    """`[CLS] title [SEP] text [SEP]`, at most `max_tokens` wordpieces; with both parts empty it is the null passage.
+
+    A long title keeps at most half of the room, so that some text is always read.
+    """
+    room = max_tokens - 3
+    title_ids = title_ids[: max(room // 2, room - len(text_ids))]
+    return np.concatenate(([cls_id], title_ids, [sep_id], text_ids[: room - len(title_ids)], [sep_id])).astype(np.int32)
+
+
+def pad_batch(sequences: Sequence[IntArray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad B sequences to the longest; returns `ids_BL` and `mask_BL` (1 = real token), both int64."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids_BL = np.full((len(sequences), longest), pad_id, dtype=np.int64)
+    mask_BL = np.zeros((len(sequences), longest), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids_BL[row, : len(sequence)] = sequence
+        mask_BL[row, : len(sequence)] = 1
+    return torch.from_numpy(ids_BL), torch.from_numpy(mask_BL)
+
+
+def token_budget_batches(lengths: Sequence[int] | IntArray, token_budget: int) -> list[np.ndarray]:
+    """Group rows by length so that rows × longest stays within `token_budget` padded tokens (at least one row each).
+
+    Rows come longest first: the largest allocation happens at once and an out-of-memory error does not wait for the end.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        rows = max(1, token_budget // max(1, int(lengths[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def epoch_rows(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """The rows of batch number `step` when `count` rows are visited in a new random order every epoch, (batch_size,).
+
+    A function of its arguments alone, so a resumed stage needs no cursor but the step; batches run across the ends of epochs.
+    """
+    at = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: np.random.default_rng((seed, int(epoch))).permutation(count) for epoch in np.unique(at // count)}
+    return np.array([orders[i // count][i % count] for i in at])

@@ -1,0 +1,237 @@
+"""The trainable wholes: what DeepSpeed wraps, one module per stage. Each `forward(batch)` returns scalars with `loss` among them.
+
+Shape legend: B queries, N candidates a query (slot 0 is the null passage), U distinct passages, M masked wordpieces, R joint inputs of a
+bucket, L wordpieces, D embedding width.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from realm.objectives import MARGINALS, NEVER, candidate_log_prior, inverse_cloze_loss, open_qa_loss
+from realm.reader import Reader
+from realm.retriever import Retriever
+
+
+class Batch:
+    """Base of batches: dataclasses of tensors (or lists of batches) that move to a device together."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with every tensor on `device`."""
+        moved = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            moved[entry.name] = [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
+        return type(self)(**moved)
+
+
+@dataclass
+class PairBatch(Batch):
+    """Sentences and the blocks they come from."""
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    block_ids_BL: Tensor
+    block_mask_BL: Tensor
+
+
+@dataclass
+class JointBatch(Batch):
+    """Joint inputs `[CLS] x [SEP] z [SEP]`; `row_R` is the place of each in the flat (B·N) order."""
+
+    ids_RL: Tensor
+    mask_RL: Tensor
+    type_RL: Tensor
+    row_R: Tensor
+
+
+@dataclass
+class MaskedBatch(Batch):
+    """Joint inputs with the masked wordpieces of their x."""
+
+    joint: list[JointBatch]
+    position_BM: Tensor
+    """Where the masks of query b stand in each of its joint inputs (x comes first, so the place is the same for all candidates)."""
+    target_BM: Tensor
+    """The wordpieces under the masks."""
+    token_BM: Tensor
+    """False on padding of the two above."""
+
+
+@dataclass
+class RealmBatch(Batch):
+    """Masked sentences with their candidates."""
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    passage_ids_UL: Tensor
+    passage_mask_UL: Tensor
+    candidate_BN: Tensor
+    """Row in the distinct passages of each candidate; row 0 is the null passage."""
+    valid_BN: Tensor
+    """False on slots that hold nothing."""
+    holds_BN: Tensor
+    """True where the candidate holds the masked span (telemetry alone)."""
+    masked: MaskedBatch
+
+
+class IctModel(nn.Module):
+    """Inverse cloze task: find the block a sentence comes from among the batch's blocks."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        super().__init__()
+        self.retriever = retriever
+
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        block_emb_BD = self.retriever.embed_passages(batch.block_ids_BL, batch.block_mask_BL)
+        loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_BD, self.retriever.temperature)
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class Reading(NamedTuple):
+    """What the reader makes of masked spans."""
+
+    token_log_p_BNM: Tensor
+    """log p(y_m | z, x) of the right wordpieces."""
+    right_BN: Tensor
+    """Whether the whole span is the first choice."""
+    best_log_p_BN: Tensor
+    """Log-probability of the first choice."""
+
+
+def read_masked(reader: Reader, batch: MaskedBatch, num_candidates: int) -> Reading:
+    """Read every joint input of the batch and predict the masked wordpieces."""
+    B, M = batch.position_BM.shape
+    N = num_candidates
+    log_ps, rights, bests, rows = [], [], [], []
+    for joint in batch.joint:
+        query_R = joint.row_R // N
+        hidden_RLH = reader(joint.ids_RL, joint.mask_RL, joint.type_RL)
+        log_p_RMV = reader.mlm_logits(hidden_RLH, batch.position_BM[query_R]).log_softmax(-1)
+        target_RM, token_RM = batch.target_BM[query_R], batch.token_BM[query_R]
+        best_RM, choice_RM = log_p_RMV.detach().max(-1)
+        log_ps.append(log_p_RMV.gather(-1, target_RM[..., None]).squeeze(-1))
+        rights.append(((choice_RM == target_RM) | ~token_RM).all(-1))
+        bests.append((best_RM * token_RM).sum(-1))
+        rows.append(joint.row_R)
+    order = torch.cat(rows).argsort()
+    return Reading(torch.cat(log_ps)[order].view(B, N, M), torch.cat(rights)[order].view(B, N), torch.cat(bests)[order].view(B, N))
+
+
+class ReaderWarmupModel(nn.Module):
+    """Predict the masked span from one passage that holds it."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        reading = read_masked(self.reader, batch, 1)
+        loss = -(reading.token_log_p_BNM[:, 0] * batch.token_BM).sum(-1).mean()
+        return {"loss": loss, "accuracy": reading.right_BN.float().mean()}
+
+
+class RealmModel(nn.Module):
+    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, section 3.1), the retriever trained through p(z|x)."""
+
+    def __init__(self, retriever: Retriever, reader: Reader, marginal: str) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.reader = reader
+        self.marginal = MARGINALS[marginal]
+
+    def forward(self, batch: RealmBatch) -> dict[str, Tensor]:
+        """Loss and telemetry; see `docs/architecture.md` for what each figure means."""
+        # Retrieve: the candidates found with a stale index are embedded and scored again, with gradient.
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        passage_emb_UD = self.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
+        retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
+        log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
+
+        # Read: every candidate on its own.
+        reading = read_masked(self.reader, batch.masked, batch.candidate_BN.shape[1])
+
+        # Marginalise.
+        token_BM = batch.masked.token_BM
+        loss = -self.marginal(log_p_z_BN, reading.token_log_p_BNM, token_BM).mean()
+        with torch.no_grad():
+            log_p_y_BN = (reading.token_log_p_BNM * token_BM[:, None]).sum(-1)
+            telemetry = retrieval_telemetry(log_p_z_BN, log_p_y_BN, reading.right_BN, batch.valid_BN, batch.holds_BN)
+        return {"loss": loss, **telemetry}
+
+
+def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, holds_BN: Tensor) -> dict[str, Tensor]:
+    """How retrieval and reading fare on a batch, each a mean over B.
+
+    `utility`: log p(y|z,x) − log p(y|null,x) of the passages retrieved (Guu et al. 2020, section 4.2), mean over valid ones;
+    `null_mass`: p(null|x); `entropy`: of p(z|x) in nats; `holding`: share of retrieved passages that hold the span; `accuracy`: the
+    reader's span right on the most probable candidate; `accuracy_null`: on the null passage.
+    """
+    passage_BN = valid_BN.clone()
+    passage_BN[:, 0] = False
+    count = passage_BN.sum().clamp(min=1)
+    p_BN = log_p_z_BN.exp()
+    best_B1 = log_p_z_BN.argmax(-1, keepdim=True)
+    return {
+        "utility": ((log_p_y_BN - log_p_y_BN[:, :1]) * passage_BN).sum() / count,
+        "null_mass": p_BN[:, 0].mean(),
+        "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
+        "holding": (holds_BN & passage_BN).sum() / count,
+        "accuracy": right_BN.gather(1, best_B1).float().mean(),
+        "accuracy_null": right_BN[:, 0].float().mean(),
+    }
+
+
+@dataclass
+class QuestionBatch(Batch):
+    """Questions with K retrieved passages, of which the first choice N are read.
+
+    Shape legend: Q = B·N joint inputs in flat order, W span widths.
+    """
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    passage_emb_BKD: Tensor
+    """Embeddings of the retrieved passages as the index holds them."""
+    has_answer_BK: Tensor
+    valid_BK: Tensor
+    read_emb_BND: Tensor
+    """Embeddings of the passages read."""
+    ids_QL: Tensor
+    mask_QL: Tensor
+    type_QL: Tensor
+    is_answer_QLW: Tensor
+    """True on spans that are an accepted answer."""
+    allowed_QLW: Tensor
+    """True on spans inside the passage."""
+
+
+class OpenQaModel(nn.Module):
+    """Question answering by span extraction from retrieved passages (Lee et al. 2019): query tower and reader are trained."""
+
+    def __init__(self, retriever: Retriever, reader: Reader) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.reader = reader
+
+    def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
+        B, N, _ = batch.read_emb_BND.shape
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD)
+        span_score_BNS, _ = self.span_scores(batch, query_emb_BD)
+        is_answer_BNS, allowed_BNS = batch.is_answer_QLW.view(B, N, -1), batch.allowed_QLW.view(B, N, -1)
+        losses = open_qa_loss(retrieval_score_BK, batch.has_answer_BK, batch.valid_BK, span_score_BNS, is_answer_BNS, allowed_BNS)
+        with torch.no_grad():
+            best_B = span_score_BNS.masked_fill(~allowed_BNS, NEVER).flatten(1).argmax(-1, keepdim=True)
+            losses["accuracy"] = is_answer_BNS.flatten(1).gather(1, best_B).float().mean()
+        return losses
+
+    def span_scores(self, batch: QuestionBatch, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the spans of each passage read, its retrieval score added, (B, N, L·W); and the retrieval scores (B, N)."""
+        B, N, _ = batch.read_emb_BND.shape
+        read_score_BN = self.retriever.score(query_emb_BD, batch.read_emb_BND)
+        span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
+        return span_score_QLW.view(B, N, -1) + read_score_BN[..., None], read_score_BN

@@ -1,0 +1,82 @@
+"""Training objectives as functions of scores and log-probabilities; no model, no data.
+
+Shape legend: B queries, N candidates a query, M masked wordpieces, S spans of a passage, D embedding width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEVER = -1e9
+"""Log-score of a slot that holds nothing: finite, so that no gradient turns to NaN."""
+
+
+def candidate_log_prior(score_BN: Tensor, valid_BN: Tensor) -> Tensor:
+    """log p(z|x), (B, N): softmax of relevance scores over the candidates (Guu et al. 2020, section 3.1).
+
+    `valid_BN` is false on slots without a candidate; they get probability 0.
+    """
+    return F.log_softmax(score_BN.masked_fill(~valid_BN, NEVER), dim=-1)
+
+
+def joint_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_BM: Tensor) -> Tensor:
+    """log p(y|x) = log Σ_z p(z|x) Π_m p(y_m|z,x), (B,) (Guu et al. 2020, section 3.1 and equation 1).
+
+    `token_BM` is true on the wordpieces of y, false on padding. The gradient on a candidate's score is [p(y|z,x)/p(y|x) − 1]·p(z|x), negated
+    in the loss (appendix A).
+    """
+    log_p_y_given_z_BN = (token_log_p_BNM * token_BM[:, None]).sum(-1)
+    return torch.logsumexp(log_p_z_BN + log_p_y_given_z_BN, dim=-1)
+
+
+def per_token_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_BM: Tensor) -> Tensor:
+    """Σ_m log Σ_z p(z|x) p(y_m|z,x), (B,): each wordpiece marginalised for itself, as in the released TensorFlow code."""
+    log_p_y_BM = torch.logsumexp(log_p_z_BN[..., None] + token_log_p_BNM, dim=1)
+    return (log_p_y_BM * token_BM).sum(-1)
+
+
+MARGINALS = {"joint": joint_marginal_log_likelihood, "per_token": per_token_marginal_log_likelihood}
+"""Marginal likelihoods by the name used in configs."""
+
+
+def inverse_cloze_loss(query_emb_BD: Tensor, block_emb_BD: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """In-batch softmax of the inverse cloze task (Lee et al. 2019, section 4): loss and accuracy, both scalars.
+
+    Row i of `block_emb_BD` is the block that the sentence of row i came from; the other rows are its negatives.
+    """
+    score_BB = (query_emb_BD @ block_emb_BD.T).float() / temperature
+    target_B = torch.arange(len(score_BB), device=score_BB.device)
+    return F.cross_entropy(score_BB, target_B), (score_BB.argmax(-1) == target_B).float().mean()
+
+
+def positive_log_marginal(log_p: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ p over the positives of the last axis, and whether there is any; both with the last axis gone (Lee et al. 2019, equation 6).
+
+    Rows without a positive return 0 as log-likelihood and must be left out of the mean.
+    """
+    has_positive = positive.any(-1)
+    log_likelihood = torch.logsumexp(log_p.masked_fill(~positive, NEVER), dim=-1)
+    return torch.where(has_positive, log_likelihood, torch.zeros_like(log_likelihood)), has_positive
+
+
+def open_qa_loss(
+    retrieval_score_BK: Tensor, has_answer_BK: Tensor, valid_BK: Tensor, span_score_BNS: Tensor, is_answer_BNS: Tensor, valid_BNS: Tensor
+) -> dict[str, Tensor]:
+    """ORQA's finetuning loss (Lee et al. 2019, section 5): retriever marginal plus reader marginal, each mean over the rows with a positive.
+
+    The retriever's softmax runs over K retrieved passages, the reader's over all spans S of the N passages read, whose scores already
+    include the passage's retrieval score. Returns `loss`, `retriever_loss`, `reader_loss`, `retriever_rows`, `reader_rows` (shares of B).
+    """
+    log_p_BK = F.log_softmax(retrieval_score_BK.masked_fill(~valid_BK, NEVER), dim=-1)
+    retriever_B, retrieved_B = positive_log_marginal(log_p_BK, has_answer_BK & valid_BK)
+    flat_score, flat_answer = span_score_BNS.masked_fill(~valid_BNS, NEVER).flatten(1), (is_answer_BNS & valid_BNS).flatten(1)
+    reader_B, readable_B = positive_log_marginal(F.log_softmax(flat_score, dim=-1), flat_answer)
+    retriever_loss = -retriever_B.sum() / retrieved_B.sum().clamp(min=1)
+    reader_loss = -reader_B.sum() / readable_B.sum().clamp(min=1)
+    return {
+        "loss": retriever_loss + reader_loss,
+        "retriever_loss": retriever_loss,
+        "reader_loss": reader_loss,
+        "retriever_rows": retrieved_B.float().mean(),
+        "reader_rows": readable_B.float().mean(),
+    }

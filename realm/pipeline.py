@@ -1,0 +1,167 @@
+"""All stages in order, and what a person sees at the end. With `cli` the one place that knows every package."""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from finetune.evaluate import evaluate
+from finetune.train import train_finetune
+from pretrain.data import NULL
+from pretrain.ict import train_ict
+from pretrain.probe import load_probe, masked_accuracy, probe_stage, read_retrieved
+from pretrain.reader_warmup import train_reader_warmup
+from pretrain.search import FrozenSearch
+from pretrain.stage import batch_maker
+from pretrain.train import train_realm
+from realm.config import RealmConfig
+from realm.errors import UserError
+from realm.prepare import prepare_corpus
+from realm.publish import write_json_atomic
+from realm.reader import load_reader
+from realm.report import draw_curves, print_summary
+from realm.retriever import load_retriever
+from realm.run import BUILTIN, STAGES, Run, source_path
+from realm.salient_spans import SpanTagger
+from realm.telemetry import console, progress, read_metrics
+from realm.tokenizer import obtain_tokenizer
+
+
+def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
+    """Passages and statements to token arrays with salient spans; what is prepared already is left as it is."""
+    from realm.documents import read_documents
+
+    corpus, prepared = config.corpus, Path(config.corpus.prepared)
+    sources = {"passages": corpus.passages} | ({} if corpus.statements is None else {"statements": corpus.statements})
+    if any(name.startswith(BUILTIN) for name in sources.values()):
+        from realm.gazetteer import write_gazetteer
+
+        if not (prepared / "gazetteer").exists():
+            summary = write_gazetteer(prepared / "gazetteer")
+            console.print(f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements")
+    skip_bad = skip_bad or corpus.skip_bad
+    paths = {kind: source_path(name, prepared) for kind, name in sources.items()}
+
+    def texts() -> list[str]:
+        return [f"{document.title} {document.text}" for path in paths.values() for document in read_documents(path, skip_bad)]
+
+    tokenizer = obtain_tokenizer(config.tokenizer, prepared / "tokenizer", texts)
+    tagger = SpanTagger.load(config.spans)
+    for kind, path in paths.items():
+        with progress(f"prepare {kind}", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
+
+            def update(done: int, total: int | None, ticker: object = ticker) -> None:
+                ticker.total = total or done  # type: ignore[attr-defined]
+                ticker.update(done)  # type: ignore[attr-defined]
+
+            ready = prepare_corpus(path, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, update)
+        console.print(
+            f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans ({tagger.name}), "
+            f"{ready.manifest['skipped']} records skipped"
+        )
+
+
+def run_all(config: RealmConfig, resume: bool = False) -> None:
+    """Every stage whose `steps` is not 0, a probe after each, evaluation, a summary, a picture and a few answers.
+
+    Raises UserError for a run that was begun before, unless `resume`.
+    """
+    if (Path(config.run) / "config.yaml").exists() and not resume:
+        raise UserError(f"run folder {config.run} exists; add --resume to go on with it, or give another with --run.")
+    stage_times: dict[str, float] = {}
+    began = time.monotonic()
+    console.print("[bold]prepare[/bold]")
+    prepare(config)
+    stage_times["prepare"] = time.monotonic() - began
+    run = Run.create(config)
+    programs = {
+        "ict": lambda: train_ict(run, resume),
+        "reader_warmup": lambda: train_reader_warmup(run, resume),
+        "pretrain": lambda: train_realm(run, resume, with_refresher=True),
+        "finetune": lambda: train_finetune(run, resume),
+    }
+    probes: dict[str, dict[str, float]] = {}
+    for stage in STAGES:
+        if getattr(config, stage).steps == 0:
+            continue
+        console.print(f"[bold]{stage}[/bold]")
+        programs[stage]()
+        stage_times[stage] = float((run.model(stage) / "seconds.txt").read_text())
+        if stage != "finetune":
+            probes[stage] = cached(run, f"probe-{stage}", lambda stage=stage: probe_stage(run, stage))  # type: ignore[misc]
+    figures: dict[str, float] = {}
+    if run.finished("finetune"):
+        console.print("[bold]evaluate[/bold]")
+        began = time.monotonic()
+        for split in ("validation", "test"):
+            if run.data(split) is not None:
+                figures = evaluate(run, split=split)
+        stage_times["evaluate"] = time.monotonic() - began
+    closed_book = cached(run, "closed-book", lambda: closed_book_accuracy(run)) if run.data("closed_book") else {}
+    null = cached(run, "null-passage", lambda: null_masses(run)) if run.data("orphans") and run.finished("pretrain") else {}
+    summary = summarize(run, stage_times, probes, figures, closed_book, null)
+    write_json_atomic(run.folder / "summary.json", summary)
+    draw_curves(run.folder, null)
+    print_summary(run, stage_times, probes, figures, summary)
+
+
+def cached(run: Run, name: str, measure: object) -> dict:
+    """The result of a measurement, made once a run and kept in `evaluations/NAME.json`."""
+    path = run.folder / "evaluations" / f"{name}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_json_atomic(path, measure())  # type: ignore[operator]
+    return json.loads(path.read_text())
+
+
+def closed_book_accuracy(run: Run) -> dict[str, float]:
+    """Cloze closed book: the test questions' facts as statements, span masked, read with the null passage alone."""
+    path, reader = run.data("closed_book"), run.latest("reader", before="finetune")
+    assert path is not None
+    if reader is None:
+        return {}
+    items = load_probe(path, run, split="test")
+    return {"closed_book_accuracy": masked_accuracy(load_reader(reader), run, [item.example for item in items], [NULL] * len(items))}
+
+
+def null_masses(run: Run) -> dict[str, list[float]]:
+    """p(null|x) of every statement whose fact stands in a passage (`known`) and of every one whose fact stands in none (`orphan`)."""
+    retriever, _ = load_retriever(run.model("pretrain") / "retriever")
+    reader = load_reader(run.model("pretrain") / "reader")
+    search = FrozenSearch(retriever, run.passages, batch_maker(run))
+    masses = {}
+    for name, field in (("known", "probe"), ("orphan", "orphans")):
+        path = run.data(field)
+        if path is not None:
+            examples = [item.example for item in load_probe(path, run)]
+            masses[name] = read_retrieved(run, retriever, reader, examples, search(examples, run.config.pretrain.candidates - 1))[1].tolist()
+    return masses
+
+
+def summarize(
+    run: Run,
+    stage_times: dict[str, float],
+    probes: dict[str, dict[str, float]],
+    figures: dict[str, float],
+    closed_book: dict[str, float],
+    null: dict[str, list[float]],
+) -> dict[str, float]:
+    """What goes to `summary.json`: shares in percent, times in seconds; a figure that was not measured is left out."""
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    swaps = Counter(row["index"] for row in metrics.get("pretrain", []))
+    summary = {name: figures[name] for name in ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@5", "random_passage_em", "oracle_em") if name in figures}
+    summary |= closed_book
+    for stage, short in (("ict", "ict"), ("pretrain", "realm")):
+        for name in ("recall@1", "recall@5", "exact_recall@1", "exact_recall@5"):
+            if name in probes.get(stage, {}):
+                summary[f"masked_span_{name}_{short}"] = probes[stage][name]
+    summary |= {f"null_mass_{name}": 100.0 * float(np.mean(values)) for name, values in null.items()}
+    summary["index_versions_swapped"] = max(0, len(swaps) - 1)
+    summary["train_seconds"] = sum(seconds for stage, seconds in stage_times.items() if stage in STAGES)
+    summary["total_seconds"] = sum(stage_times.values())
+    summary["seed"] = run.config.seed
+    return {name: round(value, 2) for name, value in summary.items()}
+
+

@@ -1,0 +1,136 @@
+"""The run folder: where each stage keeps its checkpoints and its result, and the one resolved config that every program reads.
+
+    runs/NAME/
+      config.yaml                     resolved; written once
+      STAGE/checkpoints/step-000500/  to resume the stage
+      STAGE/model/retriever, reader   its result, written last: a stage with a `model` folder has ended
+      encoders/ indexes/ refresher/ lineage.json   see `realm.publish` and `index`
+      metrics.jsonl tensorboard/ evaluations/
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from realm.config import RealmConfig, dump_config, load_config
+from realm.corpus import PreparedCorpus
+from realm.errors import UserError
+from realm.inputs import Wordpieces
+from realm.tokenizer import load_tokenizer
+
+BUILTIN = "builtin:"
+"""Prefix of paths inside the built-in corpus."""
+
+STAGES = ("ict", "reader_warmup", "pretrain", "finetune")
+"""Training stages in the order in which they build on each other."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its config."""
+
+    folder: Path
+    config: RealmConfig
+
+    @classmethod
+    def create(cls, config: RealmConfig) -> "Run":
+        """Make the folder with its config, or go on with one that holds the same config.
+
+        Raises UserError where the folder holds another config.
+        """
+        folder = Path(config.run)
+        path, text = folder / "config.yaml", dump_config(config)
+        if path.exists():
+            if path.read_text() != text:
+                old, new = path.read_text().splitlines(), text.splitlines()
+                changed = [line[2:].strip() for line in difflib.ndiff(old, new) if line.startswith("+ ")]
+                raise UserError(
+                    f"run folder {folder} exists with another config (now: {'; '.join(changed[:4]) or 'fewer fields'}); "
+                    "give another folder with --run, or restore the config."
+                )
+            return cls(folder, config)
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"run folder {folder} exists and holds no config.yaml; give another folder or empty it.")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".config.yaml"
+        temporary.write_text(text)
+        temporary.rename(path)
+        return cls(folder, config)
+
+    @classmethod
+    def open(cls, folder: Path, overrides: Sequence[str] = ()) -> "Run":
+        """Read an existing run; overrides hold for this program alone. Raises UserError where there is none."""
+        path = folder / "config.yaml"
+        if not path.exists():
+            raise UserError(f"{folder} is no run folder (no config.yaml); start one with `realm ict --config …` or check the path.")
+        return cls(folder, load_config(path, overrides))
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage."""
+        return self.folder / name
+
+    def model(self, name: str) -> Path:
+        """Folder of a stage's result."""
+        return self.folder / name / "model"
+
+    def finished(self, name: str) -> bool:
+        """Whether the stage has ended."""
+        return self.model(name).exists()
+
+    def latest(self, part: str, before: str | None = None) -> Path | None:
+        """The newest `retriever` or `reader` written by a stage, of those before stage `before` if given."""
+        stages = STAGES[: STAGES.index(before)] if before else STAGES
+        for name in reversed(stages):
+            if (self.model(name) / part).exists():
+                return self.model(name) / part
+        return None
+
+    def require(self, part: str, remedy: str) -> Path:
+        """`latest(part)`; raises UserError with the remedy where no stage has written it yet."""
+        path = self.latest(part)
+        if path is None:
+            raise UserError(f"run {self.folder} has no trained {part} yet; {remedy}.")
+        return path
+
+    @property
+    def prepared(self) -> Path:
+        """Folder of the prepared corpus."""
+        return Path(self.config.corpus.prepared)
+
+    @cached_property
+    def passages(self) -> PreparedCorpus:
+        """The passages to retrieve from."""
+        return PreparedCorpus.open(self.prepared / "passages")
+
+    @cached_property
+    def statements(self) -> PreparedCorpus:
+        """The sentences to mask: a corpus of their own, or the passages."""
+        return self.passages if self.config.corpus.statements is None else PreparedCorpus.open(self.prepared / "statements")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer the corpus was prepared with."""
+        return load_tokenizer(str(self.prepared / "tokenizer"))
+
+    @cached_property
+    def wordpieces(self) -> Wordpieces:
+        """Its special tokens."""
+        return Wordpieces.of(self.tokenizer)
+
+    def data(self, field: str) -> Path | None:
+        """File named by a field of the config's `data` section, `builtin:` resolved."""
+        name = getattr(self.config.data, field)
+        return None if name is None else self.source(name)
+
+    def source(self, name: str) -> Path:
+        """A path of the config: `builtin:NAME` is a file of the built-in corpus, written by `realm prepare`."""
+        return source_path(name, self.prepared)
+
+
+def source_path(name: str, prepared: Path) -> Path:
+    """See `Run.source`."""
+    return prepared / "gazetteer" / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name)

@@ -1,0 +1,86 @@
+"""A corpus and an encoder small enough for tests, and a refresher over them as a program: fake_refresher.py RUN SECONDS_PER_BATCH [ONCE]."""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from index.encode import Encoder, SpecialIds, encode_passages
+from index.refresh import refresh
+from realm.config import RefreshConfig
+from realm.publish import Version, published
+
+DIM = 8
+SPECIAL_IDS = SpecialIds(cls=1, sep=2, pad=0)
+MAX_TOKENS = 16
+TOKENIZER = "tokenizer-of-tests"
+CONFIG = RefreshConfig(shard_rows=10, token_budget=64, poll_s=0.05, keep_last=2, grace_s=0.0, lease_expiry_s=1.0)
+
+
+class FakeCorpus:
+    """Sixty passages of random wordpieces."""
+
+
+    def __init__(self, num_rows: int = 60, seed: int = 0) -> None:
+        self.manifest = {"tokenizer": TOKENIZER}
+        rng = np.random.default_rng(seed)
+        self._titles = [rng.integers(3, 100, rng.integers(0, 4)).astype(np.int32) for _ in range(num_rows)]
+        self._texts = [rng.integers(3, 100, rng.integers(1, 20)).astype(np.int32) for _ in range(num_rows)]
+        self.lengths = np.array([len(title) + len(text) for title, text in zip(self._titles, self._texts, strict=True)])
+        self.fingerprint = hashlib.sha256(b"".join(text.tobytes() for text in self._texts)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def title_ids(self, row: int) -> np.ndarray:
+        return self._titles[row]
+
+    def text_ids(self, row: int) -> np.ndarray:
+        return self._texts[row]
+
+
+class FakeRetriever(nn.Module):
+    """Sum of token vectors, weighted by position so that order and padding count."""
+
+    dim = DIM
+
+    def __init__(self, seed: int, seconds_per_batch: float = 0.0) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, DIM)
+        with torch.no_grad():
+            self.table.weight.copy_(torch.randn(100, DIM, generator=torch.Generator().manual_seed(seed)))
+        self.seconds_per_batch = seconds_per_batch
+        self.batch_shapes: list[tuple[int, int]] = []
+
+    def embed_passages(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        assert not self.training and torch.is_inference_mode_enabled()
+        time.sleep(self.seconds_per_batch)
+        self.batch_shapes.append(tuple(ids_BL.shape))
+        weight_BL = mask_BL / (1 + torch.arange(ids_BL.shape[1]))
+        return (self.table(ids_BL) * weight_BL[..., None]).sum(1)
+
+
+def export(run: Path, attempt: int, step: int) -> Path:
+    """What the trainer does: publish an encoder, here only the seed of its weights."""
+    folder = run / "encoders" / Version(attempt, step).name
+    with published(folder) as temporary:
+        (temporary / "seed").write_text(f"{attempt}{step}")
+    return folder
+
+
+def load(folder: Path, seconds_per_batch: float = 0.0) -> Encoder:
+    retriever = FakeRetriever(int((folder / "seed").read_text()), seconds_per_batch)
+    return Encoder(retriever, SPECIAL_IDS, MAX_TOKENS, TOKENIZER)  # type: ignore[arg-type]
+
+
+def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
+    return encode_passages(load(folder).retriever, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    run_folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
+    refresh(run_folder, CONFIG, FakeCorpus(), once="once" in sys.argv, load=lambda folder: load(folder, seconds))  # type: ignore[arg-type]

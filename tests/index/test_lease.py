@@ -1,0 +1,108 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from index.lease import Lease, LeaseLost
+
+EXPIRY_S = 0.6
+
+
+def acquire(lease: Lease, timeout_s: float = 10.0) -> float:
+    """Seconds until the lease was acquired."""
+    started = time.monotonic()
+    while not lease.try_acquire():
+        assert time.monotonic() - started < timeout_s, "the lease was never granted"
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def start_holder(folder: Path) -> subprocess.Popen[str]:
+    code = """
+        import sys, time
+        from pathlib import Path
+        from index.lease import Lease
+        lease = Lease(Path(sys.argv[1]), "other process", float(sys.argv[2]))
+        while not lease.try_acquire():
+            time.sleep(0.02)
+        print("acquired", flush=True)
+        sys.stdin.readline()
+        print("held" if lease.still_held() else "lost", flush=True)
+        lease.release()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder), str(EXPIRY_S)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "acquired\n"
+    return holder
+
+
+def test_a_living_holder_keeps_everyone_else_out_and_release_lets_them_in_at_once(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    with Lease(tmp_path, "me", EXPIRY_S) as lease:
+        until = time.monotonic() + 3 * EXPIRY_S
+        while time.monotonic() < until:
+            assert not lease.try_acquire()
+            time.sleep(0.02)
+        assert lease.current_holder() == "other process"
+        assert holder.communicate("go\n", timeout=10)[0] == "held\n"
+        assert lease.try_acquire()
+        assert lease.epoch == 2 and lease.still_held()
+
+
+def test_a_killed_holder_is_followed_after_the_expiry_under_a_higher_epoch(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    holder.kill()
+    holder.communicate()
+    with Lease(tmp_path, "me", EXPIRY_S) as lease:
+        assert acquire(lease) >= EXPIRY_S
+        assert lease.epoch == 2
+
+
+def test_a_holder_frozen_and_woken_after_takeover_knows_that_it_lost(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with Lease(tmp_path, "me", EXPIRY_S) as lease:
+        acquire(lease)
+        os.kill(holder.pid, signal.SIGCONT)
+        assert holder.communicate("go\n", timeout=10)[0] == "lost\n"
+        lease.check()
+        assert lease.still_held(), "the release of a lost lease must not end ours"
+
+
+def test_the_one_who_lost_may_not_publish(tmp_path: Path) -> None:
+    with Lease(tmp_path, "slow", EXPIRY_S) as lease:
+        acquire(lease)
+        (tmp_path / "epoch-000002").mkdir()
+        with pytest.raises(LeaseLost, match="epoch 1"):
+            lease.check()
+
+
+def test_of_many_who_rush_for_a_free_lease_one_gets_it(tmp_path: Path) -> None:
+    leases = [Lease(tmp_path, f"thread {i}", EXPIRY_S) for i in range(16)]
+    start, granted = threading.Barrier(len(leases)), []
+
+    def rush(lease: Lease) -> None:
+        start.wait()
+        if lease.try_acquire():
+            granted.append(lease)
+
+    threads = [threading.Thread(target=rush, args=(lease,)) for lease in leases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [lease.epoch for lease in granted] == [1]
+    granted[0].release()
+
+
+def test_a_crash_between_the_epoch_and_its_first_heartbeat_blocks_nobody_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "epoch-000007").mkdir()
+    with Lease(tmp_path, "me", EXPIRY_S) as lease:
+        assert acquire(lease) >= EXPIRY_S
+        assert lease.epoch == 8

@@ -1,0 +1,444 @@
+"""Preparing a corpus: sentences, blocks, spans, order, fingerprint, and kills at any moment."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import realm.prepare
+from realm.blocks import align_spans, cut_blocks, sentence_bounds, text_hash
+from realm.corpus import PreparedCorpus
+from realm.errors import UserError
+from realm.prepare import prepare_corpus
+from realm.salient_spans import SPAN_TYPES, SalientSpan
+from realm.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
+
+PLACES = ("Danube", "Black Forest", "Black Sea", "Rhine", "Zürich")
+
+
+class StubTagger:
+    """Marks the names in PLACES and numbers; `delay` seconds a text; notes its process and the texts it saw in `log`."""
+
+    def __init__(self, name="stub", delay=0.0, log=None):
+        self.name, self.delay, self.log = name, delay, log
+
+    def tag(self, texts):
+        for text in texts:
+            if self.log is not None:
+                with open(self.log, "a") as file:
+                    file.write(f"{os.getpid()}\n")
+            time.sleep(self.delay)
+            names = [(match.start(), match.end(), "place") for match in re.finditer("|".join(PLACES), text)]
+            numbers = [(match.start(), match.end(), "number") for match in re.finditer("[0-9]+", text)]
+            yield tuple(SalientSpan(*span) for span in sorted(names + numbers))
+
+
+def make_documents(num_documents):
+    documents = []
+    for i in range(num_documents):
+        sentences = [f"The river {PLACES[(i + j) % 5]} has {i * 7 + j} bridges near Mt. Foo, e.g. number {j}." for j in range(1 + i % 4)]
+        documents.append({"id": f"doc{i}", "title": f"River {i}", "text": "  ".join(sentences) + " [MASK]" * (i % 3 == 0)})
+    return documents
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [document["text"] for document in make_documents(50)] + ["the cat sat 한국어 naïve Ünder Zürich 東京 [MASK] ( ) \" ' ! ? ,"]
+    return train_wordpiece(texts, TokenizerConfig(vocab_size=300))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(realm.prepare, "CHUNK_DOCUMENTS", 20)
+
+
+def prepare(tmp_path, tokenizer, documents=None, out="out", name="corpus.jsonl", **changes):
+    source = tmp_path / name
+    if documents is not None:
+        write_jsonl(source, documents)
+    options = {"block_tokens": 48, "tagger": StubTagger(), "num_workers": 1} | changes
+    return prepare_corpus(source, tmp_path / out, tokenizer, **options)
+
+
+SENTENCES = {
+    "plain": ["The Rhine is long. ", "It ends in the sea! ", "Does it? ", "Yes."],
+    "titles and initials": ["Dr. Smith met J. K. Rowling and Prof. X in St. Louis. ", "Mr. and Mrs. Poe came."],
+    "acronyms": ["He lived in the U.S. He left Washington, D.C. in May. ", "Then he died."],
+    "numbers": ["It is 3.5 km, no. 5 on p. 7 of vol. 2, since Jan. 5. ", "In Jan. ", "Snow fell."],
+    "lower case": ["They watched Yahoo! news at 10 p.m. today, etc. and left. ", "Good."],
+    "spaced": ["The Rhine is long . ", "He moved to the U.S. . ", "A U.S . Senator , Mr . Poe , came . ", "Eek ! ", "The end ."],
+    "quotes": ['He said "Go!" ', "Then (at last.) ", "“Stay.” ", "She left."],
+    "notes": ["It won.[3] ", "It lost . [ citation needed ] ", "Later it won."],
+    "dots": ["Well... ", "Now what?! ", "Nothing…"],
+    "uncased": ["all is low. ", "it still ends. ", "so it is."],
+    "paragraphs": ["A heading\n\n", "Its text. ", "More.\n"],
+    "no space between": ["彼は来た。", "「行く。」", "彼女は！", "終"],
+    "junior": ["Tom Poe Jr. ( born 1950 ) sings. ", "He met Al Poe Jr. ", "Al left."],
+    "stray mark": ["All over . . ", "The rest"],
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_sentences(kind):
+    text = "".join(SENTENCES[kind])
+    bounds = sentence_bounds(text)
+    assert [text[start:end] for start, end in zip(bounds, [*bounds[1:], len(text)], strict=True)] == SENTENCES[kind]
+
+
+words = st.sampled_from([*"aZ.!?,()[]\"'…。", "the", "Cat.", "Dr.", "한국어", "naïve", "e\u0301", "Zürich", "東京", "\u200b", "\ufffd", "\x1c", "x" * 120, "qzj" * 30])
+texts = st.lists(st.tuples(words, st.sampled_from(["", " ", "  ", "\n", "\n\n", "\u3000"])), max_size=60).map(
+    lambda pairs: "".join(word + space for word, space in pairs)
+) | st.text(max_size=200)
+
+
+@given(texts)
+def test_sentence_bounds_cut_in_order_and_behind_white_space(text):
+    bounds = sentence_bounds(text)
+    assert bounds == sorted(set(bounds)) and bounds[0] == 0 and bounds[-1] <= max(0, len(text) - 1)
+    assert not any(text[bound].isspace() for bound in bounds[1:])
+
+
+@settings(deadline=None)
+@given(texts.filter(str.strip), st.integers(8, 60))
+@example("qzj" * 30 + " " + "한국어" * 40, 8)
+def test_blocks_put_together_are_the_document(tokenizer, text, max_tokens):
+    ids, offset_L2 = encode_plain(tokenizer, [text])[0]
+    if not len(ids):
+        return
+    is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
+    bounds = sentence_bounds(text)
+    blocks = cut_blocks(len(text), offset_L2, is_word_start_L, bounds, max_tokens)
+    assert "".join(text[block.start : block.end] for block in blocks) == text
+    assert [block.first for block in blocks] == [0, *(block.last for block in blocks[:-1])] and blocks[-1].last == len(ids)
+    for block in blocks:
+        starts = block.sentence_starts
+        assert 0 < block.last - block.first <= max_tokens
+        assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < block.last - block.first
+        offsets = offset_L2[block.first : block.last]
+        assert offsets.min() >= block.start and offsets.max() <= block.end
+    if all(is_word_start_L[block.first] for block in blocks):
+        alone = encode_plain(tokenizer, [text[block.start : block.end] for block in blocks])
+        assert np.array_equal(np.concatenate([block_ids for block_ids, _ in alone]), ids)
+
+
+def test_whole_sentences_are_packed_greedily(tokenizer):
+    text = "The cat sat. The cat sat. The cat sat. "
+    _, offset_L2 = encode_plain(tokenizer, [text])[0]
+    per_sentence = len(offset_L2) // 3
+    blocks = cut_blocks(len(text), offset_L2, np.ones(len(offset_L2), bool), sentence_bounds(text), 2 * per_sentence + 1)
+    assert [text[block.start : block.end] for block in blocks] == ["The cat sat. The cat sat. ", "The cat sat. "]
+    assert [block.sentence_starts for block in blocks] == [[0, per_sentence], [0]]
+
+
+def test_long_sentence_is_cut_between_words(tokenizer):
+    text = "The cat sat. " + "naïve Zürich river bridges " * 20
+    ids, offset_L2 = encode_plain(tokenizer, [text])[0]
+    is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
+    blocks = cut_blocks(len(text), offset_L2, is_word_start_L, sentence_bounds(text), 16)
+    pieces = [text[block.start : block.end] for block in blocks]
+    assert pieces[0] == "The cat sat. "
+    assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
+
+
+def test_spans_that_cut_a_wordpiece_or_cross_a_sentence_are_dropped():
+    offset_L2 = np.array([[0, 3], [4, 7], [7, 8], [9, 12], [13, 16]])
+    spans = [(0, 3, "place"), (0, 7, "date"), (1, 3, "cut"), (4, 6, "cut"), (4, 12, "crosses"), (8, 9, "nothing"), (9, 16, "other")]
+    assert list(align_spans(offset_L2, [0, 3], spans)) == [(0, 1, "place"), (0, 2, "date"), (3, 5, "other")]
+
+
+def test_text_hash_is_blind_to_case_and_white_space_only():
+    assert text_hash("The  Danube\nflows ") == text_hash("the danube flows")
+    assert text_hash("the danube flows") != text_hash("the danube flow s")
+
+
+def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
+    documents = make_documents(55)
+    corpus = prepare(tmp_path, tokenizer, documents)
+    assert corpus.manifest["documents"] == 55 and corpus.manifest["blocks"] == len(corpus) > 55
+    rows_of = {}
+    for row in range(len(corpus)):
+        rows_of.setdefault(corpus.document(row), []).append(row)
+    assert [row for i in range(55) for row in rows_of[i]] == list(range(len(corpus)))
+    for i, document in enumerate(documents):
+        rows = rows_of[i]
+        assert "".join(corpus.text(row) for row in rows) == document["text"]
+        assert [corpus.place(row) for row in rows] == list(range(len(rows)))
+        expected = [document["id"]] if len(rows) == 1 else [f"{document['id']}#{place}" for place in range(len(rows))]
+        assert [corpus.ids[row] for row in rows] == expected
+        assert {corpus.title(row) for row in rows} == {document["title"]}
+        text_ids = encode_plain(tokenizer, [document["text"]])[0][0]
+        assert np.array_equal(np.concatenate([corpus.text_ids(row) for row in rows]), text_ids)
+        for row in rows:
+            assert np.array_equal(corpus.title_ids(row), encode_plain(tokenizer, [document["title"]])[0][0])
+            assert corpus.text_hash(row) == text_hash(corpus.text(row))
+            assert corpus.row_of_id(corpus.ids[row]) == row
+    assert corpus.lengths.tolist() == [len(corpus.title_ids(row)) + len(corpus.text_ids(row)) for row in range(len(corpus))]
+    assert corpus.lengths.max() + 3 <= 48
+    assert tokenizer.mask_token_id not in np.concatenate([corpus.text_ids(row) for row in range(len(corpus))])
+    assert list(corpus.ids) == [corpus.ids[row] for row in range(len(corpus))]
+    assert corpus.ids[1:3] == [corpus.ids[1], corpus.ids[2]]
+
+
+def test_spans_are_the_taggers(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    num_spans = 0
+    for row in range(len(corpus)):
+        expected = next(iter(StubTagger().tag([corpus.text(row)])))
+        _, offset_L2 = encode_plain(tokenizer, [corpus.text(row)])[0]
+        starts, ends, types = corpus.spans(row)
+        found = [(offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)]
+        assert found == list(expected)
+        num_spans += len(found)
+    assert corpus.manifest["spans"] == num_spans > 100
+    assert corpus.manifest["spans_dropped"] == 0 and corpus.manifest["span_pipeline"] == "stub"
+
+
+def test_spans_that_do_not_align_are_counted(tmp_path, tokenizer):
+    class Careless(StubTagger):
+        def tag(self, texts):
+            return ((SalientSpan(0, 3, "other"), SalientSpan(1, 3, "other")) for _ in texts)
+
+    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "text": "The cat sat."}], tagger=Careless())
+    assert (corpus.manifest["spans"], corpus.manifest["spans_dropped"]) == (1, 1)
+
+
+def test_long_title_leaves_room_for_text(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "title": "cat " * 100, "text": "The cat sat. " * 10}])
+    assert corpus.lengths.max() + 3 <= 48
+    assert len(corpus.title_ids(0)) == 22 and corpus.title(0) == "cat " * 100
+
+
+def test_arrays_are_read_only_views(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(3))
+    for array in (corpus.text_ids(0), corpus.title_ids(0), corpus.sentence_starts(0), *corpus.spans(0)):
+        assert not array.flags.owndata and not array.flags.writeable
+    assert corpus.text_ids(0).dtype == np.int32
+    for row in (-1, len(corpus)):
+        with pytest.raises(IndexError, match=f"row {row} "):
+            corpus.text_ids(row)
+    with pytest.raises(KeyError):
+        corpus.row_of_id("nobody")
+
+
+def _texts_seen(corpus):
+    return [corpus.text(row) for row in range(len(corpus))]
+
+
+def test_two_processes_map_the_same_file(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_texts_seen, (corpus,)) == _texts_seen(corpus)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(corpus.path / "blocks.arrow"))]
+    assert mapped and all(" r--s " in line for line in mapped), "mapped shared, not copied"
+
+
+FILES = ("blocks.arrow", "manifest.json")
+
+
+def contents(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def test_processes_change_nothing(tmp_path, tokenizer):
+    prepare(tmp_path, tokenizer, make_documents(90), out="one/out")
+    seen = []
+    log = tmp_path / "log"
+    options = {"num_workers": 2, "tagger": StubTagger(log=str(log)), "progress": lambda done, total: seen.append((done, total))}
+    prepare(tmp_path, tokenizer, out="two/out", **options)
+    assert contents(tmp_path / "one/out") == contents(tmp_path / "two/out")
+    assert str(os.getpid()) not in log.read_text().split()
+    assert seen[-1] == (90, 90) and [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) == 5
+
+
+def test_finished_folder_is_used_at_once(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    before = (tmp_path / "out/blocks.arrow").stat().st_mtime_ns
+    (tmp_path / "out/shards").mkdir()  # a kill just before the last act
+    again = prepare(tmp_path, tokenizer, progress=lambda done, total: pytest.fail("prepared again"))
+    assert again.fingerprint == corpus.fingerprint
+    assert (tmp_path / "out/blocks.arrow").stat().st_mtime_ns == before
+    contents(tmp_path / "out")
+
+
+CHANGES = {
+    "file of documents": {"documents": make_documents(31)},
+    "tokenizer": {},
+    "block_tokens": {"block_tokens": 64},
+    "span pipeline": {"tagger": StubTagger("another")},
+}
+
+
+@pytest.mark.parametrize("half_done", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_inputs_are_refused_naming_folder_and_difference(tmp_path, tokenizer, what, half_done):
+    class Stopping(StubTagger):
+        def tag(self, texts):
+            raise KeyboardInterrupt
+
+    if half_done:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, tokenizer, make_documents(30), tagger=Stopping())
+    else:
+        prepare(tmp_path, tokenizer, make_documents(30))
+    if what == "tokenizer":
+        tokenizer = train_wordpiece(["another text altogether"], TokenizerConfig(vocab_size=100))
+    with pytest.raises(UserError, match=f"{tmp_path / 'out'} holds .* with another {what}") as caught:
+        prepare(tmp_path, tokenizer, **CHANGES[what])
+    assert str(caught.value).count("another") == 1 + str(caught.value).count("now another") + str(caught.value).count("give another")
+
+
+def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
+    import gzip
+
+    documents = make_documents(5)
+    prints = {}
+
+    def fingerprint(name, changed, **changes):
+        return prepare(tmp_path, changes.pop("tokenizer", tokenizer), changed, out=name, name=f"{name}.jsonl", **changes).fingerprint
+
+    prints["plain"] = fingerprint("plain", documents)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
+    assert prepare(tmp_path, tokenizer, name="packed.jsonl.gz", out="packed").fingerprint == prints["plain"]
+    assert prepare(tmp_path, tokenizer, name="plain.jsonl", out="tagged", tagger=StubTagger("b")).fingerprint == prints["plain"]
+    prints["order"] = fingerprint("order", documents[::-1])
+    prints["text"] = fingerprint("text", [documents[0] | {"text": "The cat."}, *documents[1:]])
+    prints["title"] = fingerprint("title", [documents[0] | {"title": "Cat"}, *documents[1:]])
+    prints["id"] = fingerprint("id", [documents[0] | {"id": "cat"}, *documents[1:]])
+    prints["shifted"] = fingerprint("shifted", [documents[0] | {"id": "doc0R", "title": "iver 0"}, *documents[1:]])
+    prints["block"] = fingerprint("block", documents, block_tokens=49)
+    prints["tokenizer"] = fingerprint("tokenizer", documents, tokenizer=train_wordpiece(["the cat"], TokenizerConfig(vocab_size=100)))
+    assert len(set(prints.values())) == len(prints)
+
+
+def test_bad_records_leave_nothing_behind_or_are_counted(tmp_path, tokenizer, caplog):
+    source = write_jsonl(tmp_path / "corpus.jsonl", [*make_documents(25), {"id": "doc3", "text": "again"}])
+    with pytest.raises(UserError, match=f"{source}:26: duplicate id 'doc3', first on line 4"):
+        prepare(tmp_path, tokenizer)
+    assert not (tmp_path / "out").exists()
+    corpus = prepare(tmp_path, tokenizer, skip_bad=True)
+    assert (corpus.manifest["skipped"], corpus.manifest["documents"]) == (1, 25)
+    assert f"{source}:26: duplicate id" in caplog.text
+    with pytest.raises(UserError, match="duplicate id"):
+        prepare(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_tokens": 15}, "block_tokens must be at least 16, got 15"),
+        ({"num_workers": -1}, "num_workers must be 0 .* got -1"),
+        ({"name": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"out": "corpus.jsonl"}, "corpus.jsonl is a file"),
+        ({"out": "."}, "is not empty and holds no prepared corpus"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(tmp_path, tokenizer, changes, reason):
+    write_jsonl(tmp_path / "corpus.jsonl", make_documents(2))
+    with pytest.raises(UserError, match=reason) as caught:
+        prepare(tmp_path, tokenizer, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_altered_prepared_files_are_refused(tmp_path, tokenizer):
+    prepare(tmp_path, tokenizer, make_documents(30))
+    blocks, manifest = tmp_path / "out/blocks.arrow", tmp_path / "out/manifest.json"
+    whole = blocks.read_bytes()
+    blocks.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes but its manifest says {len(whole)}"):
+        PreparedCorpus.open(tmp_path / "out")
+    blocks.write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match="is damaged"):
+        PreparedCorpus.open(tmp_path / "out")
+    blocks.write_bytes(whole)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"blocks": 3}))
+    with pytest.raises(UserError, match="rows but its manifest says 3"):
+        PreparedCorpus.open(tmp_path / "out")
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import realm.prepare
+from realm.tokenizer import load_tokenizer
+from test_prepare import StubTagger
+if __name__ == "__main__":
+    realm.prepare.CHUNK_DOCUMENTS = 20
+    realm.prepare.prepare_corpus(Path({source!r}), Path({out!r}), load_tokenizer({tokenizer!r}), 48, StubTagger(delay=0.02, log={log!r}), {num_workers})
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_killed_and_started_again_it_goes_on(tmp_path, tokenizer, num_workers):
+    documents = make_documents(200)
+    prepare(tmp_path, tokenizer, documents, out="whole/out")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    program = tmp_path / "program.py"
+    log, out = tmp_path / "log", tmp_path / "killed/out"
+    values = {"tests": Path(__file__).parent, "source": tmp_path / "corpus.jsonl", "out": out, "tokenizer": tmp_path / "tokenizer", "log": log}
+    program.write_text(textwrap.dedent(PROGRAM.format(num_workers=num_workers, **{key: str(value) for key, value in values.items()})))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, str(program)], env=environment)
+    deadline = time.monotonic() + 60
+    while len(list((out / "shards").glob("0*.arrow"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in set(log.read_text().split())):
+        assert time.monotonic() < deadline, "processes outlive their killed parent"
+        time.sleep(0.05)
+
+    def inodes():
+        return {path.name: path.stat().st_ino for path in (out / "shards").glob("0*.arrow")}
+
+    finished = inodes()
+    assert 3 <= len(finished) < 10
+    after = {}
+    prepare(tmp_path, tokenizer, out="killed/out", progress=lambda done, total: after.update(inodes()))
+    assert len(after) == 10 and finished.items() <= after.items(), "finished shards were made again"
+    assert contents(out) == contents(tmp_path / "whole/out")
+
+
+@pytest.mark.real_data
+def test_real_passages_lose_nothing(shared_data, tmp_path):
+    import gzip
+
+    from realm.tokenizer import load_tokenizer
+
+    with gzip.open(shared_data / "wiki" / "passages.jsonl.gz", "rt", encoding="utf-8") as file:
+        documents = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
+    tokenizer = load_tokenizer(str(shared_data / "vocab" / "bert-base-uncased-vocab.txt"))
+    corpus = prepare(tmp_path, tokenizer, documents, block_tokens=128)
+    texts = [""] * 300
+    for row in range(len(corpus)):
+        texts[corpus.document(row)] += corpus.text(row)
+    assert texts == [document["text"] for document in documents]
+    alone = encode_plain(tokenizer, [corpus.text(row) for row in range(len(corpus))])
+    assert all(np.array_equal(ids, corpus.text_ids(row)) for row, (ids, _) in enumerate(alone))
