@@ -237,6 +237,7 @@ def _deepspeed() -> Any:
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
         # A world of one has nobody to share memory with: no need to compile DeepSpeed's shared-memory collectives first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(verbose=False)

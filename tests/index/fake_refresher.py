@@ -1,4 +1,4 @@
-"""A corpus and an encoder small enough for tests, and a refresher over them as a program: fake_refresher.py RUN SECONDS_PER_BATCH [ONCE]."""
+"""A corpus and an encoder small enough for tests, and a refresher over them as a program: fake_refresher.py RUN SECONDS_PER_BATCH."""
 
 import hashlib
 import sys
@@ -23,7 +23,6 @@ CONFIG = RefreshConfig(shard_rows=10, token_budget=64, poll_s=0.05, keep_last=2,
 
 class FakeCorpus:
     """Sixty passages of random wordpieces."""
-
 
     def __init__(self, num_rows: int = 60, seed: int = 0) -> None:
         self.manifest = {"tokenizer": TOKENIZER}
@@ -83,4 +82,4 @@ def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
 
 if __name__ == "__main__":
     run_folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
-    refresh(run_folder, CONFIG, FakeCorpus(), once="once" in sys.argv, load=lambda folder: load(folder, seconds))  # type: ignore[arg-type]
+    refresh(run_folder, CONFIG, FakeCorpus(), load=lambda folder: load(folder, seconds))  # type: ignore[arg-type]

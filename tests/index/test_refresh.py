@@ -15,6 +15,7 @@ import pytest
 from fake_refresher import CONFIG, FakeCorpus, direct_embeddings, export, load
 
 from index.encode import BadEncoder, Encoder
+from index.lease import LeaseLost
 from index.refresh import TRAINING_ENDED, refresh, start_refresher
 from index.search import PassageIndex
 from realm.config import RefreshConfig
@@ -24,11 +25,10 @@ from realm.publish import start_attempt, versions_in
 PROGRAM = Path(__file__).parent / "fake_refresher.py"
 
 
-def start(run: Path, seconds_per_batch: float, *more: str) -> subprocess.Popen[str]:
+def start(run: Path, seconds_per_batch: float) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[2])}
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(run), str(seconds_per_batch), *more], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, str(PROGRAM), str(run), str(seconds_per_batch)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -137,6 +137,16 @@ def test_two_at_once_publish_every_version_once(run: Path, corpus: FakeCorpus) -
         assert not thread.is_alive(), "it ends when training has ended and nothing is left to do"
     assert len({name.rsplit("-e", 1)[0] for name in indexes(run)}) == len(indexes(run))
     assert "a01-step-002000-e1" in indexes(run)
+
+
+def test_one_that_lost_its_lease_stops_before_it_writes_anything(run: Path, corpus: FakeCorpus) -> None:
+    def taken_over_while_loading(folder: Path) -> Encoder:
+        (run / "refresher" / "lease" / "epoch-000002").mkdir()
+        return load(folder)
+
+    with pytest.raises(LeaseLost, match="epoch 1"):
+        refresh_once(run, corpus, load=taken_over_while_loading)
+    assert indexes(run) == [] and not list(run.rglob("shard-*"))
 
 
 def test_training_that_has_ended_still_gets_its_last_index(run: Path, corpus: FakeCorpus) -> None:

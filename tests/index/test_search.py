@@ -2,6 +2,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,11 @@ def test_k_beyond_the_corpus_names_both(tmp_path: Path) -> None:
 
 
 def test_a_flat_index_is_mapped_not_copied(tmp_path: Path) -> None:
-    folder = publish(tmp_path, Version(1, 500, 1), RNG.standard_normal((50_000, DIM)).astype(np.float32))
+    folder = publish(tmp_path, Version(1, 500, 1), np.ones((500_000, DIM), dtype=np.float32))
     before = _own_memory()
     index = PassageIndex.open(folder, "corpus")
-    index.search(QUERIES_BD, 3)
-    assert _own_memory() - before < 1_500_000, "3.2 MB of vectors must not be copied"
+    index.search(QUERIES_BD[:1], 1)
+    assert _own_memory() - before < 8_000_000, "32 MB of vectors must not be copied"
 
 
 def _own_memory() -> int:
@@ -129,10 +130,8 @@ def test_any_flipped_bit_is_refused_or_harmless(tmp_path: Path) -> None:
             broken[position] ^= 1 << int(RNG.integers(8))
             path.unlink()  # a mapped file must not change under its reader
             path.write_bytes(bytes(broken))
-            try:
+            with suppress(IndexRefused):
                 np.testing.assert_array_equal(PassageIndex.open(folder, "corpus").search(QUERIES_BD, 5)[1], sound)
-            except IndexRefused:
-                pass
         path.unlink()
         path.write_bytes(data)
 

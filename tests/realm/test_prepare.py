@@ -1,13 +1,12 @@
 """Preparing a corpus: sentences, blocks, spans, order, fingerprint, and kills at any moment."""
 
+import gzip
 import json
-import multiprocessing
 import os
-import re
+import pickle
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stub_tagger import PLACES, StubTagger
 
 import realm.prepare
 from realm.blocks import align_spans, cut_blocks, sentence_bounds, text_hash
@@ -24,24 +24,8 @@ from realm.prepare import prepare_corpus
 from realm.salient_spans import SPAN_TYPES, SalientSpan
 from realm.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
 
-PLACES = ("Danube", "Black Forest", "Black Sea", "Rhine", "Zürich")
-
-
-class StubTagger:
-    """Marks the names in PLACES and numbers; `delay` seconds a text; notes its process and the texts it saw in `log`."""
-
-    def __init__(self, name="stub", delay=0.0, log=None):
-        self.name, self.delay, self.log = name, delay, log
-
-    def tag(self, texts):
-        for text in texts:
-            if self.log is not None:
-                with open(self.log, "a") as file:
-                    file.write(f"{os.getpid()}\n")
-            time.sleep(self.delay)
-            names = [(match.start(), match.end(), "place") for match in re.finditer("|".join(PLACES), text)]
-            numbers = [(match.start(), match.end(), "number") for match in re.finditer("[0-9]+", text)]
-            yield tuple(SalientSpan(*span) for span in sorted(names + numbers))
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
 
 
 def make_documents(num_documents):
@@ -88,7 +72,7 @@ SENTENCES = {
     "dots": ["Well... ", "Now what?! ", "Nothing…"],
     "uncased": ["all is low. ", "it still ends. ", "so it is."],
     "paragraphs": ["A heading\n\n", "Its text. ", "More.\n"],
-    "no space between": ["彼は来た。", "「行く。」", "彼女は！", "終"],
+    "no space between": ["彼は来た。", "「行く。」", "彼女は\uff01", "終"],
     "junior": ["Tom Poe Jr. ( born 1950 ) sings. ", "He met Al Poe Jr. ", "Al left."],
     "stray mark": ["All over . . ", "The rest"],
 }
@@ -101,7 +85,10 @@ def test_sentences(kind):
     assert [text[start:end] for start, end in zip(bounds, [*bounds[1:], len(text)], strict=True)] == SENTENCES[kind]
 
 
-words = st.sampled_from([*"aZ.!?,()[]\"'…。", "the", "Cat.", "Dr.", "한국어", "naïve", "e\u0301", "Zürich", "東京", "\u200b", "\ufffd", "\x1c", "x" * 120, "qzj" * 30])
+LONG_UNKNOWN, LONG_KNOWN = "x" * 120, "qzj" * 30
+words = st.sampled_from(
+    [*"aZ.!?,()[]\"'…。", "the", "Cat.", "Dr.", "한국어", "naïve", "e\u0301", "Zürich", "東京", "\u200b", "\ufffd", "\x1c", LONG_UNKNOWN, LONG_KNOWN]
+)
 texts = st.lists(st.tuples(words, st.sampled_from(["", " ", "  ", "\n", "\n\n", "\u3000"])), max_size=60).map(
     lambda pairs: "".join(word + space for word, space in pairs)
 ) | st.text(max_size=200)
@@ -141,13 +128,14 @@ def test_whole_sentences_are_packed_greedily(tokenizer):
     text = "The cat sat. The cat sat. The cat sat. "
     _, offset_L2 = encode_plain(tokenizer, [text])[0]
     per_sentence = len(offset_L2) // 3
-    blocks = cut_blocks(len(text), offset_L2, np.ones(len(offset_L2), bool), sentence_bounds(text), 2 * per_sentence + 1)
-    assert [text[block.start : block.end] for block in blocks] == ["The cat sat. The cat sat. ", "The cat sat. "]
-    assert [block.sentence_starts for block in blocks] == [[0, per_sentence], [0]]
+    for max_tokens in (2 * per_sentence, 3 * per_sentence - 1):
+        blocks = cut_blocks(len(text), offset_L2, np.ones(len(offset_L2), bool), sentence_bounds(text), max_tokens)
+        assert [text[block.start : block.end] for block in blocks] == ["The cat sat. The cat sat. ", "The cat sat. "]
+        assert [block.sentence_starts for block in blocks] == [[0, per_sentence], [0]]
 
 
 def test_long_sentence_is_cut_between_words(tokenizer):
-    text = "The cat sat. " + "naïve Zürich river bridges " * 20
+    text = "The cat sat. " + "Zürich river bridges naïve " * 20
     ids, offset_L2 = encode_plain(tokenizer, [text])[0]
     is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
     blocks = cut_blocks(len(text), offset_L2, is_word_start_L, sentence_bounds(text), 16)
@@ -202,7 +190,9 @@ def test_spans_are_the_taggers(tmp_path, tokenizer):
         expected = next(iter(StubTagger().tag([corpus.text(row)])))
         _, offset_L2 = encode_plain(tokenizer, [corpus.text(row)])[0]
         starts, ends, types = corpus.spans(row)
-        found = [(offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)]
+        found = [
+            (offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)
+        ]
         assert found == list(expected)
         num_spans += len(found)
     assert corpus.manifest["spans"] == num_spans > 100
@@ -236,16 +226,15 @@ def test_arrays_are_read_only_views(tmp_path, tokenizer):
         corpus.row_of_id("nobody")
 
 
-def _texts_seen(corpus):
-    return [corpus.text(row) for row in range(len(corpus))]
-
-
-def test_two_processes_map_the_same_file(tmp_path, tokenizer):
+def test_two_processes_share_the_pages(tmp_path, tokenizer):
     corpus = prepare(tmp_path, tokenizer, make_documents(30))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_texts_seen, (corpus,)) == _texts_seen(corpus)
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(corpus.path / "blocks.arrow"))]
-    assert mapped and all(" r--s " in line for line in mapped), "mapped shared, not copied"
+    program = "import sys, pickle; corpus = pickle.load(sys.stdin.buffer); print('|'.join(map(corpus.text, range(len(corpus)))), end='')"
+    run = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(corpus), env=ENVIRONMENT, capture_output=True, check=True)
+    assert run.stdout.decode() == "|".join(corpus.text(row) for row in range(len(corpus)))
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        mapped = [line.split()[1] for line in maps if line.endswith(str(corpus.path / "blocks.arrow"))]
+        assert mapped and all("w" not in permissions for permissions in mapped), "read-only pages of the file are one copy for all"
 
 
 FILES = ("blocks.arrow", "manifest.json")
@@ -256,15 +245,10 @@ def contents(folder):
     return [(folder / name).read_bytes() for name in FILES]
 
 
-def test_processes_change_nothing(tmp_path, tokenizer):
-    prepare(tmp_path, tokenizer, make_documents(90), out="one/out")
+def test_progress_counts_documents(tmp_path, tokenizer):
     seen = []
-    log = tmp_path / "log"
-    options = {"num_workers": 2, "tagger": StubTagger(log=str(log)), "progress": lambda done, total: seen.append((done, total))}
-    prepare(tmp_path, tokenizer, out="two/out", **options)
-    assert contents(tmp_path / "one/out") == contents(tmp_path / "two/out")
-    assert str(os.getpid()) not in log.read_text().split()
-    assert seen[-1] == (90, 90) and [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) == 5
+    prepare(tmp_path, tokenizer, make_documents(90), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(20, 90), (40, 90), (60, 90), (80, 90), (90, 90)]
 
 
 def test_finished_folder_is_used_at_once(tmp_path, tokenizer):
@@ -305,8 +289,6 @@ def test_other_inputs_are_refused_naming_folder_and_difference(tmp_path, tokeniz
 
 
 def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
-    import gzip
-
     documents = make_documents(5)
     prints = {}
 
@@ -373,16 +355,66 @@ def test_altered_prepared_files_are_refused(tmp_path, tokenizer):
         PreparedCorpus.open(tmp_path / "out")
 
 
+class Interrupted(StubTagger):
+    """Is stopped in the third chunk."""
+
+    chunks = 0
+
+    def tag(self, texts):
+        self.chunks += 1
+        if self.chunks == 3:
+            raise KeyboardInterrupt
+        return super().tag(texts)
+
+
+def shards_of(out):
+    return {path.name: path.stat().st_ino for path in (out / "shards").glob("0*.arrow")}
+
+
+def resume(tmp_path, tokenizer):
+    """Goes on with `killed/out` and checks that what was finished was kept and that the end is that of an uninterrupted run."""
+    prepare(tmp_path, tokenizer, out="whole/out")
+    out = tmp_path / "killed/out"
+    finished, after = shards_of(out), {}
+    prepare(tmp_path, tokenizer, out="killed/out", progress=lambda done, total: after.update(shards_of(out)))
+    assert finished.items() <= after.items(), "finished shards were made again"
+    assert contents(out) == contents(tmp_path / "whole/out")
+    return len(finished), len(after)
+
+
+def test_interrupted_and_started_again_it_goes_on(tmp_path, tokenizer):
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out", tagger=Interrupted())
+    assert resume(tmp_path, tokenizer) == (2, 5)
+
+
+def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeypatch):
+    write = realm.prepare.write_json_atomic
+
+    def interrupted(path, value):
+        if path.name == "manifest.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(realm.prepare, "write_json_atomic", interrupted)
+        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out")
+    with pytest.raises(UserError, match="not a finished prepared corpus"):
+        PreparedCorpus.open(tmp_path / "killed/out")
+    assert resume(tmp_path, tokenizer) == (5, 5)
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 import realm.prepare
 from realm.tokenizer import load_tokenizer
-from test_prepare import StubTagger
+from stub_tagger import StubTagger
 if __name__ == "__main__":
+    source, out, tokenizer, log = sys.argv[1:]
     realm.prepare.CHUNK_DOCUMENTS = 20
-    realm.prepare.prepare_corpus(Path({source!r}), Path({out!r}), load_tokenizer({tokenizer!r}), 48, StubTagger(delay=0.02, log={log!r}), {num_workers})
+    tagger = StubTagger(delay=0.02, log=log)
+    realm.prepare.prepare_corpus(Path(source), Path(out), load_tokenizer(tokenizer), 48, tagger, num_workers=2)
 """
 
 
@@ -393,43 +425,31 @@ def is_running(pid):
         return False
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_killed_and_started_again_it_goes_on(tmp_path, tokenizer, num_workers):
-    documents = make_documents(200)
-    prepare(tmp_path, tokenizer, documents, out="whole/out")
+def test_killed_with_its_processes_and_started_again_it_goes_on(tmp_path, tokenizer):
+    source = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    program = tmp_path / "program.py"
-    log, out = tmp_path / "log", tmp_path / "killed/out"
-    values = {"tests": Path(__file__).parent, "source": tmp_path / "corpus.jsonl", "out": out, "tokenizer": tmp_path / "tokenizer", "log": log}
-    program.write_text(textwrap.dedent(PROGRAM.format(num_workers=num_workers, **{key: str(value) for key, value in values.items()})))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, str(program)], env=environment)
-    deadline = time.monotonic() + 60
-    while len(list((out / "shards").glob("0*.arrow"))) < 3:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    out, log = tmp_path / "killed/out", tmp_path / "log"
+    arguments = [sys.executable, *map(str, (tmp_path / "program.py", source, out, tmp_path / "tokenizer", log))]
+    process = subprocess.Popen(arguments, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while len(shards_of(out)) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
-    while any(is_running(pid) for pid in set(log.read_text().split())):
+    workers = set(log.read_text().split())
+    assert str(process.pid) not in workers
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in workers):
         assert time.monotonic() < deadline, "processes outlive their killed parent"
         time.sleep(0.05)
-
-    def inodes():
-        return {path.name: path.stat().st_ino for path in (out / "shards").glob("0*.arrow")}
-
-    finished = inodes()
-    assert 3 <= len(finished) < 10
-    after = {}
-    prepare(tmp_path, tokenizer, out="killed/out", progress=lambda done, total: after.update(inodes()))
-    assert len(after) == 10 and finished.items() <= after.items(), "finished shards were made again"
-    assert contents(out) == contents(tmp_path / "whole/out")
+    num_finished, num_all = resume(tmp_path, tokenizer)
+    assert 3 <= num_finished < num_all == 10
 
 
 @pytest.mark.real_data
 def test_real_passages_lose_nothing(shared_data, tmp_path):
-    import gzip
-
     from realm.tokenizer import load_tokenizer
 
     with gzip.open(shared_data / "wiki" / "passages.jsonl.gz", "rt", encoding="utf-8") as file:

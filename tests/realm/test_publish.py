@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -144,10 +145,8 @@ def test_any_flipped_bit_of_a_manifest_is_refused_or_harmless(artefact: Path) ->
         broken = bytearray(sound)
         broken[position] ^= 1 << position % 8
         path.write_bytes(bytes(broken))
-        try:
+        with suppress(PublishError):
             assert read_manifest(artefact) == manifest
-        except PublishError:
-            pass
 
 
 def test_a_folders_checksum_depends_on_names_and_contents_alone(tmp_path: Path) -> None:
@@ -174,7 +173,9 @@ def test_a_name_is_read_as_what_it_says_or_not_at_all(name: str) -> None:
     assert version.name == name
 
 
-@pytest.mark.parametrize("name", ["a1-step-000500", "a01-step-500", "a01-step-000500-e", "a01-step-000500-e03", "a01-step-000500\n", "a٠١-step-000500"])
+@pytest.mark.parametrize(
+    "name", ["a1-step-000500", "a01-step-500", "a01-step-000500-e", "a01-step-000500-e03", "a01-step-000500\n", "a\u0660\u0661-step-000500"]
+)
 def test_foreign_names_are_no_versions(name: str) -> None:
     with pytest.raises(PublishError, match="not the name of a version"):
         Version.parse(name)
@@ -212,7 +213,14 @@ def test_an_abandoned_future_is_never_served(tmp_path: Path) -> None:
     start_attempt(tmp_path, parent=1, parent_step=500)  # rolled back from beyond 500
     start_attempt(tmp_path, parent=2, parent_step=800)
     start_attempt(tmp_path, parent=2, parent_step=400)  # back beyond the point where attempt 2 itself began
-    for name in ("a01-step-000300-e1", "a01-step-000500-e1", "a01-step-001000-e9", "a02-step-000700-e2", "a02-step-000900-e2", "a03-step-000900-e3"):
+    for name in (
+        "a01-step-000300-e1",
+        "a01-step-000500-e1",
+        "a01-step-001000-e9",
+        "a02-step-000700-e2",
+        "a02-step-000900-e2",
+        "a03-step-000900-e3",
+    ):
         (tmp_path / "indexes" / name).mkdir(parents=True)
     (tmp_path / "indexes" / ".tmp-a03-step-001000-e3-0").mkdir()
     (tmp_path / "indexes" / "notes.txt").touch()
