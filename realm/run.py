@@ -113,7 +113,9 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the corpus was prepared with."""
+        """The tokenizer the corpus was prepared with. Raises UserError where nothing is prepared yet."""
+        if not (self.prepared / "tokenizer").exists():
+            raise UserError(f"{self.prepared} holds no prepared corpus; run `realm prepare` with the same config first.")
         return load_tokenizer(str(self.prepared / "tokenizer"))
 
     @cached_property
