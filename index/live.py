@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from index.refresh import start_refresher
+from index.refresh import TRAINING_ENDED, start_refresher
 from index.search import IndexWatcher, PassageIndex
 from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
@@ -17,8 +17,6 @@ from realm.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TRAINING_ENDED = "training-ended"
 
 
 class LiveIndex:

@@ -80,15 +80,21 @@ class SpanSampler:
         ids = self.corpus.text_ids(row)[sentence : min(finish[chosen], sentence + self.max_sentence_tokens)]
         return MaskedSentence(row, np.array(ids), int(starts[chosen] - sentence), int(ends[chosen] - sentence), int(kinds[chosen]))
 
-    def pool(self, limit: int = 200_000) -> dict[int, list[IntArray]]:
-        """Distinct spans by type, for entity substitution, from at most `limit` blocks."""
-        seen: dict[int, dict[bytes, IntArray]] = {}
-        for row in self.rows[:limit]:
-            ids = self.corpus.text_ids(row)
-            for start, end, kind, _, _ in zip(*self._eligible(row), strict=True):
-                span = np.array(ids[start:end])
-                seen.setdefault(int(kind), {})[span.tobytes()] = span
-        return {kind: list(spans.values()) for kind, spans in seen.items()}
+
+def span_pool(corpora: Sequence[PreparedCorpus], max_span_tokens: int, max_blocks: int = 100_000) -> dict[int, list[IntArray]]:
+    """Distinct spans by type, for entity substitution, from at most `max_blocks` blocks of each corpus.
+
+    The passages belong in it beside the statements: what is never substituted in is never learnt as something to copy.
+    """
+    seen: dict[int, dict[bytes, IntArray]] = {}
+    for corpus in corpora:
+        for row in range(min(len(corpus), max_blocks)):
+            ids = corpus.text_ids(row)
+            for start, end, kind in zip(*corpus.spans(row), strict=True):
+                if end - start <= max_span_tokens:
+                    span = np.array(ids[start:end])
+                    seen.setdefault(int(kind), {})[span.tobytes()] = span
+    return {kind: list(spans.values()) for kind, spans in seen.items()}
 
 
 def substitute(

@@ -7,12 +7,12 @@ memorising facts, so that what it learns is to copy.
 import numpy as np
 import torch
 
-from pretrain.data import MaskedSentence, SpanSampler, choose_candidates, substitute
+from pretrain.data import MaskedSentence, SpanSampler, choose_candidates, span_pool, substitute
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker, begin_stage, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
-from realm.inputs import epoch_rows
+from realm.inputs import IntArray, epoch_rows
 from realm.model import MaskedBatch, ReaderWarmupModel
 from realm.run import Run
 from realm.telemetry import Metrics
@@ -54,7 +54,7 @@ class WarmupBatches:
     def __init__(self, run: Run) -> None:
         self.run, self.config, self.maker = run, run.config.reader_warmup, batch_maker(run)
         self.sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, self.maker.max_query - 2)
-        self.pool = self.sampler.pool()
+        self.pool = span_pool([run.statements, run.passages], run.config.pretrain.max_span_tokens)
         self.search = FrozenSearch(initial_retriever(run, STAGE).eval(), run.passages, self.maker)
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
@@ -70,25 +70,34 @@ class WarmupBatches:
         examples, passages = [], []
         for i in range(at, at + size):
             example, row = self._found[i % len(self._found)]
-            title, text = self.maker.passage(row)
+            title, text = self._holding_sentence(row, example) if step < self.config.sentence_steps else self.maker.passage(row)
             if rng.random() < self.config.substitution:
                 example, (title, text) = substitute(example, (title, text), self.pool, self.maker.wordpieces, rng)
             examples.append(example)
             passages.append([(title, text)])
         return self.maker.masked(examples, passages)
 
+    def _holding_sentence(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray]:
+        """The first sentence of the passage that holds the span, without a title."""
+        ids = self.run.passages.text_ids(row)
+        starts = np.append(self.run.passages.sentence_starts(row), len(ids))
+        number = np.searchsorted(starts, self.maker.wordpieces.find(ids, example.span_ids)[0], side="right")
+        return ids[:0], ids[starts[number - 1] : starts[number]]
+
     def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
-        """Masked sentences with a passage each for fifty steps; twice as many are drawn as needed, since not all find one."""
+        """Masked sentences with a passage each for fifty steps; three times as many are drawn as needed, since not all find one."""
         seed = self.run.config.seed
         rng = np.random.default_rng((seed, block, rank(), 3))
-        count = 2 * _STEPS_AT_ONCE * self.config.batch_size * world_size()
+        count = 3 * _STEPS_AT_ONCE * self.config.batch_size * world_size()
         rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), count, block, seed + 1)][rank() :: world_size()]
         examples = [self.sampler.draw(int(row), rng) for row in rows]
         found = []
         for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
             holding = holding_rows(retrieved, example, self.run)
             if holding:
-                found.append((example, holding[rng.integers(len(holding))]))
+                row = holding[rng.integers(len(holding))]
+                if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
+                    found.append((example, row))
         if not found:
             raise UserError("no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first.")
         return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from index.live import LiveIndex
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, span_pool
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import holding_rows
 from pretrain.search import embed_masked
@@ -84,7 +84,7 @@ class Candidates:
         self.run, self.config, self.retriever, self.live = run, run.config.pretrain, retriever, live
         self.maker = batch_maker(run)
         self.sampler = SpanSampler(run.statements, self.config.max_span_tokens, self.maker.max_query - 2)
-        self.pool = self.sampler.pool() if self.config.substitution else None
+        self.pool = span_pool([run.statements, run.passages], self.config.max_span_tokens) if self.config.substitution else None
         self.timing: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
         self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 import transformers
 from transformers import AutoConfig, BertConfig, BertModel
 
@@ -29,6 +31,8 @@ class BertSource:
     """Learned positions of a model made from scratch."""
     init_std: float = 0.02
     """Standard deviation of random weights."""
+    init: Literal["normal", "mimetic"] = "normal"
+    """Random weights as they are, or with attention started as trained models end up: see `mimetic_init`."""
 
 
 def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:
@@ -51,7 +55,10 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
             initializer_range=source.init_std,
             pad_token_id=pad_id,
         )
-        return BertModel(config, add_pooling_layer=False)
+        bert = BertModel(config, add_pooling_layer=False)
+        if source.init == "mimetic":
+            mimetic_init(bert)
+        return bert
     config = bert_config(source.path, field)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
     verbosity = transformers.logging.get_verbosity()
@@ -68,6 +75,23 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
             "use the checkpoint's own tokenizer (tokenizer.path)."
         )
     return bert
+
+
+def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> None:
+    """Add to every attention what training from scratch takes long to find (after Trockman & Kolter 2023, "Mimetic Initialization").
+
+    Values and output together pass a share `copy` of each attended token on as it is; queries and keys together let like attend to like, at
+    scale `match`. The sign of the first is that of a model that copies: with tied output embeddings a mask then predicts what it attends to.
+    """
+    with torch.no_grad():
+        for layer in bert.encoder.layer:
+            attention = layer.attention
+            hidden = bert.config.hidden_size
+            values, keys = (torch.linalg.qr(torch.randn(hidden, hidden)).Q for _ in range(2))
+            attention.self.value.weight += copy**0.5 * values
+            attention.output.dense.weight += copy**0.5 * values.T
+            attention.self.query.weight += match**0.5 * keys
+            attention.self.key.weight += match**0.5 * keys
 
 
 def bert_config(path: str, field: str) -> BertConfig:

@@ -4,10 +4,11 @@ A YAML may start with `extends: other.yaml` (relative to itself); its own keys a
 what they build; this file adds those of the stages and composes the whole.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -89,6 +90,10 @@ class ReaderWarmupConfig:
     """Passages retrieved per statement, of which those that hold the span are read."""
     substitution: float = 0.8
     """Share of examples whose span is replaced, in target and passage alike, by another span of its type: copying instead of remembering."""
+    topic_share: float = 1.0
+    """Share kept of the examples whose span stands in the passage's title: naming the topic takes little reading."""
+    sentence_steps: int = 0
+    """First steps that read only the sentence that holds the span: copying is found sooner in a short text."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -250,9 +255,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
     Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
     """
     tree = _merge(_read_yaml(path), parse_overrides(overrides))
+    if complaints := list(_misplaced(RealmConfig, tree)):
+        raise UserError(f"{path}: {'; '.join(complaints)}.")
     try:
         return draccus.decode(RealmConfig, tree)
     except (DraccusException, ValueError) as error:
+        # A config class that refuses a value says why; draccus only says that it did.
+        if isinstance(error.__cause__, UserError):
+            raise UserError(f"{path}: {error.__cause__}") from error
         raise UserError(f"{path}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are.") from error
 
 
@@ -284,7 +294,29 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
+    """What draccus accepts or reports without the field's name: empty values, sections that are no mapping, unknown variants."""
+    if value is None:
+        if kind is not Any and NoneType not in get_args(kind):
+            yield f"`{name}` is empty; give it a value or leave it out"
+        return
+    section = is_dataclass(kind) or get_origin(kind) is dict
+    if section != isinstance(value, dict) and kind is not Any:
+        yield f"`{name}` must be {'a mapping of fields' if section else 'a value'}, got {value!r}"
+        return
+    if section and hasattr(kind, "get_known_choices"):
+        choice, known = value.get("type", kind.default_choice_name()), kind.get_known_choices()
+        if choice not in known:
+            yield f"`{name}.type` {choice!r} is unknown; choose one of {', '.join(known)}"
+            return
+        kind = known[choice]
+    fields = get_type_hints(kind) if is_dataclass(kind) else {}
+    for key in value if fields else ():
+        if key in fields:
+            yield from _misplaced(fields[key], value[key], f"{name}.{key}".lstrip("."))
+
+
+def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -296,7 +328,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"config file {path} must hold a mapping of sections, got {type(tree).__name__}.")
     base = tree.pop("extends", None)
-    return tree if base is None else _merge(_read_yaml(path.parent / base), tree)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UserError(f"config file {path}: `extends` must name a file, got {base!r}.")
+    if path.resolve() in extending:
+        raise UserError(f"config file {path} extends itself, by way of {extending[-1]}.")
+    return _merge(_read_yaml(path.parent / base, (*extending, path.resolve())), tree)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

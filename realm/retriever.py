@@ -200,7 +200,9 @@ def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, pr
     tower.bert.config.architectures = ["BertModel"]
     tower.bert.config.save_pretrained(transformer)
     tokenizer.save_pretrained(transformer)
-    _write_json(transformer / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+    # Without its pooler the weights are complete, and loading them brings no report of missing ones.
+    arguments = {"add_pooling_layer": False}
+    _write_json(transformer / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False, "model_args": arguments})
     # Both parts of a passage are of token type 0, so the tokenizer is told not to hand out types.
     tokenizer_config = json.loads((transformer / "tokenizer_config.json").read_text())
     tokenizer_config |= {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_tokens}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
+from realm.errors import UserError
 
 
 @AttentionConfig.register_subclass("longformer")
@@ -27,7 +28,7 @@ class LongformerAttention(AttentionConfig):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"attention.window must be at least 1, got {self.window}")
+            raise UserError(f"attention.window must be at least 1, got {self.window}.")
 
     def replace(self, attention: nn.Module, layer: int) -> nn.Module:
         return LongformerSelfAttention(attention, self.window)

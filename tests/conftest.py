@@ -1,0 +1,46 @@
+"""Fixtures of all tests. torch keeps to one thread: the models here are tiny, and test processes share the machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SENTENCES = (
+    "The river Danube rises in the Black Forest and ends in the Black Sea.",
+    "Mask, sep and cls are words here [ as are pad and unk ] .",
+    "Zürich lies on a lake; 1234567890 people never lived there, did they?",
+    "Ada Lovelace was born in London in 1815 and wrote the first program.",
+)
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the repository; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[1] / "../shared/data"
+    if not folder.is_dir():
+        pytest.skip(f"no real text: {folder} is no folder")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> "PreTrainedTokenizerBase":
+    """A WordPiece tokenizer of a few sentences' words and all their characters."""
+    from realm.tokenizer import TokenizerConfig, train_wordpiece
+
+    return train_wordpiece(SENTENCES * 2, TokenizerConfig(vocab_size=250))
+
+
+@pytest.fixture
+def wordpieces(tokenizer: "PreTrainedTokenizerBase") -> "Callable[[str], np.ndarray]":
+    """Function from a text to its wordpiece ids, without special tokens."""
+    from realm.tokenizer import encode_plain
+
+    return lambda text: encode_plain(tokenizer, [text])[0][0]

@@ -1,0 +1,172 @@
+"""Sliding-window attention with global tokens against a naive reference, outputs and gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from realm.attention.longformer import LongformerSelfAttention
+
+HEADS, WIDTH = 2, 6
+
+
+def attention(window: int, dropout: float = 0.0) -> LongformerSelfAttention:
+    """A module in float64 whose global projections differ from the local ones."""
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, attention_probs_dropout_prob=dropout)
+    module = LongformerSelfAttention(BertSelfAttention(config), window).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.4 * torch.randn_like(parameter)
+    return module
+
+
+def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, global_BL: Tensor) -> Tensor:
+    """Token by token and head by head, (B, L, W); zero on padding."""
+    B, L, width = hidden_BLW.shape
+    D = width // HEADS
+    rows = []
+    for b in range(B):
+        for i in range(L):
+            seeing = bool(global_BL[b, i] and real_BL[b, i])
+            seen = [j for j in range(L) if real_BL[b, j] and (seeing or abs(i - j) <= module.window or global_BL[b, j])]
+            if not real_BL[b, i]:
+                rows.append(torch.zeros(width, dtype=hidden_BLW.dtype))
+                continue
+            query, key, value = (
+                (module.query_global, module.key_global, module.value_global) if seeing else (module.query, module.key, module.value)
+            )
+            q_W, k_JW, v_JW = query(hidden_BLW[b, i]), key(hidden_BLW[b, seen]), value(hidden_BLW[b, seen])
+            heads = []
+            for h in range(HEADS):
+                part = slice(h * D, (h + 1) * D)
+                p_J = (k_JW[:, part] @ q_W[part] / math.sqrt(D)).softmax(0)
+                heads.append(p_J @ v_JW[:, part])
+            rows.append(torch.cat(heads))
+    return torch.stack(rows).view(B, L, width)
+
+
+def inputs(lengths: list[int], padding: int, num_global: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, real tokens, and up to `num_global` global tokens a row anywhere among its tokens, some rows with fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    L = max(lengths) + padding
+    hidden_BLW = torch.randn(len(lengths), L, WIDTH, generator=generator, dtype=torch.float64)
+    real_BL = torch.arange(L) < torch.tensor(lengths)[:, None]
+    global_BL = torch.zeros_like(real_BL)
+    for b, length in enumerate(lengths):
+        global_BL[b, torch.randperm(length, generator=generator)[: max(0, num_global - b)]] = True
+    return hidden_BLW, real_BL, global_BL
+
+
+def outputs_and_gradients(function, module, hidden_BLW, real_BL, global_BL) -> tuple[Tensor, dict[str, Tensor]]:
+    """Outputs on real tokens, and the gradients of one random combination of them on the input and all parameters."""
+    module.zero_grad()
+    hidden_BLW = hidden_BLW.clone().requires_grad_()
+    out = function(hidden_BLW, real_BL, global_BL)[real_BL]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    (out * weight).sum().backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    return out, gradients | {"hidden": hidden_BLW.grad}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 21), min_size=1, max_size=3),
+    window=st.integers(1, 9),
+    padding=st.integers(0, 5),
+    num_global=st.integers(0, 4),
+    seed=st.integers(0, 1000),
+)
+@example(lengths=[17, 5], window=4, padding=3, num_global=1, seed=0)
+@example(lengths=[16, 16], window=4, padding=0, num_global=3, seed=0)
+@example(lengths=[9, 1], window=2, padding=2, num_global=0, seed=0)
+@settings(max_examples=30, deadline=None)
+def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window, padding, num_global, seed):
+    module = attention(window)
+    hidden_BLW, real_BL, global_BL = inputs(lengths, padding, num_global, seed)
+    fast, fast_gradients = outputs_and_gradients(
+        lambda hidden, real, marked: module(hidden, attention_mask=real.long(), global_mask=marked)[0], module, hidden_BLW, real_BL, global_BL
+    )
+    slow, slow_gradients = outputs_and_gradients(lambda *args: naive(module, *args), module, hidden_BLW, real_BL, global_BL)
+    torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
+    for name, gradient in slow_gradients.items():
+        torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    assert all(gradient.isfinite().all() for gradient in fast_gradients.values())
+
+
+def test_global_projections_are_used_and_start_as_copies():
+    module = attention(2)
+    hidden_BLW, real_BL, global_BL = inputs([12], 0, 1, 0)
+    _, gradients = outputs_and_gradients(lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL)
+    assert all(gradients[f"{name}_global.weight"].abs().max() > 1e-3 for name in ("query", "key", "value"))
+    local = BertSelfAttention(BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
+    fresh = LongformerSelfAttention(local, 2)
+    for name in ("query", "key", "value"):
+        ours, copy = getattr(fresh, name).weight, getattr(fresh, f"{name}_global").weight
+        assert ours is getattr(local, name).weight and ours is not copy and torch.equal(ours, copy)
+
+
+@pytest.mark.parametrize("extra", [1, 3, 4, 11])
+def test_padding_columns_and_their_content_change_nothing(extra):
+    module = attention(4)
+    hidden_BLW, real_BL, global_BL = inputs([14, 6], 0, 2, 5)
+    short = module(hidden_BLW, real_BL, global_BL)[0]
+    columns = 100 * torch.randn(2, extra, WIDTH, dtype=torch.float64)
+    none = torch.zeros(2, extra, dtype=torch.bool)
+    wide = module(torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, none], 1))[0]
+    torch.testing.assert_close(wide[:, :14][real_BL], short[real_BL], atol=1e-12, rtol=0)
+    assert wide.isfinite().all()
+    # A global mark on padding counts for nothing either.
+    marked = module(torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, ~none], 1))[0]
+    torch.testing.assert_close(marked[:, :14][real_BL], short[real_BL], atol=1e-12, rtol=0)
+
+
+def test_rows_without_global_tokens_see_their_window_alone():
+    module = attention(3)
+    hidden_BLW, real_BL, _ = inputs([12, 12], 0, 0, 1)
+    global_BL = torch.zeros_like(real_BL)
+    global_BL[0, 0] = True
+    far = hidden_BLW.clone()
+    far[:, 0] += 1.0
+    change_BL = (module(far, real_BL, global_BL)[0] - module(hidden_BLW, real_BL, global_BL)[0]).abs().amax(-1)
+    assert (change_BL[0] > 1e-9).all(), "all tokens see a global one"
+    assert (change_BL[1, :4] > 1e-9).all() and not change_BL[1, 4:].any()
+
+
+def test_without_a_global_mask_the_first_token_is_global():
+    module = attention(2)
+    hidden_BLW, real_BL, _ = inputs([11, 7], 0, 0, 2)
+    first_BL = torch.zeros_like(real_BL)
+    first_BL[:, 0] = True
+    torch.testing.assert_close(module(hidden_BLW, real_BL)[0], module(hidden_BLW, real_BL, first_BL)[0], atol=0, rtol=0)
+    torch.testing.assert_close(module(hidden_BLW)[0], module(hidden_BLW, torch.ones_like(real_BL), first_BL)[0], atol=0, rtol=0)
+
+
+def test_dropout_in_training_only():
+    module = attention(2, dropout=0.5)
+    hidden_BLW, real_BL, global_BL = inputs([9], 0, 1, 3)
+    assert not torch.equal(module.train()(hidden_BLW, real_BL, global_BL)[0], module(hidden_BLW, real_BL, global_BL)[0])
+    assert torch.equal(module.eval()(hidden_BLW, real_BL, global_BL)[0], module(hidden_BLW, real_BL, global_BL)[0])
+
+
+def test_nothing_of_length_squared_is_kept_for_backward():
+    """Twice the length keeps twice as many numbers: memory grows linearly."""
+    module = attention(8)
+
+    def kept(length: int) -> int:
+        sizes = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        hidden_BLW, real_BL, global_BL = inputs([length], 0, 2, 0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(hidden_BLW, real_BL, global_BL)
+        return sum(sizes)
+
+    assert kept(1024) < 2.1 * kept(512)

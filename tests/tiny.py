@@ -1,0 +1,65 @@
+"""A run small enough to train in seconds: a corpus of invented towns, its statements and questions, and a config for it."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+TOWNS = ("Alda", "Brenno", "Calvia", "Dorne", "Elst", "Fenwick", "Garda", "Holm", "Istra", "Jonas", "Kelm", "Lorne")
+RIVERS = ("Ister", "Tamba", "Uller", "Vanda", "Wesser", "Yarrow", "Zenna", "Quill", "Rhomba", "Sarn", "Ouse", "Pell")
+FOUNDERS = ("Ada Moor", "Ben Hall", "Cora Pike", "Dan Frost", "Eva Lind", "Finn Gray", "Gus Stone", "Hal West", "Ida Brook", "Jan Reed", "Kim Voss", "Leo Marsh")
+
+
+def write_sources(folder: Path) -> None:
+    """`passages.jsonl`, `statements.jsonl`, `probe.jsonl` and `questions.json` about the towns."""
+    passages, statements, probe, paragraphs = [], [], [], []
+    for number, (town, river, founder) in enumerate(zip(TOWNS, RIVERS, FOUNDERS, strict=True)):
+        year = str(1100 + 37 * number)
+        text = f"{town} is a town on the river {river}. It was founded by {founder} in {year}. Many people visit {town} every summer."
+        passages.append({"id": f"town-{number}", "title": town, "text": text})
+        statements.append({"id": f"s{number}a", "text": f"The river that runs through {town} is the {river}."})
+        statements.append({"id": f"s{number}b", "text": f"The founder of {town} was {founder}."})
+        about = f"People settled in {town} in {year}."
+        probe.append({"text": about, "answer": {"text": year, "start": about.index(year)}, "passage": f"town-{number}"})
+        question = {"id": f"q{number}", "question": f"Who founded {town}?", "answers": [{"text": founder, "answer_start": text.index(founder)}]}
+        paragraphs.append({"context": text, "qas": [question]})
+    for name, rows in (("passages", passages), ("statements", statements), ("probe", probe)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.json").write_text(json.dumps({"data": [{"title": "towns", "paragraphs": paragraphs}]}))
+
+
+def tiny_tree(folder: Path) -> dict:
+    """The config as a tree; every stage takes a few steps."""
+    bert = {"layers": 1, "hidden": 32, "heads": 2, "intermediate": 64, "max_positions": 96}
+    optim = {"lr": 1e-3, "warmup_steps": 2}
+    return {
+        "run": str(folder / "run"),
+        "corpus": {
+            "passages": str(folder / "passages.jsonl"),
+            "statements": str(folder / "statements.jsonl"),
+            "prepared": str(folder / "prepared"),
+            "block_tokens": 80,
+            "num_workers": 1,
+        },
+        "data": {"train": str(folder / "questions.json"), "test": str(folder / "questions.json"), "probe": str(folder / "probe.jsonl")},
+        "tokenizer": {"vocab_size": 400},
+        "retriever": {"bert": bert, "pooling": "mean", "projection": "none", "max_query_tokens": 32, "max_passage_tokens": 80},
+        "reader": {"bert": bert, "mlm_head": "tied", "span_hidden": 16, "max_tokens": 96},
+        "engine": {"threads": 1},
+        "ict": {"steps": 6, "batch_size": 6, "checkpoint_every": 3, "optim": optim},
+        "reader_warmup": {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "optim": optim},
+        "pretrain": {"steps": 8, "batch_size": 3, "candidates": 3, "checkpoint_every": 4, "reader_check": 8, "optim": optim},
+        "refresh": {"every_steps": 4, "poll_s": 0.05, "grace_s": 0.0, "wait_timeout_s": 120, "lease_expiry_s": 2.0},
+        "finetune": {"steps": 6, "batch_size": 4, "retrieve": 6, "read": 2, "checkpoint_every": 3, "optim": optim},
+        "evaluate": {"read": 2, "batch_size": 5},
+    }
+
+
+def write_config(folder: Path, **changes: dict) -> Path:
+    """`config.yaml` of the tiny run, sections of `changes` merged over it."""
+    tree = tiny_tree(folder)
+    for section, fields in changes.items():
+        tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
