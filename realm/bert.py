@@ -1,5 +1,7 @@
 """BERT encoders: from a checkpoint (hub name or local folder) or from scratch."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,20 +63,29 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
         return bert
     config = bert_config(source.path, field)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the heads a checkpoint brings along and we do not use are no news
     try:
-        bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False)
+        with quiet_loading():
+            # Whatever the checkpoint was saved in, parameters are fp32; lower precision is autocast.
+            bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{field}.path: no BERT weights could be read from {source.path!r} ({first_line(error)}).") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if bert.config.vocab_size < vocab_size:
         raise UserError(
             f"{field}.path: {source.path!r} embeds {bert.config.vocab_size} wordpieces, the tokenizer has {vocab_size}; "
             "use the checkpoint's own tokenizer (tokenizer.path)."
         )
     return bert
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting the heads that a checkpoint lacks, or has and we do not use: those that matter we report ourselves."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> None:

@@ -21,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, PreTrainedToken
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
-from realm.bert import BertSource, load_bert
+from realm.bert import BertSource, load_bert, quiet_loading
 from realm.errors import UserError
 from realm.inputs import IntArray, pad_batch
 
@@ -124,7 +124,8 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
             nn.init.zeros_(module.bias)
     if config.bert.path is None:
         return reader, []
-    masked_lm, info = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True)
+    with quiet_loading():
+        masked_lm, info = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True, dtype=torch.float32)
     if any(name.startswith("cls.predictions") and "decoder" not in name for name in info["missing_keys"]):
         return reader, [f"reader.bert.path {config.bert.path!r} holds no masked-language head: it starts untrained, so warm the reader up."]
     head = masked_lm.cls.predictions

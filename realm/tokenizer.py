@@ -80,7 +80,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     alphabet = visible[: min(1000, (config.vocab_size - len(SPECIAL_TOKENS)) // 3)]
     fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size, special_tokens=fixed, limit_alphabet=len(alphabet), min_frequency=1, show_progress=False
+        vocab_size=config.vocab_size, special_tokens=fixed, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
     )
     model.train_from_iterator(texts, trainer=trainer)
     # The trainer marks the characters as special tokens; only the vocabulary is kept.

@@ -139,7 +139,7 @@ def test_all_empty_and_misplaced_fields_are_named_at_once(tmp_path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="absent.yaml does not exist"):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
         load_config(tmp_path)

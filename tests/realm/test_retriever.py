@@ -103,7 +103,9 @@ def test_load_retriever_restores_weights_and_settings(config, tokenizer, wordpie
     assert loaded.shared == config.shared_tower and not loaded.training
     assert loaded.temperature == 0.5 and loaded.dim == retriever.dim
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
-    for ours, theirs in zip(embed(retriever, config, tokenizer, wordpieces), embed(loaded, config, loaded_tokenizer, wordpieces), strict=True):
+    for ours, theirs in zip(
+        embed(retriever, config, tokenizer, wordpieces), embed(loaded, config, loaded_tokenizer, wordpieces), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
     settings = read_retriever_settings(path)
     assert (settings["max_query_tokens"], settings["max_passage_tokens"]) == (16, 40)
@@ -123,7 +125,9 @@ def test_export_over_an_older_one_is_read_as_the_new_one(tokenizer, wordpieces, 
     retriever = build(CONFIG, tokenizer)
     nn.init.normal_(retriever.query_tower.projection.weight)
     save(retriever, CONFIG, tokenizer, path)
-    for ours, theirs in zip(embed(retriever, CONFIG, tokenizer, wordpieces), embed(load_retriever(path)[0], CONFIG, tokenizer, wordpieces), strict=True):
+    for ours, theirs in zip(
+        embed(retriever, CONFIG, tokenizer, wordpieces), embed(load_retriever(path)[0], CONFIG, tokenizer, wordpieces), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -159,7 +163,8 @@ def test_score_is_the_inner_product_over_the_temperature(tokenizer):
     score_BN = retriever.score(query_emb_BD, candidate_emb_BND)
     for b in range(3):
         for n in range(4):
-            assert score_BN[b, n].item() == pytest.approx(4 * sum(float(q * c) for q, c in zip(query_emb_BD[b], candidate_emb_BND[b, n], strict=True)), abs=1e-4)
+            inner = sum(float(q * c) for q, c in zip(query_emb_BD[b], candidate_emb_BND[b, n], strict=True))
+            assert score_BN[b, n].item() == pytest.approx(4 * inner, abs=1e-4)
 
 
 def test_unit_embeddings(tokenizer, wordpieces):

@@ -89,7 +89,11 @@ def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window,
     module = attention(window)
     hidden_BLW, real_BL, global_BL = inputs(lengths, padding, num_global, seed)
     fast, fast_gradients = outputs_and_gradients(
-        lambda hidden, real, marked: module(hidden, attention_mask=real.long(), global_mask=marked)[0], module, hidden_BLW, real_BL, global_BL
+        lambda hidden, real, marked: module(hidden, attention_mask=real.long(), global_mask=marked)[0],
+        module,
+        hidden_BLW,
+        real_BL,
+        global_BL,
     )
     slow, slow_gradients = outputs_and_gradients(lambda *args: naive(module, *args), module, hidden_BLW, real_BL, global_BL)
     torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
@@ -101,7 +105,9 @@ def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window,
 def test_global_projections_are_used_and_start_as_copies():
     module = attention(2)
     hidden_BLW, real_BL, global_BL = inputs([12], 0, 1, 0)
-    _, gradients = outputs_and_gradients(lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL)
+    _, gradients = outputs_and_gradients(
+        lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL
+    )
     assert all(gradients[f"{name}_global.weight"].abs().max() > 1e-3 for name in ("query", "key", "value"))
     local = BertSelfAttention(BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
     fresh = LongformerSelfAttention(local, 2)

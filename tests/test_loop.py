@@ -1,0 +1,159 @@
+"""The whole loop on a tiny corpus: every stage, a live refresher in a process of its own, kills and resumes, questions answered."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from realm.config import load_config
+from realm.run import Run
+from realm.telemetry import read_metrics
+from tests.tiny import write_config, write_sources
+
+
+def realm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run the command line as a user does."""
+    return subprocess.run([sys.executable, "-m", "realm", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished tiny run in `run`."""
+    folder = tmp_path_factory.mktemp("loop")
+    write_sources(folder)
+    result = realm("run", "--config", write_config(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finished: Path) -> None:
+    run = finished / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("em", "recall@1", "recall@5", "random_passage_em", "oracle_em", "masked_span_recall@5_ict", "masked_span_recall@5_realm", "train_seconds"):
+        assert name in summary
+    assert (run / "curves.png").stat().st_size > 10_000
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert {stage: len(rows) for stage, rows in metrics.items()} == {"ict": 6, "reader_warmup": 6, "pretrain": 8, "finetune": 6}
+    row = metrics["pretrain"][-1]
+    for name in ("loss", "utility", "null_mass", "entropy", "holding", "index", "steps_behind", "seconds/update", "reader_tokens"):
+        assert name in row
+
+
+def test_the_refresher_was_another_process_and_built_the_last_export(finished: Path) -> None:
+    run = finished / "run"
+    log = (run / "refresher" / "output.log").read_text()
+    assert "published" in log
+    assert (run / "encoders" / "a01-step-000008").exists()
+    assert any(path.name.startswith("a01-step-000008-e") for path in (run / "indexes").iterdir())
+
+
+def test_a_finished_run_is_not_begun_again_without_resume(finished: Path) -> None:
+    result = realm("run", "--config", finished / "config.yaml")
+    assert result.returncode == 2
+    assert "exists" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
+    result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
+    assert result.returncode == 0, result.stderr
+    assert "recall@5" in result.stdout
+    rows = [json.loads(line) for line in (finished / "run" / "evaluations" / "questions.predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    texts = {record["id"]: record["text"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
+    titles = {record["id"]: record["title"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
+    assert all(row["prediction"] and row["prediction"] in texts[row["passage"]] + titles[row["passage"]] for row in rows)
+
+
+def test_ask_shows_answer_and_passage(finished: Path) -> None:
+    result = realm("ask", "--run", finished / "run", "Who founded Alda?")
+    assert result.returncode == 0, result.stderr
+    assert "p(z|x)" in result.stdout and "town-" in result.stdout
+
+
+def test_evaluation_twice_gives_the_same_numbers(finished: Path) -> None:
+    first, second = (realm("evaluate", "--run", finished / "run").stdout for _ in range(2))
+    assert first == second
+
+
+def losses(folder: Path, stage: str) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[stage]]
+
+
+@pytest.mark.parametrize("stage", ["ict", "reader-warmup"])
+def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
+    name = stage.replace("-", "_")
+    write_sources(tmp_path)
+    changes = {"corpus": {"prepared": str(finished / "prepared")}, name: {"steps": 200, "checkpoint_every": 2}}
+    config = write_config(tmp_path, **changes)
+    if stage == "reader-warmup":
+        assert realm("ict", "--config", config).returncode == 0
+    command = [sys.executable, "-m", "realm", stage, "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count(f'"{name}"') > 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    refused = realm(stage, "--config", config)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    before = losses(tmp_path / "run", name)
+    # A shorter end is another config, so the run is finished in place by a second interrupt.
+    process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while time.monotonic() < deadline and len(losses(tmp_path / "run", name)) < len(before) + 5 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), errors
+    after = losses(tmp_path / "run", name)
+    assert len(after) > len(before)
+    np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
+
+
+def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(finished: Path, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, pretrain={"steps": 60, "checkpoint_every": 5})
+    for stage in ("ict", "reader-warmup"):
+        assert realm(stage, "--config", config).returncode == 0
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--with-refresher"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and not list((run / "pretrain" / "checkpoints").glob("step-*")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    checkpoint = sorted((run / "pretrain" / "checkpoints").glob("step-*"))[-1]
+    assert np.load(checkpoint / "candidates.npy").shape == (3, 2)
+    assert (run / "indexes" / (checkpoint / "index_version").read_text().strip()).exists(), "a version a checkpoint pins is kept"
+    result = realm("pretrain", "--config", config, "--with-refresher", "--resume")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert lineage[-1]["attempt"] == 2 and lineage[-1]["parent"] == 1
+    assert lineage[-1]["parent_step"] == int(checkpoint.name.removeprefix("step-"))
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")["pretrain"]] == list(range(1, 61))
+
+
+def test_training_stops_with_one_sentence_where_no_refresher_runs(finished: Path, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh={"wait_timeout_s": 1.0})
+    for stage in ("ict", "reader-warmup"):
+        assert realm(stage, "--config", config).returncode == 0
+    result = realm("pretrain", "--config", config)
+    assert result.returncode == 2
+    assert "realm refresh --run" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_index_of_another_corpus_is_refused(finished: Path) -> None:
+    from index.search import IndexRefused, PassageIndex
+
+    run = Run(finished / "run", load_config(finished / "config.yaml"))
+    folder = sorted((run.folder / "indexes").glob("a*"))[-1]
+    with pytest.raises(IndexRefused, match="another corpus"):
+        PassageIndex.open(folder, run.statements.fingerprint)
