@@ -47,6 +47,7 @@ def load_questions(path: Path, run: Run) -> list[Question]:
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
         raise UserError(f'question file {path} is not in SQuAD format: it must be an object with a list under "data".')
     found: list[tuple[str, str, tuple[str, ...], int | None]] = []
+    row: int | None
     row_of_hash: dict[int, int] = {}
     place = "data"
     try:
@@ -70,7 +71,9 @@ def load_questions(path: Path, run: Run) -> list[Question]:
         raise UserError(f"question file {path} holds no question.")
     question_ids = [ids for ids, _ in encode_plain(run.tokenizer, [text for _, text, _, _ in found])]
     answer_ids = [tuple(ids for ids, _ in encode_plain(run.tokenizer, list(answers))) for _, _, answers, _ in found]
-    return [Question(*head, ids, spans, row) for (*head, row), ids, spans in zip(found, question_ids, answer_ids, strict=True)]
+    return [
+        Question(name, text, answers, ids, spans, row) for (name, text, answers, row), ids, spans in zip(found, question_ids, answer_ids, strict=True)
+    ]
 
 
 class QuestionBatches:
@@ -90,7 +93,9 @@ class QuestionBatches:
         text_ids = self.passages.text_ids(row)
         return [(start, len(ids)) for ids in question.answer_ids if len(ids) for start in self.words.find(text_ids, ids)]
 
-    def batch(self, questions: Sequence[Question], query: tuple[torch.Tensor, torch.Tensor], retrieved: np.ndarray, read: np.ndarray) -> QuestionBatch:
+    def batch(
+        self, questions: Sequence[Question], query: tuple[torch.Tensor, torch.Tensor], retrieved: np.ndarray, read: np.ndarray
+    ) -> QuestionBatch:
         """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader."""
         limit = self.run.config.reader.max_tokens
         joints, spots = [], []
@@ -126,4 +131,3 @@ class QuestionBatches:
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:
         """What the index holds for the given rows, (…, D)."""
         return torch.from_numpy(self.index.embeddings(rows.ravel())).view(*rows.shape, -1)
-

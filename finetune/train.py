@@ -30,7 +30,9 @@ def train_finetune(run: Run, resume: bool = False) -> None:
         console.print(f"  {STAGE}: finished before, in {run.model(STAGE)}")
         return
     if not resume and (run.stage(STAGE) / "checkpoints").exists():
-        raise UserError(f"run folder {run.folder} exists and stage {STAGE} was begun in it; add --resume to go on, or give another folder with --run.")
+        raise UserError(
+            f"run folder {run.folder} exists and stage {STAGE} was begun in it; add --resume to go on, or give another folder with --run."
+        )
     path = run.data("train")
     if path is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
@@ -59,7 +61,9 @@ def train_finetune(run: Run, resume: bool = False) -> None:
     metrics.close()
     if rank() == 0:
         with published(run.model(STAGE)) as folder:
-            save_retriever(retriever, run.tokenizer, folder / "retriever", run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+            save_retriever(
+                retriever, run.tokenizer, folder / "retriever", run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
+            )
             save_reader(reader, run.tokenizer, folder / "reader")
             (folder / "index_version").write_text(index.version.name + "\n")
             (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")

@@ -60,9 +60,7 @@ def empty_index(dim: int, factory: str) -> faiss.Index:
         raise UserError(f'FAISS cannot make index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat"') from error
 
 
-def build_index(
-    embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "Flat", seed: int = 0, training_rows: int = 500_000
-) -> faiss.Index:
+def build_index(embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "Flat", seed: int = 0, training_rows: int = 500_000) -> faiss.Index:
     """Build an inner-product index over (N, D) embeddings, given whole or as shards in row order; row numbers are the ids.
 
     What needs training gets at most `training_rows` rows, drawn with `seed`. UserError as from `empty_index`, and where the N vectors are

@@ -14,26 +14,12 @@ import numpy as np
 import torch
 
 from realm.errors import UserError
-from realm.inputs import pad_batch, passage_input, token_budget_batches
+from realm.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
 from realm.publish import write_file_atomic, write_json_atomic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from realm.corpus import PreparedCorpus
     from realm.retriever import Retriever
-
-
-class SpecialIds(NamedTuple):
-    """Wordpiece ids of the special tokens that frame a passage."""
-
-    cls: int
-    sep: int
-    pad: int
-
-    @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialIds":
-        return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
 
 
 class BadEncoder(UserError):
@@ -44,7 +30,7 @@ class Encoder(NamedTuple):
     """An exported retriever, ready to encode."""
 
     retriever: "Retriever"
-    special_ids: SpecialIds
+    wordpieces: Wordpieces
     max_passage_tokens: int
     tokenizer_fingerprint: str
 
@@ -58,14 +44,14 @@ def load_encoder(folder: Path) -> Encoder:
     if torch.cuda.is_available():
         retriever.to("cuda")
     max_tokens = read_retriever_settings(folder)["max_passage_tokens"]
-    return Encoder(retriever, SpecialIds.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
+    return Encoder(retriever, Wordpieces.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
 
 
 def encode_passages(
     retriever: "Retriever",
     corpus: "PreparedCorpus",
     rows: np.ndarray,
-    special_ids: SpecialIds,
+    wordpieces: Wordpieces,
     max_tokens: int,
     token_budget: int = 4096,
     autocast: torch.dtype | None = None,
@@ -87,10 +73,10 @@ def encode_passages(
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             for batch in token_budget_batches(sequence_lengths, token_budget):
                 sequences = [
-                    passage_input(corpus.title_ids(row), corpus.text_ids(row), special_ids.cls, special_ids.sep, max_tokens)
+                    passage_input(corpus.title_ids(row), corpus.text_ids(row), wordpieces.cls, wordpieces.sep, max_tokens)
                     for row in rows[batch].tolist()
                 ]
-                ids_BL, mask_BL = pad_batch(sequences, special_ids.pad)
+                ids_BL, mask_BL = pad_batch(sequences, wordpieces.pad)
                 embeddings_RD[batch] = retriever.embed_passages(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
                 done += len(batch)
                 if progress is not None:

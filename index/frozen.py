@@ -1,7 +1,6 @@
 """The index of a given exported retriever: found among the published ones, or built now."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shutil import copytree
 
@@ -14,9 +13,7 @@ from realm.corpus import PreparedCorpus
 from realm.publish import Lineage, Version, checksum, newest, published, start_attempt
 
 
-def index_for(
-    folder: Path, retriever: Path, config: RefreshConfig, passages: PreparedCorpus, log: Callable[[str], None] = partial(print, flush=True)
-) -> PassageIndex:
+def index_for(folder: Path, retriever: Path, config: RefreshConfig, passages: PreparedCorpus, log: Callable[[str], None] = print) -> PassageIndex:
     """Open the index built from the retriever saved in `retriever`; where none is published in the run `folder`, export that and build one.
 
     Raises UserError where it cannot be built as configured.

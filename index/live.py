@@ -31,12 +31,21 @@ class LiveIndex:
 
     @classmethod
     def begin(
-        cls, folder: Path, config: RefreshConfig, passages: PreparedCorpus, tokenizer: "PreTrainedTokenizerBase", dim: int, parent: int | None, step: int
+        cls,
+        folder: Path,
+        config: RefreshConfig,
+        passages: PreparedCorpus,
+        tokenizer: "PreTrainedTokenizerBase",
+        dim: int,
+        parent: int | None,
+        step: int,
     ) -> Self:
         """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`."""
         (folder / TRAINING_ENDED).unlink(missing_ok=True)
         attempt = start_attempt(folder, parent, None if parent is None else step)
-        watcher = IndexWatcher(folder, attempt, passages.fingerprint, dim, tokenizer_fingerprint(tokenizer), config.poll_s, log=lambda line: console.print(f"  {line}"))
+        watcher = IndexWatcher(
+            folder, attempt, passages.fingerprint, dim, tokenizer_fingerprint(tokenizer), config.poll_s, log=lambda line: console.print(f"  {line}")
+        )
         return cls(folder, config, attempt, watcher)
 
     @property
@@ -80,7 +89,9 @@ class LiveIndex:
             self._take()
         elif self._warned_at != self.index.version:
             self._warned_at = self.index.version
-            console.print(f"  warning: index {self.index.version} is {behind} steps behind (refresh.max_stale_steps = {limit}); is the refresher running?")
+            console.print(
+                f"  warning: index {self.index.version} is {behind} steps behind (refresh.max_stale_steps = {limit}); is the refresher running?"
+            )
 
     def telemetry(self, step: int) -> dict[str, float | str]:
         """Index version used, steps it is behind, swaps so far."""
@@ -123,7 +134,9 @@ class LiveIndex:
         while not self.watcher.wait_for(min_step, min(10.0, self.config.wait_timeout_s)):
             waited = time.monotonic() - began
             if self.refresher is not None and self.refresher.poll() is not None:
-                raise UserError(f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder / 'refresher' / 'output.log'}.")
+                raise UserError(
+                    f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder}/refresher/output.log."
+                )
             if waited >= self.config.wait_timeout_s:
                 raise UserError(
                     f"waited {format_seconds(waited)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "

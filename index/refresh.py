@@ -204,9 +204,9 @@ class _Refresher:
                 raise _Stopped
 
         def encode(rows: np.ndarray) -> np.ndarray:
-            retriever, special_ids, max_tokens, _ = encoder
+            retriever, wordpieces, max_tokens, _ = encoder
             autocast = torch.bfloat16 if self.config.precision == "bf16" else None
-            return encode_passages(retriever, self.corpus, rows, special_ids, max_tokens, self.config.token_budget, autocast, stop_if_asked)
+            return encode_passages(retriever, self.corpus, rows, wordpieces, max_tokens, self.config.token_budget, autocast, stop_if_asked)
 
         def before_shard(share_done: float) -> None:
             lease.check()
@@ -280,9 +280,7 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
 def start_refresher(run: Path, log_path: Path) -> subprocess.Popen[bytes]:
     """Start `realm refresh --run RUN` as a fresh process with its output in `log_path` and without the launcher's variables."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)}
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         command = [sys.executable, "-m", "realm", "refresh", "--run", str(run)]

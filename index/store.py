@@ -76,9 +76,7 @@ class Collector:
         pins = pinned(self.run) if others else set()
         now = time.monotonic()
         self._unneeded_since = {
-            version: self._unneeded_since.get(version, now)
-            for version in others
-            if version.name not in pins and not is_held(self.run, version)
+            version: self._unneeded_since.get(version, now) for version in others if version.name not in pins and not is_held(self.run, version)
         }
         return [version for version, since in self._unneeded_since.items() if now - since >= self.grace_s and self._remove(version)]
 

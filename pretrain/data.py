@@ -119,7 +119,12 @@ def replace_span(text_ids: IntArray, old: IntArray, new: IntArray, wordpieces: W
 
 
 def choose_candidates(
-    retrieved_rows: Sequence[int], example: MaskedSentence, count: int, passages: PreparedCorpus, statements: PreparedCorpus, wordpieces: Wordpieces
+    retrieved_rows: Sequence[int] | np.ndarray,
+    example: MaskedSentence,
+    count: int,
+    passages: PreparedCorpus,
+    statements: PreparedCorpus,
+    wordpieces: Wordpieces,
 ) -> list[int]:
     """The first `count` retrieved passages that are not trivial, filled up with EMPTY.
 
@@ -183,7 +188,12 @@ class BatchMaker:
         return MaskedBatch(buckets, position_BM, target_BM, token_BM.bool())
 
     def realm(
-        self, examples: Sequence[MaskedSentence], candidates: np.ndarray, pool: dict[int, list[IntArray]] | None, rate: float, rng: np.random.Generator
+        self,
+        examples: Sequence[MaskedSentence],
+        candidates: np.ndarray,
+        pool: dict[int, list[IntArray]] | None,
+        rate: float,
+        rng: np.random.Generator,
     ) -> RealmBatch:
         """A pretraining batch; `candidates` (B, N − 1) are passage rows or EMPTY. A share `rate` of examples is substituted."""
         parts, read_examples, holds = [], [], []

@@ -46,7 +46,9 @@ def load_probe(path: Path, run: Run, split: str | None = None) -> list[ProbeItem
             aligned = record["text"][start : start + len(answer)] == answer
             passage = None if record.get("passage") is None else run.passages.row_of_id(record["passage"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: no annotated statement with a known passage ({error!r}); it needs text, answer.text and answer.start.") from error
+            raise UserError(
+                f"{path}:{number}: no annotated statement with a known passage ({error!r}); it needs text, answer.text and answer.start."
+            ) from error
         if not aligned:
             raise UserError(f"{path}:{number}: the answer {answer!r} does not stand at answer.start ({start}) of the text.")
         if split is not None and record.get("split") != split:
@@ -155,5 +157,3 @@ def probe_stage(run: Run, stage: str) -> dict[str, float]:
         retriever = load_retriever(earlier)[0]
     reader = load_reader(folder / "reader") if (folder / "reader").exists() else None
     return probe(run, items, retriever, reader)
-
-

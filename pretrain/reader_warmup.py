@@ -99,7 +99,9 @@ class WarmupBatches:
                 if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
                     found.append((example, row))
         if not found:
-            raise UserError("no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first.")
+            raise UserError(
+                "no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first."
+            )
         return found
 
 

@@ -43,7 +43,9 @@ def begin_stage(run: Run, stage: str, resume: bool) -> bool:
         console.print(f"  {stage}: finished before, in {run.model(stage)}")
         return False
     if not resume and (run.stage(stage) / "checkpoints").exists():
-        raise UserError(f"run folder {run.folder} exists and stage {stage} was begun in it; add --resume to go on, or give another folder with --run.")
+        raise UserError(
+            f"run folder {run.folder} exists and stage {stage} was begun in it; add --resume to go on, or give another folder with --run."
+        )
     return True
 
 

@@ -163,6 +163,8 @@ def check_reader(run: Run, reader: Any, candidates: Candidates) -> None:
         return
     chosen = [example for example, _ in pairs]
     read, null = masked_accuracy(reader, run, chosen, [row for _, row in pairs]), masked_accuracy(reader, run, chosen, [NULL] * len(pairs))
-    console.print(f"  reader check: masked span right from a passage that holds it {read:.0f} %, from the null passage {null:.0f} % ({len(pairs)} spans)")
+    console.print(
+        f"  reader check: masked span right from a passage that holds it {read:.0f} %, from the null passage {null:.0f} % ({len(pairs)} spans)"
+    )
     if read < null + 10:
         console.print("  warning: the reader cannot read yet, so it will teach the retriever little; train reader_warmup longer")

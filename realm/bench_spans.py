@@ -125,9 +125,7 @@ def _table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [name in formats for name in rows[0]]
     return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)
-        ).rstrip()
+        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)).rstrip()
         for line in cells
     )
 

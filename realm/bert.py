@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -96,7 +96,7 @@ def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> Non
     """
     with torch.no_grad():
         for layer in bert.encoder.layer:
-            attention = layer.attention
+            attention: Any = layer.attention
             hidden = bert.config.hidden_size
             values, keys = (torch.linalg.qr(torch.randn(hidden, hidden)).Q for _ in range(2))
             attention.self.value.weight += copy**0.5 * values

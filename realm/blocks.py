@@ -29,9 +29,7 @@ _NEVER_LAST = re.compile(
     "mrs?|ms|messrs|mme|mlle|dr|prof|rev|fr|hon|gov|sen|rep|pres|gen|col|lt|capt|cpt|cmdr|adm|maj|sgt|cpl|pvt|ste?|mt|ft|bros|vs|viz|cf"
 )
 """Abbreviations that stand before a name or an explanation: no sentence ends with them."""
-_BEFORE_NUMBER = re.compile(
-    "nos?|vols?|pp?|figs?|ch|chap|sec|art|op|approx|ca?|b|d|ed|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec"
-)
+_BEFORE_NUMBER = re.compile("nos?|vols?|pp?|figs?|ch|chap|sec|art|op|approx|ca?|b|d|ed|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec")
 """Abbreviations that end no sentence where a number follows."""
 
 
@@ -87,9 +85,7 @@ class Block:
     sentence_starts: list[int] = field(default_factory=list)
 
 
-def cut_blocks(
-    text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndarray, bounds: Iterable[int], max_tokens: int
-) -> list[Block]:
+def cut_blocks(text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndarray, bounds: Iterable[int], max_tokens: int) -> list[Block]:
     """Packs whole sentences greedily into blocks of at most `max_tokens` wordpieces (ORQA, section 6.2; REALM, section 4).
 
     `offset_L2` holds the characters of each of the L ≥ 1 wordpieces, `bounds` the characters at which sentences begin. A sentence longer

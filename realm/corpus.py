@@ -49,7 +49,7 @@ class CorpusConfig:
     """What is retrieved, what is pretrained on, and how it is prepared."""
 
     passages: str
-    """JSONL file (.jsonl, .jsonl.gz, .jsonl.zst) of {"id", "title", "text"}, or "gazetteer" for the built-in corpus."""
+    """JSONL file (.jsonl, .jsonl.gz, .jsonl.zst) of {"id", "title", "text"}, or "builtin:passages.jsonl" for the built-in corpus."""
     statements: str | None = None
     """Sentences to mask in pretraining, in the same format; without it the passages themselves."""
     prepared: str = "prepared"

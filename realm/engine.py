@@ -106,7 +106,7 @@ class Engine:
             with published(folder) as temporary:
                 self._write(temporary, step, state, write_extra)
             return
-        shared = [None]
+        shared: list[Any] = [None]
         context = contextlib.ExitStack()
         if rank() == 0:
             shared = [str(context.enter_context(published(folder)))]

@@ -40,7 +40,9 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
 
         if not (prepared / "gazetteer").exists():
             summary = write_gazetteer(prepared / "gazetteer")
-            console.print(f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements")
+            console.print(
+                f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements"
+            )
     skip_bad = skip_bad or corpus.skip_bad
     paths = {kind: source_path(name, prepared) for kind, name in sources.items()}
 
@@ -58,8 +60,8 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
 
             ready = prepare_corpus(path, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, update)
         console.print(
-            f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans ({tagger.name}), "
-            f"{ready.manifest['skipped']} records skipped"
+            f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans "
+            f"({tagger.name}), {ready.manifest['skipped']} records skipped"
         )
 
 
@@ -151,7 +153,11 @@ def summarize(
     """What goes to `summary.json`: shares in percent, times in seconds; a figure that was not measured is left out."""
     metrics = read_metrics(run.folder / "metrics.jsonl")
     swaps = Counter(row["index"] for row in metrics.get("pretrain", []))
-    summary = {name: figures[name] for name in ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@5", "random_passage_em", "oracle_em") if name in figures}
+    summary: dict[str, float] = {
+        name: figures[name]
+        for name in ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@5", "random_passage_em", "oracle_em")
+        if name in figures
+    }
     summary |= closed_book
     for stage, short in (("ict", "ict"), ("pretrain", "realm")):
         for name in ("recall@1", "recall@5", "exact_recall@1", "exact_recall@5"):
@@ -163,5 +169,3 @@ def summarize(
     summary["total_seconds"] = sum(stage_times.values())
     summary["seed"] = run.config.seed
     return {name: round(value, 2) for name, value in summary.items()}
-
-

@@ -8,7 +8,7 @@ Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import draccus
 import numpy as np
@@ -125,7 +125,8 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     if config.bert.path is None:
         return reader, []
     with quiet_loading():
-        masked_lm, info = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True, dtype=torch.float32)
+        loaded: Any = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True, dtype=torch.float32)
+    masked_lm, info = loaded
     if any(name.startswith("cls.predictions") and "decoder" not in name for name in info["missing_keys"]):
         return reader, [f"reader.bert.path {config.bert.path!r} holds no masked-language head: it starts untrained, so warm the reader up."]
     head = masked_lm.cls.predictions

@@ -6,7 +6,14 @@ from realm.publish import versions_in
 from realm.run import Run
 from realm.telemetry import console, format_seconds, print_table, read_metrics
 
-_STAGE_TITLES = {"prepare": "prepare", "ict": "inverse cloze", "reader_warmup": "reader warm-up", "pretrain": "REALM", "finetune": "finetune", "evaluate": "evaluate"}
+_STAGE_TITLES = {
+    "prepare": "prepare",
+    "ict": "inverse cloze",
+    "reader_warmup": "reader warm-up",
+    "pretrain": "REALM",
+    "finetune": "finetune",
+    "evaluate": "evaluate",
+}
 _PROBE_COLUMNS = ("accuracy_null", "accuracy_random", "accuracy_gold", "accuracy_retrieved", "recall@1", "recall@5")
 
 
@@ -34,7 +41,9 @@ def print_summary(
         ]
         print_table("Index versions the trainer used", ["version", "steps", "most steps behind", "now"], table)
     console.print("  " + "  ".join(f"{name} {value}" for name, value in summary.items()))
-    console.print(f"  curves: {run.folder / 'curves.png'}   figures: {run.folder / 'summary.json'}   tensorboard --logdir {run.folder / 'tensorboard'}")
+    console.print(
+        f"  curves: {run.folder / 'curves.png'}   figures: {run.folder / 'summary.json'}   tensorboard --logdir {run.folder / 'tensorboard'}"
+    )
     console.print(f'  next: realm ask --run {run.folder} "…"   realm evaluate --run {run.folder} --questions FILE   realm ict --config configs/…')
 
 
@@ -70,7 +79,9 @@ def draw_curves(folder: Path, null: dict[str, list[float]]) -> None:
         axes[1, 1].legend()
     for name, label in (("known", "fact stands in a passage"), ("orphan", "fact stands nowhere")):
         if null.get(name):
-            axes[1, 2].hist(null[name], bins=20, range=(0, 1), density=True, alpha=0.6, label=f"{label} (mean {sum(null[name]) / len(null[name]):.2f})")
+            axes[1, 2].hist(
+                null[name], bins=20, range=(0, 1), density=True, alpha=0.6, label=f"{label} (mean {sum(null[name]) / len(null[name]):.2f})"
+            )
     axes[1, 2].set(title="Mass of the null passage", xlabel="p(null|x)", ylabel="density")
     if null:
         axes[1, 2].legend()

@@ -196,7 +196,11 @@ def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, pr
     package = "sentence_transformers.models"
     transformer = path / f"{prefix}0_Transformer" if prefix else path
     transformer.mkdir(exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in tower.bert.state_dict().items()}, transformer / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tower.bert.state_dict().items()},
+        transformer / "model.safetensors",
+        {"format": "pt"},
+    )
     tower.bert.config.architectures = ["BertModel"]
     tower.bert.config.save_pretrained(transformer)
     tokenizer.save_pretrained(transformer)
@@ -218,7 +222,10 @@ def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, pr
         return folder
 
     hidden = tower.bert.config.hidden_size
-    add("Pooling", {"word_embedding_dimension": hidden, "pooling_mode_cls_token": tower.pooling == "cls", "pooling_mode_mean_tokens": tower.pooling == "mean"})
+    add(
+        "Pooling",
+        {"word_embedding_dimension": hidden, "pooling_mode_cls_token": tower.pooling == "cls", "pooling_mode_mean_tokens": tower.pooling == "mean"},
+    )
     if isinstance(tower.projection, nn.Linear):
         dense = {"in_features": hidden, "out_features": tower.dim, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
         weights = {f"linear.{name}": value.detach().cpu().contiguous() for name, value in tower.projection.state_dict().items()}

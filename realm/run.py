@@ -1,11 +1,11 @@
 """The run folder: where each stage keeps its checkpoints and its result, and the one resolved config that every program reads.
 
-    runs/NAME/
-      config.yaml                     resolved; written once
-      STAGE/checkpoints/step-000500/  to resume the stage
-      STAGE/model/retriever, reader   its result, written last: a stage with a `model` folder has ended
-      encoders/ indexes/ refresher/ lineage.json   see `realm.publish` and `index`
-      metrics.jsonl tensorboard/ evaluations/
+runs/NAME/
+  config.yaml                     resolved; written once
+  STAGE/checkpoints/step-000500/  to resume the stage
+  STAGE/model/retriever, reader   its result, written last: a stage with a `model` folder has ended
+  encoders/ indexes/ refresher/ lineage.json   see `realm.publish` and `index`
+  metrics.jsonl tensorboard/ evaluations/
 """
 
 import difflib

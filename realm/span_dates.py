@@ -60,9 +60,7 @@ _BEGINNINGS = (
 _MAY_BEGIN = re.compile(rf"(?<!\w)(?:{_BEGINNINGS})")
 _MAY_BEGIN_RELATIVE = re.compile(rf"(?<!\w)(?:{_BEGINNINGS}|a|A|one|two|three|forty|several|many|few|some)")
 _NEXT_WORD = re.compile(r"\s?-?\s?([\w%]+)")
-_YEAR_CUE = re.compile(
-    r"(?:[Ii]n|[Ss]ince|[Uu]ntil|till|[Bb]y|[Ff]rom|[Bb]etween|[Aa]round|[Cc]irca|[Cc]a?\s?\.|[Bb]efore|[Aa]fter|[(\u2013-])\s?$"
-)
+_YEAR_CUE = re.compile(r"(?:[Ii]n|[Ss]ince|[Uu]ntil|till|[Bb]y|[Ff]rom|[Bb]etween|[Aa]round|[Cc]irca|[Cc]a?\s?\.|[Bb]efore|[Aa]fter|[(\u2013-])\s?$")
 
 
 def date_spans(text: str) -> list[tuple[int, int]]:

@@ -60,9 +60,7 @@ _FOLLOWING = re.compile(r"\s?([\w'\u2019]+|\S)")
 _YEAR_BEFORE = re.compile(r"(?<![\w.,-])(?:1[89]|20)\d\d(?:\ ?[\u2013-]\ ?\d\d)?\ $")
 _NUMBER_AFTER = re.compile(r"\ (?:\d{1,3}|[3-9]\d{3})(?![\w,%]|\.\d|\ ?[\u2013-]|\ (?:[a-z]+s|to|of|and|million|billion|per)\b)")
 _VERB_OF_I = re.compile(r" (?:am|was|have|had|['\u2019]\w+|would|will|did|do|think|know|love|want|can|could|should|never|always|also)\b")
-_COMPOUND = re.compile(
-    r"-(?:themed|rated|style|free|animated|based|born|era|like|funded|speaking|only|led|winning|nominated|owned|shaped|wide)$"
-)
+_COMPOUND = re.compile(r"-(?:themed|rated|style|free|animated|based|born|era|like|funded|speaking|only|led|winning|nominated|owned|shaped|wide)$")
 _INSTITUTIONS = HEADS | POSSESSED
 _OCCUPATION = re.compile(
     r"(?:ist|mate|grapher|ician|logian|Singer|Actor|Actress|Producer|Writer|Author|Drummer|Composer|Painter|Historian|Engineer)$"

@@ -35,7 +35,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finished: Path) -> None:
     run = finished / "run"
     summary = json.loads((run / "summary.json").read_text())
-    for name in ("em", "recall@1", "recall@5", "random_passage_em", "oracle_em", "masked_span_recall@5_ict", "masked_span_recall@5_realm", "train_seconds"):
+    for name in (
+        "em",
+        "recall@1",
+        "recall@5",
+        "random_passage_em",
+        "oracle_em",
+        "masked_span_recall@5_ict",
+        "masked_span_recall@5_realm",
+        "train_seconds",
+    ):
         assert name in summary
     assert (run / "curves.png").stat().st_size > 10_000
     metrics = read_metrics(run / "metrics.jsonl")

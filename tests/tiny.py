@@ -7,7 +7,20 @@ import yaml
 
 TOWNS = ("Alda", "Brenno", "Calvia", "Dorne", "Elst", "Fenwick", "Garda", "Holm", "Istra", "Jonas", "Kelm", "Lorne")
 RIVERS = ("Ister", "Tamba", "Uller", "Vanda", "Wesser", "Yarrow", "Zenna", "Quill", "Rhomba", "Sarn", "Ouse", "Pell")
-FOUNDERS = ("Ada Moor", "Ben Hall", "Cora Pike", "Dan Frost", "Eva Lind", "Finn Gray", "Gus Stone", "Hal West", "Ida Brook", "Jan Reed", "Kim Voss", "Leo Marsh")
+FOUNDERS = (
+    "Ada Moor",
+    "Ben Hall",
+    "Cora Pike",
+    "Dan Frost",
+    "Eva Lind",
+    "Finn Gray",
+    "Gus Stone",
+    "Hal West",
+    "Ida Brook",
+    "Jan Reed",
+    "Kim Voss",
+    "Leo Marsh",
+)
 
 
 def write_sources(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """How a variant gets into a transformers BERT: the one file that knows transformers' internals."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
@@ -31,7 +33,8 @@ def bind_attention(bert: BertModel, attention: AttentionConfig) -> None:
     if isinstance(attention, DenseAttention):
         bert.set_attn_implementation("sdpa")
         return
-    for number, layer in enumerate(bert.encoder.layer):
+    layers: Any = bert.encoder.layer
+    for number, layer in enumerate(layers):
         layer.attention.self = attention.replace(layer.attention.self, number).train(layer.training)
     bert.set_attn_implementation(_REPLACED)
 

@@ -41,10 +41,12 @@ class LongformerSelfAttention(nn.Module):
         super().__init__()
         self.window = window
         self.num_heads: int = local.num_attention_heads  # type: ignore[assignment]
-        self.query, self.key, self.value = local.query, local.key, local.value
-        self.query_global = copy.deepcopy(local.query)
-        self.key_global = copy.deepcopy(local.key)
-        self.value_global = copy.deepcopy(local.value)
+        self.query: nn.Linear = local.query  # type: ignore[assignment]
+        self.key: nn.Linear = local.key  # type: ignore[assignment]
+        self.value: nn.Linear = local.value  # type: ignore[assignment]
+        self.query_global = copy.deepcopy(self.query)
+        self.key_global = copy.deepcopy(self.key)
+        self.value_global = copy.deepcopy(self.value)
         self.dropout: float = local.dropout.p  # type: ignore[union-attr, assignment]
 
     def forward(

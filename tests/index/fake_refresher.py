@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from index.encode import Encoder, SpecialIds, encode_passages
+from index.encode import Encoder, encode_passages
 from index.refresh import refresh
 from realm.config import RefreshConfig
+from realm.inputs import Wordpieces
 from realm.publish import Version, published
 
 DIM = 8
-SPECIAL_IDS = SpecialIds(cls=1, sep=2, pad=0)
+SPECIAL_IDS = Wordpieces(cls=1, sep=2, mask=3, pad=0, continuation=np.zeros(0, bool))
 MAX_TOKENS = 16
 TOKENIZER = "tokenizer-of-tests"
 CONFIG = RefreshConfig(shard_rows=10, token_budget=64, poll_s=0.05, keep_last=2, grace_s=0.0, lease_expiry_s=1.0)

@@ -1,7 +1,5 @@
 """Masked sentences, substitution and candidates: what may be masked, what may be read, what never comes back."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 

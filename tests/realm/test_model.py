@@ -32,9 +32,7 @@ SPANS = [(1, 3), (0, 1), (2, 5)]
 @pytest.fixture
 def retriever(tokenizer):
     torch.manual_seed(0)
-    return build_retriever(
-        RetrieverConfig(bert=BERT, projection_dim=6, max_query_tokens=20, max_passage_tokens=40, temperature=2.0), tokenizer
-    )
+    return build_retriever(RetrieverConfig(bert=BERT, projection_dim=6, max_query_tokens=20, max_passage_tokens=40, temperature=2.0), tokenizer)
 
 
 @pytest.fixture
@@ -165,9 +163,7 @@ def test_what_fills_an_empty_slot_changes_nothing(retriever, reader):
     example.candidate_BN[0, 3] = 2
     example.joints[3] = joint_input(example.queries[0], *example.passages[2], CLS, SEP, 40)
     after = model(example.realm())
-    assert {name: value.item() for name, value in after.items()} == pytest.approx(
-        {name: value.item() for name, value in before.items()}, abs=1e-5
-    )
+    assert {name: value.item() for name, value in after.items()} == pytest.approx({name: value.item() for name, value in before.items()}, abs=1e-5)
 
 
 def test_the_null_passage_alone_takes_all_mass(retriever, reader):

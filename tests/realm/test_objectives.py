@@ -38,9 +38,7 @@ def prior(score_N: Tensor, valid_N: Tensor) -> list[float]:
 
 
 def p_joint(p_N: list[float], token_p_NM: list[list[float]], token_M: list[bool]) -> float:
-    return sum(
-        p * math.prod(q for q, token in zip(token_p_M, token_M, strict=True) if token) for p, token_p_M in zip(p_N, token_p_NM, strict=True)
-    )
+    return sum(p * math.prod(q for q, token in zip(token_p_M, token_M, strict=True) if token) for p, token_p_M in zip(p_N, token_p_NM, strict=True))
 
 
 def p_per_token(p_N: list[float], token_p_NM: list[list[float]], token_M: list[bool]) -> float:

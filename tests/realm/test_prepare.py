@@ -191,9 +191,7 @@ def test_spans_are_the_taggers(tmp_path, tokenizer):
         expected = next(iter(StubTagger().tag([corpus.text(row)])))
         _, offset_L2 = encode_plain(tokenizer, [corpus.text(row)])[0]
         starts, ends, types = corpus.spans(row)
-        found = [
-            (offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)
-        ]
+        found = [(offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)]
         assert found == list(expected)
         num_spans += len(found)
     assert corpus.manifest["spans"] == num_spans > 100

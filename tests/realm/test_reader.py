@@ -32,8 +32,7 @@ def build(config, tokenizer):
 def joint_batch(*lengths):
     generator = np.random.default_rng(0)
     joints = [
-        joint_input(generator.integers(5, 90, 5), generator.integers(5, 90, 2), generator.integers(5, 90, length), CLS, SEP, 48)
-        for length in lengths
+        joint_input(generator.integers(5, 90, 5), generator.integers(5, 90, 2), generator.integers(5, 90, length), CLS, SEP, 48) for length in lengths
     ]
     return pad_joint([ids for ids, _, _ in joints], [first for _, first, _ in joints], 0)
 

@@ -103,9 +103,7 @@ def test_load_retriever_restores_weights_and_settings(config, tokenizer, wordpie
     assert loaded.shared == config.shared_tower and not loaded.training
     assert loaded.temperature == 0.5 and loaded.dim == retriever.dim
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
-    for ours, theirs in zip(
-        embed(retriever, config, tokenizer, wordpieces), embed(loaded, config, loaded_tokenizer, wordpieces), strict=True
-    ):
+    for ours, theirs in zip(embed(retriever, config, tokenizer, wordpieces), embed(loaded, config, loaded_tokenizer, wordpieces), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     settings = read_retriever_settings(path)
     assert (settings["max_query_tokens"], settings["max_passage_tokens"]) == (16, 40)

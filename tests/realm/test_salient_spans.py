@@ -237,9 +237,7 @@ def test_unreadable_files_are_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_bench_counts_exact_spans_and_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "names.conll").write_text(
-        "Ada\tB-PER\nQuill\tI-PER\nleft\tO\nPorto\tO\nin\tO\n1905\tO\n\nthe\tO\nsea\tB-LOC\n", encoding="utf-8"
-    )
+    (tmp_path / "names.conll").write_text("Ada\tB-PER\nQuill\tI-PER\nleft\tO\nPorto\tO\nin\tO\n1905\tO\n\nthe\tO\nsea\tB-LOC\n", encoding="utf-8")
     (tmp_path / "dates.conll").write_text("In\tO\n1905\tB-DATE\nAda\tO\n", encoding="utf-8")
     arguments = [
         "--entities",
@@ -262,8 +260,6 @@ def test_bench_counts_exact_spans_and_prints_one_table(tmp_path: Path, capsys: p
 
 @pytest.mark.real_data
 def test_floors_of_the_builtin_rules_on_annotated_text(shared_data: Path) -> None:
-    entities, dates = bench_spans(
-        shared_data / "ner" / "wikineural-en-val.conllu.gz", shared_data / "ner" / "gum-dates" / "test.conll", SpanConfig()
-    )
+    entities, dates = bench_spans(shared_data / "ner" / "wikineural-en-val.conllu.gz", shared_data / "ner" / "gum-dates" / "test.conll", SpanConfig())
     assert entities["f1"] >= 0.85
     assert dates["f1"] >= 0.80

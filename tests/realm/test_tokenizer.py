@@ -46,9 +46,7 @@ def test_training_is_the_same_in_another_process(trained):
         "import json, sys; from realm.tokenizer import *; config, texts = json.load(sys.stdin); "
         "print(tokenizer_fingerprint(train_wordpiece(iter(texts), TokenizerConfig(**config))))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], input=json.dumps([{"vocab_size": 200}, TEXTS]), capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], input=json.dumps([{"vocab_size": 200}, TEXTS]), capture_output=True, text=True, check=True)
     assert run.stdout.strip() == tokenizer_fingerprint(trained)
 
 

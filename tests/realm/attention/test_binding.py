@@ -82,9 +82,7 @@ def test_padding_changes_no_real_token(attention):
 def test_query_tokens_are_global_in_the_reader(tokenizer):
     """With one layer and a window of 2, a far token changes with x and not with the rest of the passage."""
     torch.manual_seed(0)
-    config = ReaderConfig(
-        bert=BertSource(**{**vars(SOURCE), "layers": 1}), attention=LongformerAttention(window=2), span_hidden=8, max_tokens=40
-    )
+    config = ReaderConfig(bert=BertSource(**{**vars(SOURCE), "layers": 1}), attention=LongformerAttention(window=2), span_hidden=8, max_tokens=40)
     reader, _ = build_reader(config, tokenizer)
     sequence = torch.randint(10, len(tokenizer), (30,)).numpy()
 

@@ -38,9 +38,7 @@ def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, 
             if not real_BL[b, i]:
                 rows.append(torch.zeros(width, dtype=hidden_BLW.dtype))
                 continue
-            query, key, value = (
-                (module.query_global, module.key_global, module.value_global) if seeing else (module.query, module.key, module.value)
-            )
+            query, key, value = (module.query_global, module.key_global, module.value_global) if seeing else (module.query, module.key, module.value)
             q_W, k_JW, v_JW = query(hidden_BLW[b, i]), key(hidden_BLW[b, seen]), value(hidden_BLW[b, seen])
             heads = []
             for h in range(HEADS):
@@ -105,9 +103,7 @@ def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window,
 def test_global_projections_are_used_and_start_as_copies():
     module = attention(2)
     hidden_BLW, real_BL, global_BL = inputs([12], 0, 1, 0)
-    _, gradients = outputs_and_gradients(
-        lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL
-    )
+    _, gradients = outputs_and_gradients(lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL)
     assert all(gradients[f"{name}_global.weight"].abs().max() > 1e-3 for name in ("query", "key", "value"))
     local = BertSelfAttention(BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
     fresh = LongformerSelfAttention(local, 2)
