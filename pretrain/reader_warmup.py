@@ -7,7 +7,7 @@ memorising facts, so that what it learns is to copy.
 import numpy as np
 import torch
 
-from pretrain.data import MaskedSentence, SpanSampler, choose_candidates, span_pool, substitute
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, span_pool, substitute
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker, begin_stage, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
@@ -71,6 +71,8 @@ class WarmupBatches:
         for i in range(at, at + size):
             example, row = self._found[i % len(self._found)]
             title, text = self._holding_sentence(row, example) if step < self.config.sentence_steps else self.maker.passage(row)
+            if rng.random() < self.config.null_share:
+                title, text = self.maker.passage(NULL)
             if rng.random() < self.config.substitution:
                 example, (title, text) = substitute(example, (title, text), self.pool, self.maker.wordpieces, rng)
             examples.append(example)

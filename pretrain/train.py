@@ -15,6 +15,7 @@ from pretrain.reader_warmup import holding_rows
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker, begin_stage, export_retriever, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
+from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import RealmBatch, RealmModel
 from realm.run import Run
@@ -31,6 +32,10 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
     config = run.config.pretrain
     if not begin_stage(run, STAGE, resume):
         return
+    if config.candidates - 1 > len(run.passages):
+        raise UserError(
+            f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages and the null passage; lower it."
+        )
     torch.manual_seed(run.config.seed + 2)
     retriever, reader = initial_retriever(run, STAGE), initial_reader(run, STAGE)
     engine = Engine(RealmModel(retriever, reader, config.marginal), config.optim, run.config.engine, config.steps, config.batch_size)

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(options: argparse.Namespace) -> "Run":
     """The run of `--config` (created where new) or of `--run`."""
-    from realm.config import load_config
+    from realm.config_file import load_config
     from realm.run import Run
 
     if hasattr(options, "config"):
@@ -95,14 +95,14 @@ def _open(options: argparse.Namespace) -> "Run":
 
 
 def _run(options: argparse.Namespace) -> None:
-    from realm.config import load_config
+    from realm.config_file import load_config
     from realm.pipeline import run_all
 
     run_all(load_config(options.config, options.overrides), options.resume)
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from realm.config import load_config
+    from realm.config_file import load_config
     from realm.pipeline import prepare
 
     prepare(load_config(options.config, options.overrides), options.skip_bad)

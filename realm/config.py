@@ -1,21 +1,9 @@
-"""The configuration tree: one YAML per kind of run, dotted overrides, every mistake named by its field.
+"""The configuration tree of a run. Modules own the config classes of what they build; this file adds those of the stages and composes the whole."""
 
-A YAML may start with `extends: other.yaml` (relative to itself); its own keys are merged over that file's. Modules own the config classes of
-what they build; this file adds those of the stages and composes the whole.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
-from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-import draccus
-import yaml
-from draccus.utils import DraccusException
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from realm.corpus import CorpusConfig
-from realm.errors import UserError
 from realm.reader import ReaderConfig
 from realm.retriever import RetrieverConfig
 from realm.salient_spans import SpanConfig
@@ -92,6 +80,8 @@ class ReaderWarmupConfig:
     """Share of examples whose span is replaced, in target and passage alike, by another span of its type: copying instead of remembering."""
     topic_share: float = 1.0
     """Share kept of the examples whose span stands in the passage's title: naming the topic takes little reading."""
+    null_share: float = 0.0
+    """Share of examples read with the null passage: what may be expected of a span unread, so that no passage beats a wrong one."""
     sentence_steps: int = 0
     """First steps that read only the sentence that holds the span: copying is found sooner in a short text."""
     checkpoint_every: int = 500
@@ -248,99 +238,9 @@ class RealmConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Questions and annotated statements."""
 
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
-    """Read a YAML file with `--section.field value` overrides.
-
-    Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
-    """
-    tree = _merge(_read_yaml(path), parse_overrides(overrides))
-    if complaints := list(_misplaced(RealmConfig, tree)):
-        raise UserError(f"{path}: {'; '.join(complaints)}.")
-    try:
-        return draccus.decode(RealmConfig, tree)
-    except (DraccusException, ValueError) as error:
-        # A config class that refuses a value says why; draccus only says that it did.
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"{path}: {error.__cause__}") from error
-        raise UserError(f"{path}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are.") from error
-
-
-def dump_config(config: RealmConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(draccus.encode(config), sort_keys=False)
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`["--pretrain.steps", "5"]` to `{"pretrain": {"steps": 5}}`; `--field=value` works too."""
-    tree: dict[str, Any] = {}
-    remaining = list(arguments)
-    while remaining:
-        name = remaining.pop(0)
-        if not name.startswith("--") or len(name) < 3:
-            raise UserError(f"unexpected argument {name!r}; overrides are written --section.field value.")
-        name, equals, text = name[2:].partition("=")
-        if not equals:
-            if not remaining:
-                raise UserError(f"--{name} needs a value.")
-            text = remaining.pop(0)
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--{name}: {text!r} is no YAML value.") from error
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        tree = _merge(tree, value)
-    return tree
-
-
-def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
-    """What draccus accepts or reports without the field's name: empty values, sections that are no mapping, unknown variants."""
-    if value is None:
-        if kind is not Any and NoneType not in get_args(kind):
-            yield f"`{name}` is empty; give it a value or leave it out"
-        return
-    section = is_dataclass(kind) or get_origin(kind) is dict
-    if section != isinstance(value, dict) and kind is not Any:
-        yield f"`{name}` must be {'a mapping of fields' if section else 'a value'}, got {value!r}"
-        return
-    if section and hasattr(kind, "get_known_choices"):
-        choice, known = value.get("type", kind.default_choice_name()), kind.get_known_choices()
-        if choice not in known:
-            yield f"`{name}.type` {choice!r} is unknown; choose one of {', '.join(known)}"
-            return
-        kind = known[choice]
-    fields = get_type_hints(kind) if is_dataclass(kind) else {}
-    for key in value if fields else ():
-        if key in fields:
-            yield from _misplaced(fields[key], value[key], f"{name}.{key}".lstrip("."))
-
-
-def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"config file {path} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read ({error}).") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is no valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config file {path} must hold a mapping of sections, got {type(tree).__name__}.")
-    base = tree.pop("extends", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"config file {path}: `extends` must name a file, got {base!r}.")
-    if path.resolve() in extending:
-        raise UserError(f"config file {path} extends itself, by way of {extending[-1]}.")
-    return _merge(_read_yaml(path.parent / base, (*extending, path.resolve())), tree)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        # A section that names another `type` replaces the base's: the fields of one variant are not those of another.
-        same_kind = isinstance(value, dict) and isinstance(merged.get(key), dict) and value.get("type", None) in (None, merged[key].get("type"))
-        merged[key] = _merge(merged[key], value) if same_kind else value
-    return merged
+    def __post_init__(self) -> None:
+        query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
+        if joint < query + 16:
+            raise ValueError(f"reader.max_tokens ({joint}) leaves no room for a passage beside retriever.max_query_tokens ({query})")
+        if self.pretrain.candidates < 2:
+            raise ValueError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}")

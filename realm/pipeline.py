@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.evaluate import evaluate
+from finetune.ask import print_answer
+from finetune.data import load_questions
+from finetune.evaluate import Answerer, evaluate
 from finetune.train import train_finetune
 from pretrain.data import NULL
 from pretrain.ict import train_ict
@@ -21,7 +23,7 @@ from realm.errors import UserError
 from realm.prepare import prepare_corpus
 from realm.publish import write_json_atomic
 from realm.reader import load_reader
-from realm.report import draw_curves, print_summary
+from realm.report import draw_curves, print_next, print_summary
 from realm.retriever import load_retriever
 from realm.run import BUILTIN, STAGES, Run, source_path
 from realm.salient_spans import SpanTagger
@@ -97,9 +99,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     if run.finished("finetune"):
         console.print("[bold]evaluate[/bold]")
         began = time.monotonic()
-        for split in ("validation", "test"):
-            if run.data(split) is not None:
-                figures = evaluate(run, split=split)
+        figures = evaluate(run)
         stage_times["evaluate"] = time.monotonic() - began
     closed_book = cached(run, "closed-book", lambda: closed_book_accuracy(run)) if run.data("closed_book") else {}
     null = cached(run, "null-passage", lambda: null_masses(run)) if run.data("orphans") and run.finished("pretrain") else {}
@@ -107,6 +107,20 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     write_json_atomic(run.folder / "summary.json", summary)
     draw_curves(run.folder, null)
     print_summary(run, stage_times, probes, figures, summary)
+    if figures:
+        show_answers(run)
+    print_next(run)
+
+
+def show_answers(run: Run, count: int = 3) -> None:
+    """Answer some of the test questions where everyone can see it."""
+    path = run.data("test")
+    assert path is not None
+    answerer = Answerer(run)
+    questions = load_questions(path, run)
+    console.print("[bold]Some test questions[/bold]")
+    for number in np.random.default_rng(run.config.seed).choice(len(questions), min(count, len(questions)), replace=False):
+        print_answer(answerer, questions[int(number)].text, run.config.evaluate.read)
 
 
 def cached(run: Run, name: str, measure: object) -> dict:

@@ -41,10 +41,15 @@ def print_summary(
         ]
         print_table("Index versions the trainer used", ["version", "steps", "most steps behind", "now"], table)
     console.print("  " + "  ".join(f"{name} {value}" for name, value in summary.items()))
-    console.print(
-        f"  curves: {run.folder / 'curves.png'}   figures: {run.folder / 'summary.json'}   tensorboard --logdir {run.folder / 'tensorboard'}"
-    )
-    console.print(f'  next: realm ask --run {run.folder} "…"   realm evaluate --run {run.folder} --questions FILE   realm ict --config configs/…')
+
+
+def print_next(run: Run) -> None:
+    """Where everything lies, and what to type next."""
+    console.print(f"\ncurves: {run.folder}/curves.png   figures: {run.folder}/summary.json   tensorboard --logdir {run.folder}/tensorboard")
+    console.print("next:")
+    console.print(f'  realm ask --run {run.folder} "your question"')
+    console.print(f"  realm evaluate --run {run.folder} --split validation")
+    console.print("  configs/demo-bert.yaml starts from a real BERT; the README tells how to use documents of your own")
 
 
 def draw_curves(folder: Path, null: dict[str, list[float]]) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from realm.config import RealmConfig, dump_config, load_config
+from realm.config import RealmConfig
+from realm.config_file import dump_config, load_config
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import Wordpieces

@@ -1,7 +1,6 @@
 """What a person sees of long work: progress with rate and time left, `metrics.jsonl`, TensorBoard, tables."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,7 +129,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(format_cell(cell) for cell in row))
-    (Console(highlight=False, width=140) if not sys.stdout.isatty() else console).print(table)
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
 def format_cell(cell: object) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from realm.config import load_config
+from realm.config_file import load_config
 from realm.run import Run
 from realm.telemetry import read_metrics
 from tests.tiny import write_config, write_sources

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pretrain.data import EMPTY, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, replace_span, span_pool, substitute
-from realm.config import load_config
+from realm.config_file import load_config
 from realm.run import Run
 from tests.tiny import write_config, write_sources
 

@@ -8,7 +8,7 @@ import yaml
 
 from realm.attention.dense import DenseAttention
 from realm.attention.longformer import LongformerAttention
-from realm.config import dump_config, load_config, parse_overrides
+from realm.config_file import dump_config, load_config, parse_overrides
 from realm.errors import UserError
 
 BASE = "run: runs/x\ncorpus: {passages: p.jsonl}\n"

@@ -13,7 +13,7 @@ from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.attention.longformer import LongformerAttention, LongformerSelfAttention
 from realm.bert import BertSource
-from realm.config import load_config
+from realm.config_file import load_config
 from realm.errors import UserError
 from realm.inputs import pad_batch
 from realm.reader import ReaderConfig, build_reader, load_reader, pad_joint, save_reader
