@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from realm.inputs import IntArray, pad_batch, query_input
 from realm.model import QuestionBatch
 from realm.reader import joint_input, pad_joint, span_mask
 from realm.run import Run
+from realm.substitution import SpanPool, replace_span
 from realm.tokenizer import encode_plain
+
+Substitute: TypeAlias = tuple[IntArray, IntArray]
+"""A span and what takes its place, as wordpieces."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +93,45 @@ class QuestionBatches:
         limit = self.run.config.retriever.max_query_tokens
         return pad_batch([query_input(question.ids, self.words.cls, self.words.sep, limit) for question in questions], self.words.pad)
 
-    def positions(self, question: Question, row: int) -> list[tuple[int, int]]:
-        """Start and length in wordpieces of every occurrence of an accepted answer in the text of a passage."""
-        text_ids = self.passages.text_ids(row)
-        return [(start, len(ids)) for ids in question.answer_ids if len(ids) for start in self.words.find(text_ids, ids)]
+    def positions(self, answers: Sequence[IntArray], text_ids: IntArray) -> list[tuple[int, int]]:
+        """Start and length in wordpieces of every occurrence of an accepted answer in a text."""
+        return [(start, len(ids)) for ids in answers if len(ids) for start in self.words.find(text_ids, ids)]
+
+    def substitutes(self, questions: Sequence[Question], rate: float, pool: SpanPool, rng: np.random.Generator) -> list[Substitute | None]:
+        """For a share `rate` of the questions another span of their answer's type, where the tagger found the answer in their passage."""
+        chosen: list[Substitute | None] = []
+        for question in questions:
+            kinds = {} if question.passage is None or rng.random() >= rate else self._span_types(question.passage)
+            old = next((ids for ids in question.answer_ids if ids.tobytes() in kinds), None)
+            others = [] if old is None else pool[kinds[old.tobytes()]]
+            chosen.append(None if old is None else (old, others[rng.integers(len(others))]))
+        return chosen
+
+    def _span_types(self, row: int) -> dict[bytes, int]:
+        ids = self.passages.text_ids(row)
+        return {ids[start:end].tobytes(): int(kind) for start, end, kind in zip(*self.passages.spans(row), strict=True)}
 
     def batch(
-        self, questions: Sequence[Question], query: tuple[torch.Tensor, torch.Tensor], retrieved: np.ndarray, read: np.ndarray
+        self,
+        questions: Sequence[Question],
+        query: tuple[torch.Tensor, torch.Tensor],
+        retrieved: np.ndarray,
+        read: np.ndarray,
+        substitutes: Sequence[Substitute | None] | None = None,
     ) -> QuestionBatch:
-        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader."""
+        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, their texts changed by `substitutes`."""
         limit = self.run.config.reader.max_tokens
         joints, spots = [], []
-        for question, rows in zip(questions, read, strict=True):
+        for question, rows, change in zip(questions, read, substitutes or [None] * len(questions), strict=True):
             for row in map(int, rows):
-                ids, first, text_at = joint_input(
-                    question.ids[: self.run.config.retriever.max_query_tokens - 2], self.passages.title_ids(row), self.passages.text_ids(row),
-                    self.words.cls, self.words.sep, limit,
-                )  # fmt: skip
+                text_ids, answers = self.passages.text_ids(row), question.answer_ids
+                if change is not None:
+                    text_ids, answers = replace_span(text_ids, *change, self.words), (change[1],)
+                query_ids = question.ids[: self.run.config.retriever.max_query_tokens - 2]
+                ids, first, text_at = joint_input(query_ids, self.passages.title_ids(row), text_ids, self.words.cls, self.words.sep, limit)
                 joints.append((ids, first))
-                spots.append([(text_at + start, length) for start, length in self.positions(question, row) if text_at + start + length < len(ids)])
+                places = self.positions(answers, text_ids)
+                spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
         is_answer_QLW = torch.zeros(*ids_QL.shape, self.width, dtype=torch.bool)
         for q, places in enumerate(spots):
@@ -114,7 +139,10 @@ class QuestionBatches:
                 if length <= self.width:
                     is_answer_QLW[q, start, length - 1] = True
         special_QL = (ids_QL == self.words.sep) | (ids_QL == self.words.cls)
-        has_answer = [[bool(self.positions(question, int(row))) for row in rows] for question, rows in zip(questions, retrieved, strict=True)]
+        has_answer = [
+            [bool(self.positions(question.answer_ids, self.passages.text_ids(int(row)))) for row in rows]
+            for question, rows in zip(questions, retrieved, strict=True)
+        ]
         return QuestionBatch(
             *query,
             self.embeddings(retrieved),

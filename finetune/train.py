@@ -15,6 +15,7 @@ from realm.publish import published
 from realm.reader import load_reader, save_reader
 from realm.retriever import Retriever, load_retriever, save_retriever
 from realm.run import Run
+from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
 
 STAGE = "finetune"
@@ -82,6 +83,7 @@ class FinetuneBatches:
 
     def __init__(self, run: Run, retriever: Retriever, batches: QuestionBatches, questions: list[Question]) -> None:
         self.run, self.retriever, self.batches, self.questions, self.config = run, retriever, batches, questions, run.config.finetune
+        self.pool = span_pool([run.passages], run.config.reader.max_span_tokens) if self.config.substitution else {}
 
     def __call__(self, step: int) -> QuestionBatch:
         """Batch number `step` of this rank: retrieve with today's query tower, read the best, the gold passage among them."""
@@ -95,7 +97,8 @@ class FinetuneBatches:
             for question, passages in zip(questions, read, strict=True):
                 if question.passage is not None and question.passage not in passages:
                     passages[-1] = question.passage
-        return self.batches.batch(questions, query, retrieved, read)
+        rng = np.random.default_rng((self.run.config.seed, step, rank(), 6))
+        return self.batches.batch(questions, query, retrieved, read, self.batches.substitutes(questions, self.config.substitution, self.pool, rng))
 
 
 def embed_queries(retriever: Retriever, query: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:

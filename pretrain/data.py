@@ -11,6 +11,7 @@ from realm.errors import UserError
 from realm.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
 from realm.model import JointBatch, MaskedBatch, RealmBatch
 from realm.reader import joint_input, pad_joint
+from realm.substitution import SpanPool, replace_span
 
 NULL = -1
 """Row number that stands for the null passage."""
@@ -81,24 +82,8 @@ class SpanSampler:
         return MaskedSentence(row, np.array(ids), int(starts[chosen] - sentence), int(ends[chosen] - sentence), int(kinds[chosen]))
 
 
-def span_pool(corpora: Sequence[PreparedCorpus], max_span_tokens: int, max_blocks: int = 100_000) -> dict[int, list[IntArray]]:
-    """Distinct spans by type, for entity substitution, from at most `max_blocks` blocks of each corpus.
-
-    The passages belong in it beside the statements: what is never substituted in is never learnt as something to copy.
-    """
-    seen: dict[int, dict[bytes, IntArray]] = {}
-    for corpus in corpora:
-        for row in range(min(len(corpus), max_blocks)):
-            ids = corpus.text_ids(row)
-            for start, end, kind in zip(*corpus.spans(row), strict=True):
-                if end - start <= max_span_tokens:
-                    span = np.array(ids[start:end])
-                    seen.setdefault(int(kind), {})[span.tobytes()] = span
-    return {kind: list(spans.values()) for kind, spans in seen.items()}
-
-
 def substitute(
-    example: MaskedSentence, texts: Sequence[IntArray], pool: dict[int, list[IntArray]], wordpieces: Wordpieces, rng: np.random.Generator
+    example: MaskedSentence, texts: Sequence[IntArray], pool: SpanPool, wordpieces: Wordpieces, rng: np.random.Generator
 ) -> tuple[MaskedSentence, list[IntArray]]:
     """Another span of the same type in place of the masked one, in the target and wherever it stands in `texts`.
 
@@ -107,15 +92,6 @@ def substitute(
     others = pool[example.kind]
     other = others[rng.integers(len(others))]
     return example.with_span(other), [replace_span(text, example.span_ids, other, wordpieces) for text in texts]
-
-
-def replace_span(text_ids: IntArray, old: IntArray, new: IntArray, wordpieces: Wordpieces) -> IntArray:
-    """`text_ids` with every whole-word occurrence of `old` replaced by `new`."""
-    parts, at = [], 0
-    for start in wordpieces.find(text_ids, old):
-        parts += [text_ids[at:start], new]
-        at = start + len(old)
-    return np.concatenate([*parts, text_ids[at:]]) if parts else text_ids
 
 
 def choose_candidates(
@@ -191,7 +167,7 @@ class BatchMaker:
         self,
         examples: Sequence[MaskedSentence],
         candidates: np.ndarray,
-        pool: dict[int, list[IntArray]] | None,
+        pool: SpanPool | None,
         rate: float,
         rng: np.random.Generator,
     ) -> RealmBatch:

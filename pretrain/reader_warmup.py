@@ -7,7 +7,7 @@ memorising facts, so that what it learns is to copy.
 import numpy as np
 import torch
 
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, span_pool, substitute
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker, begin_stage, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
@@ -15,6 +15,7 @@ from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
 from realm.model import MaskedBatch, ReaderWarmupModel
 from realm.run import Run
+from realm.substitution import span_pool
 from realm.telemetry import Metrics
 
 STAGE = "reader_warmup"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from index.live import LiveIndex
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, span_pool
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import holding_rows
 from pretrain.search import embed_masked
@@ -19,6 +19,7 @@ from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import RealmBatch, RealmModel
 from realm.run import Run
+from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
 
 STAGE = "pretrain"

@@ -165,6 +165,8 @@ class FinetuneConfig:
     """Passages in the retriever's softmax."""
     read: int = 5
     """Passages read."""
+    substitution: float = 0.0
+    """Share of questions whose answer is replaced, in every passage read, by another span of its type."""
     read_gold: bool = True
     """Put the question's own passage among those read when it was not retrieved (training only)."""
     checkpoint_every: int = 500

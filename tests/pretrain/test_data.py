@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from pretrain.data import EMPTY, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, replace_span, span_pool, substitute
+from pretrain.data import EMPTY, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from realm.config_file import load_config
 from realm.run import Run
+from realm.substitution import replace_span, span_pool
 from tests.tiny import write_config, write_sources
 
 

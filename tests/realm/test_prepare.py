@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from stub_tagger import PLACES, StubTagger
 
 import realm.prepare
 from realm.blocks import align_spans, cut_blocks, sentence_bounds, text_hash
@@ -23,6 +22,7 @@ from realm.errors import UserError
 from realm.prepare import prepare_corpus
 from realm.salient_spans import SPAN_TYPES, SalientSpan
 from realm.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
+from tests.realm.stub_tagger import PLACES, StubTagger
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
@@ -408,7 +408,7 @@ import sys
 from pathlib import Path
 import realm.prepare
 from realm.tokenizer import load_tokenizer
-from stub_tagger import StubTagger
+from tests.realm.stub_tagger import StubTagger
 if __name__ == "__main__":
     source, out, tokenizer, log = sys.argv[1:]
     realm.prepare.CHUNK_DOCUMENTS = 20
