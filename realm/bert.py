@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, BertConfig, BertModel
 
 from realm.errors import UserError
+from realm.hub import require_on_hub
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,14 @@ def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> Non
 
 def bert_config(path: str, field: str) -> BertConfig:
     """The checkpoint's config; raises UserError with the remedy when it is out of reach or of another family."""
+    local = Path(path).exists() or path.startswith(("/", ".", "~"))
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        if Path(path).exists() or path.startswith(("/", ".")):
+        if local:
             raise UserError(f"{field}.path: {path!r} is no folder of a transformers checkpoint ({first_line(error)}).") from error
-        raise UserError(
-            f"{field}.path: {path!r} is neither a local folder nor a model this machine can fetch from the hub; check the name and the network, "
-            "or give the path of a downloaded folder."
-        ) from error
+        require_on_hub(path, f"{field}.path:")
+        config = AutoConfig.from_pretrained(path)
     if not isinstance(config, BertConfig):
         raise UserError(f"{field}.path: {path!r} is a {config.model_type!r} model; give a BERT checkpoint.")
     return config

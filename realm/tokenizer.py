@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from realm.errors import UserError
+from realm.hub import require_on_hub
 from realm.publish import published, write_json_atomic
 
 if TYPE_CHECKING:
@@ -160,25 +161,13 @@ def _from_pretrained(location: str, path: str) -> "PreTrainedTokenizerBase":
 
 
 def _from_hub(name: str) -> "PreTrainedTokenizerBase":
-    """From the cache, else downloaded. One quick request decides whether the hub is there: the loader itself retries for a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    """From the cache, else downloaded."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
-        pass  # not in the cache
-    try:
-        HfApi().model_info(name, timeout=10)
-    except HFValidationError:
-        raise UserError(f"tokenizer {name!r} is neither an existing path nor a possible hub name") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"tokenizer {name} is neither an existing path nor a public model on the Hugging Face hub") from None
-    except (OSError, HTTPError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"tokenizer {name} is not on this machine and the Hugging Face hub cannot be reached; give a local folder or connect"
-        ) from error
+        require_on_hub(name, "tokenizer")
     return _from_pretrained(name, name)
 
 

@@ -77,8 +77,9 @@ class Statements:
 
 
 def test_copies_and_passages_that_hold_the_whole_sentence_are_dropped(run: Run) -> None:
-    sentence = np.array([50, 51, 52], np.int32)
-    passages = Copies([[60, 61], [60, 61], [70, 50, 51, 52, 71], [80], [50, 51, 52]], [1, 1, 2, 3, 99])
+    a, b, c, d, e = (int(i) for i in np.flatnonzero(~run.wordpieces.continuation)[-5:])
+    sentence = np.array([a, b, c], np.int32)
+    passages = Copies([[d, e], [d, e], [d, a, b, c, e], [e], [a, b, c]], [1, 1, 2, 3, 99])
     example = MaskedSentence(0, sentence, 1, 2, 0)
     chosen = choose_candidates([4, 2, 0, 1, 3], example, 4, passages, Statements(), run.wordpieces)  # type: ignore[arg-type]
     assert chosen == [0, 3, EMPTY, EMPTY]
