@@ -5,9 +5,8 @@ from realm.errors import UserError
 
 def require_on_hub(name: str, what: str) -> None:
     """Return where the hub has the model `name`; raise UserError, which calls it `what`, where it has not or cannot be reached."""
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         HfApi().model_info(name, timeout=10)
