@@ -27,13 +27,8 @@ def train_finetune(run: Run, resume: bool = False) -> None:
     Raises UserError where no retriever and reader were trained yet, or no training questions are given.
     """
     config = run.config.finetune
-    if run.finished(STAGE):
-        console.print(f"  {STAGE}: finished before, in {run.model(STAGE)}")
+    if not run.begin(STAGE, resume):
         return
-    if not resume and (run.stage(STAGE) / "checkpoints").exists():
-        raise UserError(
-            f"run folder {run.folder} exists and stage {STAGE} was begun in it; add --resume to go on, or give another folder with --run."
-        )
     path = run.data("train")
     if path is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pretrain.data import BatchMaker
-from pretrain.stage import batch_maker, begin_stage, initial_retriever, save_models
+from pretrain.stage import batch_maker, initial_retriever, save_models
 from realm.config import IctConfig
 from realm.corpus import PreparedCorpus
 from realm.engine import Engine, Loop, rank, world_size
@@ -20,7 +20,7 @@ STAGE = "ict"
 def train_ict(run: Run, resume: bool = False) -> None:
     """Train the stage and write `ict/model/retriever`."""
     config = run.config.ict
-    if not begin_stage(run, STAGE, resume):
+    if not run.begin(STAGE, resume):
         return
     torch.manual_seed(run.config.seed)
     retriever = initial_retriever(run, STAGE)

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker, begin_stage, initial_reader, initial_retriever, save_models
+from pretrain.stage import batch_maker, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
@@ -25,7 +25,7 @@ _STEPS_AT_ONCE = 50
 def train_reader_warmup(run: Run, resume: bool = False) -> None:
     """Train the stage and write `reader_warmup/model/reader`."""
     config = run.config.reader_warmup
-    if not begin_stage(run, STAGE, resume):
+    if not run.begin(STAGE, resume):
         return
     torch.manual_seed(run.config.seed + 1)
     reader = initial_reader(run, STAGE)

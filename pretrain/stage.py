@@ -4,7 +4,6 @@ from pathlib import Path
 
 from pretrain.data import BatchMaker
 from realm.engine import rank
-from realm.errors import UserError
 from realm.publish import published
 from realm.reader import Reader, build_reader, load_reader, save_reader
 from realm.retriever import Retriever, build_retriever, load_retriever, save_retriever
@@ -35,18 +34,6 @@ def initial_reader(run: Run, stage: str) -> Reader:
     for line in notes:
         console.print(f"  note: {line}")
     return reader
-
-
-def begin_stage(run: Run, stage: str, resume: bool) -> bool:
-    """Whether there is anything to do. Raises UserError for a stage that was begun before, unless `resume`."""
-    if run.finished(stage):
-        console.print(f"  {stage}: finished before, in {run.model(stage)}")
-        return False
-    if not resume and (run.stage(stage) / "checkpoints").exists():
-        raise UserError(
-            f"run folder {run.folder} exists and stage {stage} was begun in it; add --resume to go on, or give another folder with --run."
-        )
-    return True
 
 
 def save_models(run: Run, stage: str, seconds: float, retriever: Retriever | None = None, reader: Reader | None = None) -> None:

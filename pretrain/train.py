@@ -13,7 +13,7 @@ from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import holding_rows
 from pretrain.search import embed_masked
-from pretrain.stage import batch_maker, begin_stage, export_retriever, initial_reader, initial_retriever, save_models
+from pretrain.stage import batch_maker, export_retriever, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
 from realm.inputs import epoch_rows
@@ -31,7 +31,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
     Raises UserError where no index appears within `refresh.wait_timeout_s`, or the staleness policy says stop.
     """
     config = run.config.pretrain
-    if not begin_stage(run, STAGE, resume):
+    if not run.begin(STAGE, resume):
         return
     if config.candidates - 1 > len(run.passages):
         raise UserError(

@@ -21,6 +21,7 @@ from realm.config_file import dump_config, load_config
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import Wordpieces
+from realm.telemetry import console
 from realm.tokenizer import load_tokenizer
 
 BUILTIN = "builtin:"
@@ -81,6 +82,17 @@ class Run:
     def finished(self, name: str) -> bool:
         """Whether the stage has ended."""
         return self.model(name).exists()
+
+    def begin(self, stage: str, resume: bool) -> bool:
+        """Whether a stage has anything left to do. Raises UserError for one that was begun before, unless `resume`."""
+        if self.finished(stage):
+            console.print(f"  {stage}: finished before, in {self.model(stage)}")
+            return False
+        if not resume and (self.stage(stage) / "checkpoints").exists():
+            raise UserError(
+                f"run folder {self.folder} exists and stage {stage} was begun in it; add --resume to go on, or give another folder with --run."
+            )
+        return True
 
     def latest(self, part: str, before: str | None = None) -> Path | None:
         """The newest `retriever` or `reader` written by a stage, of those before stage `before` if given."""
