@@ -1,0 +1,29 @@
+"""Documents about rivers and a tokenizer for them; a module of its own, since other processes import it."""
+
+import json
+
+from realm.corpus import PreparedCorpus
+from realm.tokenizer import TokenizerConfig, train_wordpiece
+from tests.realm.stub_tagger import PLACES
+
+
+def make_documents(num_documents):
+    documents = []
+    for i in range(num_documents):
+        sentences = [f"The river {PLACES[(i + j) % 5]} has {i * 7 + j} bridges near Mt. Foo, e.g. number {j}." for j in range(1 + i % 4)]
+        documents.append({"id": f"doc{i}", "title": f"River {i}", "text": "  ".join(sentences) + " [MASK]" * (i % 3 == 0)})
+    return documents
+
+
+def write_jsonl(path, documents):
+    path.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+    return path
+
+
+def river_tokenizer():
+    texts = [document["text"] for document in make_documents(50)] + ["the cat sat 한국어 naïve Ünder Zürich 東京 [MASK] ( ) \" ' ! ? ,"]
+    return train_wordpiece(texts, TokenizerConfig(vocab_size=300))
+
+
+def all_texts(corpus: PreparedCorpus) -> list[str]:
+    return [corpus.text(row) for row in range(len(corpus))]
