@@ -40,11 +40,10 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
     if any(name.startswith(BUILTIN) for name in sources.values()):
         from realm.gazetteer import write_gazetteer
 
-        if not (prepared / "gazetteer").exists():
-            summary = write_gazetteer(prepared / "gazetteer")
-            console.print(
-                f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements"
-            )
+        summary = write_gazetteer(prepared / "gazetteer")
+        console.print(
+            f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements"
+        )
     skip_bad = skip_bad or corpus.skip_bad
     paths = {kind: source_path(name, prepared) for kind, name in sources.items()}
 

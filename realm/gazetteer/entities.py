@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 ALIAS_SEPARATOR = " / "
-ORPHAN_SHARE = 0.06
+ORPHAN_SHARE = 0.12
 TRAIN_SHARE = 0.7
 VALIDATION_SHARE = 0.1
 HELD_OUT_EVERY = 10
-SEED = "gazetteer-1"
+SEED = "gazetteer-2"
+QUESTION_SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class Relation:
 class Table:
     """How the entities of one TSV file are written about.
 
-    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and in questions. `passages` groups the
-    relations that stand in one passage; `contexts` are sentences that introduce the entity from its other columns.
+    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and in questions. `reference` is how a text
+    goes on about an entity already named. `passages` groups the relations that stand in one passage; `contexts` are sentences that introduce
+    the entity from its other columns, the first of them by saying what it is.
     """
 
     name: str
     subject: str
+    reference: str
     asked_as: str
     lower: bool
     passages: tuple[tuple[str, ...], ...]
@@ -59,7 +62,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Entity:
-    """One row of a table. `split` is train, validation, test, or orphan: an entity of which no passage tells."""
+    """One row of a table.
+
+    `split` is train, validation or test; or, for entities of which no passage tells, stated-orphan (its statements are pretrained on) or
+    orphan (they are not).
+    """
 
     id: str
     name: str
@@ -67,6 +74,11 @@ class Entity:
     split: str
     columns: dict[str, str]
     facts: tuple[Fact, ...]
+
+    @property
+    def has_passages(self) -> bool:
+        """Whether any passage tells of the entity."""
+        return self.split in QUESTION_SPLITS
 
     def in_text(self) -> str:
         """The entity's name as it stands inside a sentence, with its article where it has one."""
@@ -102,6 +114,7 @@ def load_templates() -> tuple[list[Table], dict[str, Relation]]:
                 Table(
                     name=name,
                     subject=subject,
+                    reference=fields["reference"],
                     asked_as=fields.get("asked_as", subject),
                     lower=fields.get("lower", False),
                     passages=tuple(tuple(group) for group in fields["passages"]),
@@ -128,9 +141,9 @@ def read_rows(table: Table) -> list[dict[str, str]]:
 
 
 def split_of(position: int, num_orphans: int, num_entities: int) -> str:
-    """The split of the entity at `position` in the hash order of its table: orphans first, the rest 70/10/20."""
+    """The split of the entity at `position` in the hash order of its table: orphans of both kinds first, the rest 70/10/20."""
     if position < num_orphans:
-        return "orphan"
+        return "orphan" if position % 2 == 0 else "stated-orphan"
     num_rest = num_entities - num_orphans
     num_train, num_validation = round(TRAIN_SHARE * num_rest), max(1, round(VALIDATION_SHARE * num_rest))
     rest = position - num_orphans
@@ -165,7 +178,7 @@ def load_entities() -> list[Entity]:
         (table.name, split, stable_number("held out", fact_id), fact_id)
         for _, table, split, _, facts in drafts
         for fact_id, _, _ in facts
-        if split != "orphan"
+        if split in QUESTION_SPLITS
     )
     held_out = {fact_id for place, (*_, fact_id) in enumerate(ranked) if place % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}
     return [

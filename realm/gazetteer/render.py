@@ -27,16 +27,28 @@ def sentence(template: str, subject: str, object_: str) -> tuple[str, int]:
 
 
 def context_sentence(entity: Entity, number: int) -> str:
-    """The entity's `number`-th introduction; the order starts at a different template for each entity."""
+    """The entity's `number`-th introduction: the first names the entity, the others refer to it.
+
+    Which template is first differs between entities. `contexts[0]` says what the entity is, which a reference says already, so it serves
+    only as the first.
+    """
     contexts = entity.table.contexts
-    template = contexts[(stable_number("context", entity.id) + number) % len(contexts)]
-    text = template.format(**{**entity.columns, "subject": entity.in_text()})
+    first = stable_number("context", entity.id) % len(contexts)
+    others = [place for place in range(1, len(contexts)) if place != first] + [first] * (first != 0)
+    if number == 0:
+        template, subject = contexts[first], entity.in_text()
+    else:
+        template, subject = contexts[others[(number - 1) % len(others)]], entity.table.reference
+    text = template.format(**{**entity.columns, "subject": subject})
     return text[0].upper() + text[1:]
 
 
 def render_passages(entity: Entity) -> list[Passage]:
-    """The entity's passages, each an introduction and a disjoint part of its facts; none for an orphan."""
-    if entity.split == "orphan":
+    """The entity's passages, each an introduction and a disjoint part of its facts; none for an orphan.
+
+    As in passages cut from an article, the first sentence of the first names the entity and all others say "the country", "the writer".
+    """
+    if not entity.has_passages:
         return []
     passages: list[Passage] = []
     num_contexts = 0
@@ -51,7 +63,7 @@ def render_passages(entity: Entity) -> list[Passage]:
         for fact in facts:
             templates = fact.relation.passage
             template = templates[stable_number("passage", fact.id) % len(templates)]
-            addition, start = sentence(template, entity.in_text(), fact.objects[0])
+            addition, start = sentence(template, entity.table.reference, fact.objects[0])
             places[fact.id] = len(text) + 1 + start
             text = f"{text} {addition}"
         passages.append(Passage(f"{entity.id}/{len(passages) + 1}", entity, text, places, facts))

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from realm.gazetteer.entities import load_entities
+from realm.gazetteer.entities import QUESTION_SPLITS, load_entities
 from realm.gazetteer.render import Record, one_statement, render_article, render_passages, render_statement, with_answer
 
-GAZETTEER_VERSION = 1
-QUESTION_SPLITS = ("train", "validation", "test")
+GAZETTEER_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,13 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
     num_questions = dict.fromkeys(QUESTION_SPLITS, 0)
     num_facts = num_held_out = 0
     for entity in entities:
-        if entity.split == "orphan":
-            orphans += [one_statement(entity, fact, None) for fact in entity.facts]
+        if not entity.has_passages:
+            for fact in entity.facts:
+                every = [render_statement(entity, fact, number) for number in range(len(fact.relation.statements))]
+                if entity.split == "orphan":
+                    orphans += [with_answer(record, fact, start, None) for record, start in every]
+                else:
+                    statements += [record for record, _ in every]
             continue
         entity_passages = render_passages(entity)
         for passage in entity_passages:
@@ -80,10 +84,10 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
         content = {"version": f"gazetteer-{GAZETTEER_VERSION}", "data": articles[split]}
         texts[f"questions/{split}.json"] = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     summary = GazetteerSummary(
-        entities=sum(entity.split != "orphan" for entity in entities),
+        entities=sum(entity.has_passages for entity in entities),
         facts=num_facts,
         held_out_facts=num_held_out,
-        orphan_facts=len(orphans),
+        orphan_facts=len({record["fact"] for record in orphans}),
         passages=len(passages),
         statements=len(statements),
         heldout_statements=len(heldout),
