@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pretrain.data import BatchMaker
+from pretrain.data import NULL, BatchMaker
 from pretrain.stage import batch_maker, initial_retriever, save_models
 from realm.config import IctConfig
 from realm.corpus import PreparedCorpus
@@ -66,7 +66,10 @@ class IctBatches:
                 self._mask_span(row, sentence, int(starts[at]), rng)
             queries.append(query_input(sentence, words.cls, words.sep, self.maker.max_query))
             blocks.append((self.passages.title_ids(row), ids))
-        return PairBatch(*pad_batch(queries, words.pad), *self.maker.passage_inputs(blocks))
+        withheld_B = torch.from_numpy(rng.random(len(rows)) < self.config.null_share)
+        if self.config.null_share:
+            blocks.append(self.maker.passage(NULL))
+        return PairBatch(*pad_batch(queries, words.pad), *self.maker.passage_inputs(blocks), withheld_B)
 
     def _mask_span(self, row: int, sentence: np.ndarray, offset: int, rng: np.random.Generator) -> None:
         """Mask one salient span of the sentence in place, if it has any."""

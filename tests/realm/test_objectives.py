@@ -125,18 +125,27 @@ def test_empty_slots_get_no_probability_and_no_gradient(name):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
-def test_inverse_cloze_loss_is_the_mean_over_sentences(temperature):
+@pytest.mark.parametrize("withheld", [(), (1,), (0, 3), (0, 1, 2, 3, 4)])
+def test_inverse_cloze_loss_is_the_mean_over_sentences(temperature, withheld):
     generator = torch.Generator().manual_seed(3)
-    query_emb_BD, block_emb_BD = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
-    loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_BD, temperature)
+    query_emb_BD = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    num_candidates = 6 if withheld else 5  # the null passage comes last, where it takes part
+    block_emb_CD = torch.randn(num_candidates, 4, generator=generator, dtype=torch.float64)
+    withheld_B = torch.tensor([b in withheld for b in range(5)])
+    loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_CD, withheld_B, temperature)
     losses, right = [], 0
     for b in range(5):
-        scores = [sum(float(q * p) for q, p in zip(query_emb_BD[b], block, strict=True)) / temperature for block in block_emb_BD]
-        losses.append(math.log(sum(math.exp(score) for score in scores)) - scores[b])
-        right += max(scores) == scores[b]
+        scores = {
+            c: sum(float(q * p) for q, p in zip(query_emb_BD[b], block_emb_CD[c], strict=True)) / temperature
+            for c in range(num_candidates)
+            if c not in withheld
+        }
+        wanted = 5 if b in withheld else b
+        losses.append(math.log(sum(math.exp(score) for score in scores.values())) - scores[wanted])
+        right += max(scores, key=scores.__getitem__) == wanted
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert accuracy.item() == pytest.approx(right / 5)
-    assert 0 < right < 5
+    assert 0 < right < 5 or len(withheld) == 5
 
 
 def test_positive_log_marginal_sums_the_positives():
