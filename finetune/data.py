@@ -14,7 +14,7 @@ from realm.blocks import text_hash
 from realm.errors import UserError
 from realm.inputs import IntArray, pad_batch, query_input
 from realm.model import QuestionBatch
-from realm.reader import joint_input, pad_joint, span_mask
+from realm.reader import joint_input, pad_joint, span_targets
 from realm.run import Run
 from realm.substitution import SpanPool, replace_span
 from realm.tokenizer import encode_plain
@@ -133,12 +133,7 @@ class QuestionBatches:
                 places = self.positions(answers, text_ids)
                 spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
-        is_answer_QLW = torch.zeros(*ids_QL.shape, self.width, dtype=torch.bool)
-        for q, places in enumerate(spots):
-            for start, length in places:
-                if length <= self.width:
-                    is_answer_QLW[q, start, length - 1] = True
-        special_QL = (ids_QL == self.words.sep) | (ids_QL == self.words.cls)
+        is_answer_QLW, allowed_QLW = span_targets(spots, ids_QL, mask_QL, type_QL, (self.words.cls, self.words.sep), self.width)
         has_answer = [
             [bool(self.positions(question.answer_ids, self.passages.text_ids(int(row)))) for row in rows]
             for question, rows in zip(questions, retrieved, strict=True)
@@ -153,7 +148,7 @@ class QuestionBatches:
             mask_QL,
             type_QL,
             is_answer_QLW,
-            span_mask(mask_QL, type_QL, special_QL, self.width),
+            allowed_QLW,
         )
 
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:

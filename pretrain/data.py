@@ -9,8 +9,8 @@ import torch
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
-from realm.model import JointBatch, MaskedBatch, RealmBatch
-from realm.reader import joint_input, pad_joint
+from realm.model import JointBatch, MaskedBatch, RealmBatch, SpanTargets, WarmupBatch
+from realm.reader import joint_input, pad_joint, span_targets
 from realm.substitution import SpanPool, replace_span
 
 NULL = -1
@@ -34,6 +34,8 @@ class MaskedSentence:
     """One past its last."""
     kind: int
     """Span type, an index into SPAN_TYPES."""
+    others: tuple[IntArray, ...] = ()
+    """The sentence's other salient spans, where they are known."""
 
     @property
     def span_ids(self) -> IntArray:
@@ -77,9 +79,12 @@ class SpanSampler:
         """One sentence of the block that has an eligible span, at random, and one of its spans (Guu et al. 2020, section 3.4)."""
         starts, ends, kinds, begin, finish = self._eligible(row)
         sentence = rng.choice(np.unique(begin))
-        chosen = rng.choice(np.flatnonzero(begin == sentence))
-        ids = self.corpus.text_ids(row)[sentence : min(finish[chosen], sentence + self.max_sentence_tokens)]
-        return MaskedSentence(row, np.array(ids), int(starts[chosen] - sentence), int(ends[chosen] - sentence), int(kinds[chosen]))
+        inside = np.flatnonzero(begin == sentence)
+        chosen = rng.choice(inside)
+        text = self.corpus.text_ids(row)
+        ids = text[sentence : min(finish[chosen], sentence + self.max_sentence_tokens)]
+        others = tuple(np.array(text[starts[i] : ends[i]]) for i in inside if i != chosen)
+        return MaskedSentence(row, np.array(ids), int(starts[chosen] - sentence), int(ends[chosen] - sentence), int(kinds[chosen]), others)
 
 
 def substitute(
@@ -140,6 +145,10 @@ class BatchMaker:
         words = self.wordpieces
         return pad_batch([query_input(e.masked_ids(words.mask), words.cls, words.sep, self.max_query) for e in examples], words.pad)
 
+    def holds(self, row: int, span_ids: IntArray) -> bool:
+        """Whether the span stands in the passage's text or in its title, which the reader reads too."""
+        return any(self.wordpieces.find(part, span_ids) for part in self.passage(row))
+
     def passage_inputs(self, parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of passages given as (title, text)."""
         words = self.wordpieces
@@ -163,6 +172,20 @@ class BatchMaker:
         target_BM, _ = pad_batch([example.span_ids for example in examples], 0)
         return MaskedBatch(buckets, position_BM, target_BM, token_BM.bool())
 
+    def warmup(self, examples: Sequence[MaskedSentence], passages: Sequence[tuple[IntArray, IntArray]], max_span_tokens: int) -> WarmupBatch:
+        """The reader's view of examples with one passage each, and where the span stands in its title and text."""
+        words = self.wordpieces
+        masked, spans = self.masked(examples, [[parts] for parts in passages]), []
+        for joint in masked.joint:
+            places = []
+            for ids, mask, kind, row in zip(joint.ids_RL.numpy(), joint.mask_RL.numpy(), joint.type_RL.numpy(), joint.row_R.tolist(), strict=True):
+                first, length = int((kind == 0).sum() - (mask == 0).sum()), int(mask.sum())
+                span_ids = examples[row].span_ids
+                places.append([(first + start, len(span_ids)) for start in words.find(ids[first:length], span_ids)])
+            targets = span_targets(places, joint.ids_RL, joint.mask_RL, joint.type_RL, (words.cls, words.sep), max_span_tokens)
+            spans.append(SpanTargets(*targets))
+        return WarmupBatch(masked, spans)
+
     def realm(
         self,
         examples: Sequence[MaskedSentence],
@@ -175,7 +198,7 @@ class BatchMaker:
         parts, read_examples, holds = [], [], []
         for example, rows in zip(examples, candidates, strict=True):
             chosen = [self.passage(NULL), *(self.passage(int(row)) for row in rows)]
-            holds.append([bool(self.wordpieces.find(text, example.span_ids)) for _, text in chosen])
+            holds.append([False, *(self.holds(int(row), example.span_ids) for row in rows)])
             if pool is not None and rng.random() < rate:
                 example, texts = substitute(example, [part for both in chosen for part in both], pool, self.wordpieces, rng)
                 chosen = list(zip(texts[0::2], texts[1::2], strict=True))

@@ -89,12 +89,9 @@ def masked_accuracy(reader: Reader, run: Run, examples: list[MaskedSentence], ro
 
 def retrieval_recall(run: Run, items: list[ProbeItem], retrieved: np.ndarray, depths: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """Percent of items with a passage that holds the span (`recall@k`), or the very passage that states it (`exact_recall@k`), in the top k."""
-    words = run.wordpieces
+    maker = batch_maker(run)
     holds = np.array(
-        [
-            [bool(words.find(run.passages.text_ids(int(row)), item.example.span_ids)) for row in rows]
-            for item, rows in zip(items, retrieved[:, : max(depths)], strict=True)
-        ]
+        [[maker.holds(int(row), item.example.span_ids) for row in rows] for item, rows in zip(items, retrieved[:, : max(depths)], strict=True)]
     )
     figures = {f"recall@{k}": 100.0 * float(holds[:, :k].any(1).mean()) for k in depths}
     if all(item.passage is not None for item in items):

@@ -7,13 +7,13 @@ memorising facts, so that what it learns is to copy.
 import numpy as np
 import torch
 
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates, substitute
+from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
-from realm.model import MaskedBatch, ReaderWarmupModel
+from realm.model import ReaderWarmupModel, WarmupBatch
 from realm.run import Run
 from realm.substitution import span_pool
 from realm.telemetry import Metrics
@@ -29,7 +29,7 @@ def train_reader_warmup(run: Run, resume: bool = False) -> None:
         return
     torch.manual_seed(run.config.seed + 1)
     reader = initial_reader(run, STAGE)
-    engine = Engine(ReaderWarmupModel(reader), config.optim, run.config.engine, config.steps, config.batch_size)
+    engine = Engine(ReaderWarmupModel(reader, config.span_loss), config.optim, run.config.engine, config.steps, config.batch_size)
     batches = WarmupBatches(run)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, _ = loop.resume()
@@ -38,7 +38,7 @@ def train_reader_warmup(run: Run, resume: bool = False) -> None:
         start,
         lambda step: batches(step).to(engine.device),
         metrics,
-        lambda values: f"loss {values['loss']:.3f}  span accuracy {values['accuracy']:.2f}",
+        lambda values: f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  found {values['span_accuracy']:.2f}",
         seconds_before=state.get("seconds", 0.0),
     )
     metrics.close()
@@ -60,7 +60,7 @@ class WarmupBatches:
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 
-    def __call__(self, step: int) -> MaskedBatch:
+    def __call__(self, step: int) -> WarmupBatch:
         """Batch number `step` of this rank."""
         size = self.config.batch_size
         if step // _STEPS_AT_ONCE != self._block:
@@ -77,14 +77,17 @@ class WarmupBatches:
             if rng.random() < self.config.substitution:
                 example, (title, text) = substitute(example, (title, text), self.pool, self.maker.wordpieces, rng)
             examples.append(example)
-            passages.append([(title, text)])
-        return self.maker.masked(examples, passages)
+            passages.append((title, text))
+        return self.maker.warmup(examples, passages, self.run.config.reader.max_span_tokens)
 
     def _holding_sentence(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray]:
-        """The first sentence of the passage that holds the span, without a title."""
-        ids = self.run.passages.text_ids(row)
+        """The first sentence of the passage that holds the span, without a title; the title in its place where only that holds it."""
+        title, ids = self.maker.passage(row)
+        places = self.maker.wordpieces.find(ids, example.span_ids)
+        if not places:
+            return ids[:0], title
         starts = np.append(self.run.passages.sentence_starts(row), len(ids))
-        number = np.searchsorted(starts, self.maker.wordpieces.find(ids, example.span_ids)[0], side="right")
+        number = np.searchsorted(starts, places[0], side="right")
         return ids[:0], ids[starts[number - 1] : starts[number]]
 
     def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
@@ -96,11 +99,11 @@ class WarmupBatches:
         examples = [self.sampler.draw(int(row), rng) for row in rows]
         found = []
         for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
-            holding = holding_rows(retrieved, example, self.run)
-            if holding:
-                row = holding[rng.integers(len(holding))]
-                if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
-                    found.append((example, row))
+            row = evidence(retrieved, example, self.run, self.maker)
+            if row is None:
+                continue
+            if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
+                found.append((example, row))
         if not found:
             raise UserError(
                 "no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first."
@@ -108,8 +111,15 @@ class WarmupBatches:
         return found
 
 
-def holding_rows(retrieved: np.ndarray, example: MaskedSentence, run: Run) -> list[int]:
-    """Of the retrieved rows, those that are not trivial and hold the span."""
-    words = run.wordpieces
-    rows = choose_candidates(retrieved, example, len(retrieved), run.passages, run.statements, words)
-    return [row for row in rows if row >= 0 and words.find(run.passages.text_ids(row), example.span_ids)]
+def evidence(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: BatchMaker) -> int | None:
+    """The first retrieved passage that is not trivial and holds the span together with another salient span of the sentence, or None.
+
+    A year or a city stands in many passages; one that holds what else the sentence speaks of is likely to state the same. A sentence
+    without other spans takes the first passage that holds its one.
+    """
+    for row in map(int, retrieved):
+        if maker.holds(row, example.span_ids) and (not example.others or any(maker.holds(row, other) for other in example.others)):
+            (kept,) = choose_candidates([row], example, 1, run.passages, run.statements, run.wordpieces)
+            if kept != EMPTY:
+                return kept
+    return None

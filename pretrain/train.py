@@ -11,7 +11,7 @@ import torch
 from index.live import LiveIndex
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
-from pretrain.reader_warmup import holding_rows
+from pretrain.reader_warmup import evidence
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker, export_retriever, initial_reader, initial_retriever, save_models
 from realm.engine import Engine, Loop, rank, world_size
@@ -163,7 +163,8 @@ def check_reader(run: Run, reader: Any, candidates: Candidates) -> None:
     rng = np.random.default_rng(run.config.seed + 5)
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
     _, retrieved = candidates.live.index.search(embed_masked(candidates.retriever, examples, candidates.maker), min(20, len(candidates.live.index)))  # type: ignore[arg-type]
-    pairs = [(example, holding[0]) for example, rows in zip(examples, retrieved, strict=True) if (holding := holding_rows(rows, example, run))]
+    found = [evidence(rows, example, run, candidates.maker) for example, rows in zip(examples, retrieved, strict=True)]
+    pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:
         console.print("  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first")
         return

@@ -94,8 +94,12 @@ def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> Non
 
     Values and output together pass a share `copy` of each attended token on as it is; queries and keys together let like attend to like, at
     scale `match`. The sign of the first is that of a model that copies: with tied output embeddings a mask then predicts what it attends to.
+    Positions start as sinusoids as large as the word embeddings (Vaswani et al. 2017, section 3.5), so that near positions are alike.
     """
     with torch.no_grad():
+        positions = bert.embeddings.position_embeddings.weight
+        angle = torch.arange(positions.shape[0])[:, None] / 10_000 ** (torch.arange(0, positions.shape[1], 2) / positions.shape[1])
+        positions.copy_(torch.stack((angle.sin(), angle.cos()), -1).flatten(1) * bert.config.initializer_range * 2**0.5)
         for layer in bert.encoder.layer:
             attention: Any = layer.attention
             hidden = bert.config.hidden_size

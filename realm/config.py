@@ -60,6 +60,9 @@ class IctConfig:
     """Share of examples whose sentence stays in its block."""
     mask_spans: float = 0.0
     """Share of examples in which one salient span of the sentence is masked, so that queries look as in pretraining."""
+    null_share: float = 0.0
+    """Share of sentences whose block is withheld and whose right choice is the null passage, so that its score starts out between those of
+    passages that match and those that do not; 0: the null passage takes no part."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
@@ -82,6 +85,8 @@ class ReaderWarmupConfig:
     """Share kept of the examples whose span stands in the passage's title: naming the topic takes little reading."""
     null_share: float = 0.0
     """Share of examples read with the null passage: what may be expected of a span unread, so that no passage beats a wrong one."""
+    span_loss: float = 1.0
+    """Weight of the span head's loss (the same span, found in the passage) beside the masked-language head's; 0 leaves that head to finetuning."""
     sentence_steps: int = 0
     """First steps that read only the sentence that holds the span: copying is found sooner in a short text."""
     checkpoint_every: int = 500

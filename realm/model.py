@@ -4,13 +4,14 @@ Shape legend: B queries, N candidates a query (slot 0 is the null passage), U di
 bucket, L wordpieces, D embedding width.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from realm.objectives import MARGINALS, NEVER, candidate_log_prior, inverse_cloze_loss, open_qa_loss
+from realm.objectives import MARGINALS, NEVER, candidate_log_prior, inverse_cloze_loss, open_qa_loss, positive_log_marginal
 from realm.reader import Reader
 from realm.retriever import Retriever
 
@@ -29,12 +30,14 @@ class Batch:
 
 @dataclass
 class PairBatch(Batch):
-    """Sentences and the blocks they come from."""
+    """Sentences and the blocks they come from; C = B, or B + 1 with the null passage in the last row."""
 
     query_ids_BL: Tensor
     query_mask_BL: Tensor
-    block_ids_BL: Tensor
-    block_mask_BL: Tensor
+    block_ids_CL: Tensor
+    block_mask_CL: Tensor
+    withheld_B: Tensor
+    """True where the block is taken away and the null passage is the right choice."""
 
 
 @dataclass
@@ -77,6 +80,24 @@ class RealmBatch(Batch):
     masked: MaskedBatch
 
 
+@dataclass
+class SpanTargets(Batch):
+    """Where the span head should find the span in the joint inputs of a bucket."""
+
+    is_answer_RLW: Tensor
+    """True on occurrences of the span."""
+    allowed_RLW: Tensor
+    """True on spans inside the passage."""
+
+
+@dataclass
+class WarmupBatch(Batch):
+    """Masked sentences with one passage each, and the span's places in it, bucket by bucket."""
+
+    masked: MaskedBatch
+    spans: list[SpanTargets]
+
+
 class IctModel(nn.Module):
     """Inverse cloze task: find the block a sentence comes from among the batch's blocks."""
 
@@ -86,8 +107,8 @@ class IctModel(nn.Module):
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        block_emb_BD = self.retriever.embed_passages(batch.block_ids_BL, batch.block_mask_BL)
-        loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_BD, self.retriever.temperature)
+        block_emb_CD = self.retriever.embed_passages(batch.block_ids_CL, batch.block_mask_CL)
+        loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_CD, batch.withheld_B, self.retriever.temperature)
         return {"loss": loss, "accuracy": accuracy}
 
 
@@ -102,14 +123,18 @@ class Reading(NamedTuple):
     """Log-probability of the first choice."""
 
 
-def read_masked(reader: Reader, batch: MaskedBatch, num_candidates: int) -> Reading:
-    """Read every joint input of the batch and predict the masked wordpieces."""
+def read_joint(reader: Reader, batch: MaskedBatch) -> list[Tensor]:
+    """Hidden states (R, L, H) of each bucket."""
+    return [reader(joint.ids_RL, joint.mask_RL, joint.type_RL) for joint in batch.joint]
+
+
+def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor], num_candidates: int) -> Reading:
+    """Predict the masked wordpieces from the hidden states of each bucket."""
     B, M = batch.position_BM.shape
     N = num_candidates
     log_ps, rights, bests, rows = [], [], [], []
-    for joint in batch.joint:
+    for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
         query_R = joint.row_R // N
-        hidden_RLH = reader(joint.ids_RL, joint.mask_RL, joint.type_RL)
         log_p_RMV = reader.mlm_logits(hidden_RLH, batch.position_BM[query_R]).log_softmax(-1)
         target_RM, token_RM = batch.target_BM[query_R], batch.token_BM[query_R]
         best_RM, choice_RM = log_p_RMV.detach().max(-1)
@@ -121,17 +146,40 @@ def read_masked(reader: Reader, batch: MaskedBatch, num_candidates: int) -> Read
     return Reading(torch.cat(log_ps)[order].view(B, N, M), torch.cat(rights)[order].view(B, N), torch.cat(bests)[order].view(B, N))
 
 
-class ReaderWarmupModel(nn.Module):
-    """Predict the masked span from one passage that holds it."""
+def read_masked(reader: Reader, batch: MaskedBatch, num_candidates: int) -> Reading:
+    """Read every joint input of the batch and predict the masked wordpieces."""
+    return predict_masked(reader, batch, read_joint(reader, batch), num_candidates)
 
-    def __init__(self, reader: Reader) -> None:
+
+class ReaderWarmupModel(nn.Module):
+    """Predict the masked span from one passage that holds it: its wordpieces by the masked-language head, its place by the span head."""
+
+    def __init__(self, reader: Reader, span_loss: float) -> None:
         super().__init__()
         self.reader = reader
+        self.span_loss = span_loss
 
-    def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
-        reading = read_masked(self.reader, batch, 1)
-        loss = -(reading.token_log_p_BNM[:, 0] * batch.token_BM).sum(-1).mean()
-        return {"loss": loss, "accuracy": reading.right_BN.float().mean()}
+    def forward(self, batch: WarmupBatch) -> dict[str, Tensor]:
+        hidden = read_joint(self.reader, batch.masked)
+        reading = predict_masked(self.reader, batch.masked, hidden, 1)
+        masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_BM).sum(-1).mean()
+        log_p, placed, right = [], [], []
+        for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
+            allowed_RS, is_answer_RS = spans.allowed_RLW.flatten(1), (spans.is_answer_RLW & spans.allowed_RLW).flatten(1)
+            span_score_RS = self.reader.span_scores(hidden_RLH).flatten(1).masked_fill(~allowed_RS, NEVER)
+            log_p_R, placed_R = positive_log_marginal(span_score_RS.log_softmax(-1), is_answer_RS)
+            log_p.append(log_p_R)
+            placed.append(placed_R)
+            right.append(is_answer_RS.gather(1, span_score_RS.argmax(-1, keepdim=True))[:, 0])
+        num_placed = torch.cat(placed).sum().clamp(min=1)
+        extraction_loss = -torch.cat(log_p).sum() / num_placed
+        return {
+            "loss": masked_loss + self.span_loss * extraction_loss,
+            "masked_loss": masked_loss,
+            "span_loss": extraction_loss,
+            "accuracy": reading.right_BN.float().mean(),
+            "span_accuracy": torch.cat(right).sum() / num_placed,
+        }
 
 
 class RealmModel(nn.Module):

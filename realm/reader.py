@@ -6,6 +6,7 @@ Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +93,21 @@ def span_mask(mask_BL: Tensor, type_BL: Tensor, special_BL: Tensor, width: int) 
     inside_BL = mask_BL.bool() & (type_BL == 1) & ~special_BL
     ends_BLW = F.pad(inside_BL, (0, width - 1)).unfold(1, width, 1)
     return ends_BLW.to(torch.int8).cumprod(-1).bool()
+
+
+def span_targets(
+    places: Sequence[Sequence[tuple[int, int]]], ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor, special_ids: Sequence[int], width: int
+) -> tuple[Tensor, Tensor]:
+    """Which spans of joint inputs are the answer, and which may be one, both (B, L, W): see `Reader.span_scores`, `span_mask`.
+
+    `places` has for each input the start and the length in wordpieces of every occurrence; longer ones than W cannot be chosen.
+    """
+    is_answer_BLW = torch.zeros(*ids_BL.shape, width, dtype=torch.bool)
+    for row, spots in enumerate(places):
+        for start, length in spots:
+            if length <= width:
+                is_answer_BLW[row, start, length - 1] = True
+    return is_answer_BLW, span_mask(mask_BL, type_BL, torch.isin(ids_BL, torch.tensor(special_ids)), width)
 
 
 def joint_input(query_ids: IntArray, title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> tuple[IntArray, int, int]:

@@ -33,6 +33,8 @@ class TokenizerConfig:
     """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; without one it is trained on the corpus."""
     vocab_size: int = 8000
     """Wordpieces of a trained tokenizer, at most."""
+    min_frequency: int = 2
+    """How often a pair must occur for a trained tokenizer to join it; 1 keeps the rarest names of a small corpus whole."""
     lowercase: bool = True
     """Fold case and strip accents, when trained or read from a bare vocabulary file."""
 
@@ -81,7 +83,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     alphabet = visible[: min(1000, (config.vocab_size - len(SPECIAL_TOKENS)) // 3)]
     fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size, special_tokens=fixed, limit_alphabet=len(alphabet), min_frequency=2, show_progress=False
+        vocab_size=config.vocab_size, special_tokens=fixed, limit_alphabet=len(alphabet), min_frequency=config.min_frequency, show_progress=False
     )
     model.train_from_iterator(texts, trainer=trainer)
     # The trainer marks the characters as special tokens; only the vocabulary is kept.

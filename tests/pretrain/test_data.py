@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
-from pretrain.data import EMPTY, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
+from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
+from pretrain.ict import IctBatches
+from pretrain.reader_warmup import evidence
+from realm.config import IctConfig
 from realm.config_file import load_config
+from realm.model import PairBatch
 from realm.run import Run
 from realm.substitution import replace_span, span_pool
 from tests.tiny import write_config, write_sources
@@ -135,6 +139,60 @@ def test_null_passage_stands_first_and_empty_slots_are_invalid(run: Run, maker: 
 
 def torch_rows(batch: object) -> list[int]:
     return sorted(int(row) for joint in batch.masked.joint for row in joint.row_R)  # type: ignore[attr-defined]
+
+
+def example_of(run: Run, sentence: str, span: str, others: tuple[str, ...] = ()) -> MaskedSentence:
+    def ids(text: str) -> np.ndarray:
+        return np.array(run.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    (start, *_) = run.wordpieces.find(ids(sentence), ids(span))
+    return MaskedSentence(-1, ids(sentence), start, start + len(ids(span)), 0, tuple(ids(other) for other in others))
+
+
+def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, maker: BatchMaker) -> None:
+    holm = example_of(run, "Holm lies on the Quill.", "Quill", ("Holm",))
+    assert evidence(np.array([0, 3, 7, 1]), holm, run, maker) == 7
+    assert evidence(np.array([0, 3, 1]), holm, run, maker) is None, "no passage holds the span"
+    elsewhere = example_of(run, "Garda lies on the Quill.", "Quill", ("Garda",))
+    assert evidence(np.arange(12), elsewhere, run, maker) is None, "the one that holds the span tells of another town"
+    alone = example_of(run, "It lies on the Quill.", "Quill")
+    assert evidence(np.array([6, 7]), alone, run, maker) == 7, "with no other span the first that holds it"
+    whole = example_of(run, "Holm is a town on the river Quill.", "Quill", ("Holm",))
+    assert evidence(np.array([7]), whole, run, maker) is None, "a passage in which the sentence itself stands is trivial"
+
+
+def test_titles_count_as_held(run: Run, maker: BatchMaker) -> None:
+    title_only = np.array(run.tokenizer("Dorne", add_special_tokens=False)["input_ids"], np.int32)
+    assert maker.holds(3, title_only) and not maker.holds(2, title_only)
+    absent = replace_span(run.passages.text_ids(3), title_only, np.zeros(1, np.int32), run.wordpieces)
+    assert not run.wordpieces.find(absent, title_only) and run.wordpieces.find(run.passages.title_ids(3), title_only)
+
+
+def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, maker: BatchMaker) -> None:
+    examples = [example_of(run, "The river of Holm is the Quill.", span) for span in ("Holm", "Quill")]
+    batch = maker.warmup(examples, [maker.passage(7), maker.passage(NULL)], 4)
+    found: dict[int, list[list[int]]] = {}
+    for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
+        for r, row in enumerate(joint.row_R.tolist()):
+            starts, widths = np.nonzero(spans.is_answer_RLW[r].numpy())
+            found[row] = [joint.ids_RL[r][s : s + w + 1].tolist() for s, w in zip(starts, widths, strict=True)]
+            assert bool((spans.is_answer_RLW[r] & ~spans.allowed_RLW[r]).any()) is False
+    assert found[0] == [examples[0].span_ids.tolist()] * 3, "the title and twice in the text, and not in the query"
+    assert found[1] == [], "the null passage holds nothing"
+
+
+def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_passage(run: Run, maker: BatchMaker) -> None:
+    def batches(share: float) -> list[PairBatch]:
+        return [IctBatches(run.passages, maker, IctConfig(batch_size=6, null_share=share), 0)(step) for step in range(40)]
+
+    for batch in batches(0.0):
+        assert len(batch.block_ids_CL) == 6 and not batch.withheld_B.any()
+    withheld = 0
+    for batch in batches(0.5):
+        assert batch.block_ids_CL[-1][batch.block_mask_CL[-1].bool()].tolist() == [run.wordpieces.cls, run.wordpieces.sep, run.wordpieces.sep]
+        assert len(batch.block_ids_CL) == 7
+        withheld += int(batch.withheld_B.sum())
+    assert 0.35 < withheld / 240 < 0.65
 
 
 def test_masks_stand_where_the_batch_says(run: Run, maker: BatchMaker) -> None:

@@ -16,10 +16,12 @@ from realm.model import (
     ReaderWarmupModel,
     RealmBatch,
     RealmModel,
+    SpanTargets,
+    WarmupBatch,
     read_masked,
     retrieval_telemetry,
 )
-from realm.reader import ReaderConfig, build_reader, joint_input, pad_joint
+from realm.reader import ReaderConfig, build_reader, joint_input, pad_joint, span_targets
 from realm.retriever import RetrieverConfig, build_retriever
 
 CLS, SEP, MASK, PAD = 2, 3, 4, 0
@@ -197,25 +199,47 @@ def test_telemetry_of_a_small_table():
     assert {name: value.item() for name, value in figures.items()} == pytest.approx(expected, abs=1e-5)
 
 
-def test_warm_up_loss_is_the_mean_over_examples(reader):
+def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_span(reader):
     example = Example()
     rows = np.arange(B) * N + 1
     example.joints = [example.joints[i] for i in rows]
-    outputs = ReaderWarmupModel(reader)(example.masked([2, 0, 1], 2))
-    expected = 0.0
+    width = reader.config.max_span_tokens
+    places = [[(8, 2), (10, 1)], [], [(12, 3)]]  # starts and lengths of the span in each joint input; the second passage lacks it
+    order, num_buckets = np.array([2, 0, 1]), 2
+    masked = example.masked(order, num_buckets)
+    spans = [
+        SpanTargets(*span_targets([places[row] for row in joint.row_R.tolist()], joint.ids_RL, joint.mask_RL, joint.type_RL, (CLS, SEP), width))
+        for joint in masked.joint
+    ]
+    outputs = ReaderWarmupModel(reader, 0.5)(WarmupBatch(masked, spans))
+
+    masked_loss, span_losses, found = 0.0, [], []
     for b, (ids, first, _) in enumerate(example.joints):
         with torch.no_grad():
-            places = torch.arange(SPANS[b][0] + 1, SPANS[b][1] + 1)[None]
-            log_p_MV = reader.mlm_logits(reader(*pad_joint([ids], [first], PAD)), places)[0].log_softmax(-1)
-        expected -= sum(log_p_MV[m, token].item() for m, token in enumerate(example.targets[b])) / B
-    assert outputs["loss"].item() == pytest.approx(expected, rel=1e-5)
+            hidden = reader(*pad_joint([ids], [first], PAD))
+            log_p_MV = reader.mlm_logits(hidden, torch.arange(SPANS[b][0] + 1, SPANS[b][1] + 1)[None])[0].log_softmax(-1)
+            score = reader.span_scores(hidden)[0]
+        masked_loss -= sum(log_p_MV[m, token].item() for m, token in enumerate(example.targets[b])) / B
+        scores = {}
+        for start in range(first, len(ids)):
+            for length in range(1, width + 1):
+                if start + length <= len(ids) and SEP not in ids[start : start + length]:
+                    scores[start, length] = score[start, length - 1].item()
+        total = sum(math.exp(value) for value in scores.values())
+        if places[b]:
+            span_losses.append(-math.log(sum(math.exp(scores[place]) for place in places[b]) / total))
+            found.append(max(scores, key=scores.__getitem__) in places[b])
+    assert outputs["masked_loss"].item() == pytest.approx(masked_loss, rel=1e-5)
+    assert outputs["span_loss"].item() == pytest.approx(sum(span_losses) / 2, rel=1e-4)
+    assert outputs["loss"].item() == pytest.approx(masked_loss + 0.25 * sum(span_losses), rel=1e-4)
+    assert outputs["span_accuracy"].item() == pytest.approx(sum(found) / 2)
 
 
 def test_inverse_cloze_scores_over_the_temperature(retriever):
     example = Example()
     queries = pad_batch([query_input(query, CLS, SEP, 20) for query in example.queries], PAD)
     blocks = pad_batch([passage_input(*example.passages[row], CLS, SEP, 40) for row in (1, 2, 3)], PAD)
-    outputs = IctModel(retriever)(PairBatch(*queries, *blocks))
+    outputs = IctModel(retriever)(PairBatch(*queries, *blocks, torch.zeros(3, dtype=torch.bool)))
     with torch.no_grad():
         log_p_BB = (retriever.embed_queries(*queries) @ retriever.embed_passages(*blocks).T / 2.0).log_softmax(-1)
     assert outputs["loss"].item() == pytest.approx(-log_p_BB.diagonal().mean().item(), rel=1e-5)

@@ -208,14 +208,16 @@ def test_checkpoints_that_do_not_fit(tokenizer, tmp_path):
         build_reader(replace(CONFIG, bert=replace(SOURCE, hidden=15)), tokenizer)
 
 
-def test_mimetic_start_changes_attention_projections_alone():
+def test_mimetic_start_changes_attention_projections_and_positions_alone():
     torch.manual_seed(0)
     bert = load_bert(replace(SOURCE, init_std=0.02), 60, 0, "reader.bert")
     before = {name: value.clone() for name, value in bert.state_dict().items()}
     mimetic_init(bert, copy=1.0, match=0.25)
     changed = {name for name, value in bert.state_dict().items() if not torch.equal(value, before[name])}
     projections = ("self.query", "self.key", "self.value", "output.dense")
-    assert changed == {f"encoder.layer.{layer}.attention.{name}.weight" for layer in range(2) for name in projections}
+    assert changed == {"embeddings.position_embeddings.weight"} | {
+        f"encoder.layer.{layer}.attention.{name}.weight" for layer in range(2) for name in projections
+    }
     for layer in bert.encoder.layer:
         attention, diagonal = layer.attention, torch.eye(16)
         passed = attention.output.dense.weight @ attention.self.value.weight
@@ -229,3 +231,12 @@ def test_mimetic_start_is_chosen_by_the_config():
         return load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert").encoder.layer[1].attention.self.value.weight.std()
 
     assert weights("mimetic") > 5 * weights("normal")
+
+
+def test_mimetic_positions_are_alike_when_near():
+    torch.manual_seed(0)
+    bert = load_bert(BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert")
+    positions = bert.embeddings.position_embeddings.weight.detach()
+    likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions)
+    assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(likeness[9], abs=1e-4)
+    assert positions.std().item() == pytest.approx(bert.embeddings.word_embeddings.weight.std().item(), rel=0.5)
