@@ -92,10 +92,9 @@ class WarmupBatches:
 
     def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
         """Masked sentences with a passage each for fifty steps; three times as many are drawn as needed, since not all find one."""
-        seed = self.run.config.seed
+        seed, needed = self.run.config.seed, _STEPS_AT_ONCE * self.config.batch_size
         rng = np.random.default_rng((seed, block, rank(), 3))
-        count = 3 * _STEPS_AT_ONCE * self.config.batch_size * world_size()
-        rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), count, block, seed + 1)][rank() :: world_size()]
+        rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), 3 * needed * world_size(), block, seed + 1)][rank() :: world_size()]
         examples = [self.sampler.draw(int(row), rng) for row in rows]
         found = []
         for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
@@ -104,6 +103,8 @@ class WarmupBatches:
                 continue
             if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
                 found.append((example, row))
+            if len(found) == needed:
+                break
         if not found:
             raise UserError(
                 "no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first."

@@ -55,6 +55,7 @@ def print_next(run: Run) -> None:
 def draw_curves(folder: Path, null: dict[str, list[float]]) -> None:
     """`curves.png`: loss of each stage, what retrieval does during REALM, staleness, and the null passage's mass where it is and is not needed."""
     import matplotlib
+    import numpy as np
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -84,10 +85,10 @@ def draw_curves(folder: Path, null: dict[str, list[float]]) -> None:
         axes[1, 1].legend()
     for name, label in (("known", "fact stands in a passage"), ("orphan", "fact stands nowhere")):
         if null.get(name):
-            axes[1, 2].hist(
-                null[name], bins=20, range=(0, 1), density=True, alpha=0.6, label=f"{label} (mean {sum(null[name]) / len(null[name]):.2f})"
-            )
-    axes[1, 2].set(title="Mass of the null passage", xlabel="p(null|x)", ylabel="density")
+            masses = np.clip(null[name], 1e-5, 1.0)
+            share = np.full(len(masses), 1 / len(masses))
+            axes[1, 2].hist(masses, np.geomspace(1e-5, 1, 26), weights=share, alpha=0.6, label=f"{label} (mean {np.mean(null[name]):.3f})")
+    axes[1, 2].set(title="Mass of the null passage", xlabel="p(null|x), all below 1e-5 in the first bar", ylabel="share of statements", xscale="log")
     if null:
         axes[1, 2].legend()
     figure.savefig(folder / "curves.png", dpi=80)

@@ -146,7 +146,7 @@ def example_of(run: Run, sentence: str, span: str, others: tuple[str, ...] = ())
         return np.array(run.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     (start, *_) = run.wordpieces.find(ids(sentence), ids(span))
-    return MaskedSentence(-1, ids(sentence), start, start + len(ids(span)), 0, tuple(ids(other) for other in others))
+    return MaskedSentence(0, ids(sentence), start, start + len(ids(span)), 0, tuple(ids(other) for other in others))
 
 
 def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, maker: BatchMaker) -> None:

@@ -131,7 +131,7 @@ def test_first_passages_name_their_subject_once_and_all_are_short(gazetteer: Gaz
         assert 20 <= len(passage["text"].split()) <= 75, passage["id"]
         assert "{" not in passage["text"], passage["id"]
     assert set(Counter(passage["title"] for passage in gazetteer.passages.values()).values()) <= {2, 3}
-    assert len({passage["text"] for passage in gazetteer.passages.values()}) == len(gazetteer.passages)
+    assert len({(passage["title"], passage["text"]) for passage in gazetteer.passages.values()}) == len(gazetteer.passages)
 
 
 def test_statements_name_their_subject(gazetteer: Gazetteer) -> None:

@@ -223,7 +223,7 @@ def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_spa
         scores = {}
         for start in range(first, len(ids)):
             for length in range(1, width + 1):
-                if start + length <= len(ids) and SEP not in ids[start : start + length]:
+                if start + length <= len(ids) and not {CLS, SEP} & set(ids[start : start + length].tolist()):
                     scores[start, length] = score[start, length - 1].item()
         total = sum(math.exp(value) for value in scores.values())
         if places[b]:

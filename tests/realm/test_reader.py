@@ -237,6 +237,6 @@ def test_mimetic_positions_are_alike_when_near():
     torch.manual_seed(0)
     bert = load_bert(BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert")
     positions = bert.embeddings.position_embeddings.weight.detach()
-    likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions)
+    likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions).tolist()
     assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(likeness[9], abs=1e-4)
     assert positions.std().item() == pytest.approx(bert.embeddings.word_embeddings.weight.std().item(), rel=0.5)
