@@ -204,7 +204,7 @@ def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_spa
     rows = np.arange(B) * N + 1
     example.joints = [example.joints[i] for i in rows]
     width = reader.config.max_span_tokens
-    places = [[(8, 2), (10, 1)], [], [(12, 3)]]  # starts and lengths of the span in each joint input; the second passage lacks it
+    places = [[(8, 2), (11, 1)], [], [(12, 3)]]  # starts and lengths of the span in each joint input; the second passage lacks it
     order, num_buckets = np.array([2, 0, 1]), 2
     masked = example.masked(order, num_buckets)
     spans = [
