@@ -37,7 +37,7 @@ class EngineConfig:
     """How training runs on the machine."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 is autocast over fp32 parameters; on small widths (128) fp32 is the faster one."""
+    """bf16 is autocast over fp32 parameters. It pays on GPUs and on CPUs with AMX from widths of some hundreds; others emulate it, very slowly."""
     threads: int = 0
     """CPU threads of the trainer; 0 leaves torch's choice."""
     log_every_s: float = 10.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from realm.config import EngineConfig, OptimConfig
 from realm.errors import UserError
 from realm.publish import published
-from realm.telemetry import Metrics, progress
+from realm.telemetry import Metrics, console, progress
 
 CHECKPOINT_STATE = "state.json"
 
@@ -80,6 +80,8 @@ class Engine:
         }
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            if rank() == 0 and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                console.print("  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32")
         settings |= config.deepspeed
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
