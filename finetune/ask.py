@@ -3,8 +3,8 @@
 import numpy as np
 from rich.markup import escape
 
-from finetune.data import Question
-from finetune.evaluate import Answerer
+from finetune.answer import Answerer
+from finetune.questions import Question
 from realm.errors import UserError
 from realm.run import Run
 from realm.telemetry import console
@@ -22,7 +22,7 @@ def ask(run: Run, text: str, passages: int) -> None:
 def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     """See `ask`."""
     ids, _ = encode_plain(answerer.run.tokenizer, [text])[0]
-    question = Question("", text, (), ids, (), None)
+    question = Question("", text, (), ids)
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
     answer = answerer.read([question], rows)[0]
     corpus = answerer.run.passages

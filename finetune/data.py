@@ -1,17 +1,15 @@
-"""Questions, and the batches made of them."""
+"""Batches of questions against an index."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from finetune.metrics import has_answer
+from finetune.questions import Question
 from index.search import PassageIndex
-from realm.blocks import text_hash
-from realm.errors import UserError
+from realm.blocks import align_spans
 from realm.inputs import IntArray, pad_batch, query_input
 from realm.model import QuestionBatch
 from realm.reader import joint_input, pad_joint, span_targets
@@ -21,64 +19,6 @@ from realm.tokenizer import encode_plain
 
 Substitute: TypeAlias = tuple[IntArray, IntArray]
 """A span and what takes its place, as wordpieces."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question with its accepted answers."""
-
-    id: str
-    text: str
-    answers: tuple[str, ...]
-    ids: IntArray = field(repr=False)
-    """Wordpieces of the question."""
-    answer_ids: tuple[IntArray, ...] = field(repr=False)
-    """Wordpieces of each answer."""
-    passage: int | None
-    """Row of the passage the question was asked about, where known."""
-
-
-def load_questions(path: Path, run: Run) -> list[Question]:
-    """Questions of a SQuAD v1.1 file; each one's passage is the row of the paragraph's `passage` id, or the block with the paragraph's text.
-
-    Raises UserError naming the file and the place of a missing or wrong field.
-    """
-    try:
-        squad = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"question file {path} cannot be read ({error.strerror}); check the path.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"question file {path} is no JSON ({error}).") from error
-    if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'question file {path} is not in SQuAD format: it must be an object with a list under "data".')
-    found: list[tuple[str, str, tuple[str, ...], int | None]] = []
-    row: int | None
-    row_of_hash: dict[int, int] = {}
-    place = "data"
-    try:
-        for a, article in enumerate(squad["data"]):
-            for p, paragraph in enumerate(article["paragraphs"]):
-                place = f"data[{a}].paragraphs[{p}]"
-                if "passage" in paragraph:
-                    row = run.passages.row_of_id(paragraph["passage"])
-                else:
-                    row_of_hash = row_of_hash or {run.passages.text_hash(row): row for row in reversed(range(len(run.passages)))}
-                    row = row_of_hash.get(text_hash(paragraph["context"]))
-                for q, entry in enumerate(paragraph["qas"]):
-                    place = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                    answers = tuple(dict.fromkeys(answer["text"] for answer in entry["answers"] if answer["text"].strip()))
-                    if not entry["question"].strip() or not answers:
-                        raise UserError(f"question file {path}, {place}: an empty question or no answer; leave it out.")
-                    found.append((str(entry["id"]), entry["question"], answers, row))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"question file {path}, {place}: not as SQuAD v1.1 has it, or of another corpus ({error!r}).") from error
-    if not found:
-        raise UserError(f"question file {path} holds no question.")
-    question_ids = [ids for ids, _ in encode_plain(run.tokenizer, [text for _, text, _, _ in found])]
-    answer_ids = [tuple(ids for ids, _ in encode_plain(run.tokenizer, list(answers))) for _, _, answers, _ in found]
-    return [
-        Question(name, text, answers, ids, spans, row) for (name, text, answers, row), ids, spans in zip(found, question_ids, answer_ids, strict=True)
-    ]
 
 
 class QuestionBatches:
@@ -93,9 +33,22 @@ class QuestionBatches:
         limit = self.run.config.retriever.max_query_tokens
         return pad_batch([query_input(question.ids, self.words.cls, self.words.sep, limit) for question in questions], self.words.pad)
 
-    def positions(self, answers: Sequence[IntArray], text_ids: IntArray) -> list[tuple[int, int]]:
-        """Start and length in wordpieces of every occurrence of an accepted answer in a text."""
+    def positions(self, question: Question, row: int) -> list[tuple[int, int]]:
+        """Start and length in wordpieces of every occurrence of an accepted answer in the text of a passage."""
+        if question.is_pattern:
+            return self._matches(question, row)
+        return self._occurrences(question.answer_ids, self.passages.text_ids(row))
+
+    def _occurrences(self, answers: Sequence[IntArray], text_ids: IntArray) -> list[tuple[int, int]]:
         return [(start, len(ids)) for ids in answers if len(ids) for start in self.words.find(text_ids, ids)]
+
+    def _matches(self, question: Question, row: int) -> list[tuple[int, int]]:
+        text = self.passages.text(row)
+        spans = [(match.start(), match.end(), "") for match in question.pattern.finditer(text) if match.group().strip()]
+        if not spans:
+            return []
+        _, offset_L2 = encode_plain(self.run.tokenizer, [text])[0]
+        return [(first, last - first) for first, last, _ in align_spans(offset_L2, [], spans)]
 
     def substitutes(self, questions: Sequence[Question], rate: float, pool: SpanPool, rng: np.random.Generator) -> list[Substitute | None]:
         """For a share `rate` of the questions another span of their answer's type, where the tagger found the answer in their passage."""
@@ -111,6 +64,11 @@ class QuestionBatches:
         ids = self.passages.text_ids(row)
         return {ids[start:end].tobytes(): int(kind) for start, end, kind in zip(*self.passages.spans(row), strict=True)}
 
+    def holds(self, question: Question, row: int) -> bool:
+        """Whether an accepted answer stands in the passage, by whole tokens or by the question's pattern."""
+        text = self.passages.text(row)
+        return question.pattern.search(text) is not None if question.is_pattern else has_answer(text, question.answers)
+
     def batch(
         self,
         questions: Sequence[Question],
@@ -124,25 +82,23 @@ class QuestionBatches:
         joints, spots = [], []
         for question, rows, change in zip(questions, read, substitutes or [None] * len(questions), strict=True):
             for row in map(int, rows):
-                text_ids, answers = self.passages.text_ids(row), question.answer_ids
+                text_ids = self.passages.text_ids(row)
                 if change is not None:
-                    text_ids, answers = replace_span(text_ids, *change, self.words), (change[1],)
+                    text_ids = replace_span(text_ids, *change, self.words)
+                    places = self._occurrences((change[1],), text_ids)
+                else:
+                    places = self.positions(question, row)
                 query_ids = question.ids[: self.run.config.retriever.max_query_tokens - 2]
                 ids, first, text_at = joint_input(query_ids, self.passages.title_ids(row), text_ids, self.words.cls, self.words.sep, limit)
                 joints.append((ids, first))
-                places = self.positions(answers, text_ids)
                 spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
-        is_answer_QLW, allowed_QLW = span_targets(spots, ids_QL, mask_QL, type_QL, (self.words.cls, self.words.sep), self.width)
-        has_answer = [
-            [bool(self.positions(question.answer_ids, self.passages.text_ids(int(row)))) for row in rows]
-            for question, rows in zip(questions, retrieved, strict=True)
-        ]
+        is_answer_QLW, allowed_QLW = span_targets(spots, ids_QL, mask_QL, type_QL, self.words, self.width)
         return QuestionBatch(
             *query,
             self.embeddings(retrieved),
-            torch.tensor(has_answer),
-            torch.ones(retrieved.shape, dtype=torch.bool),
+            torch.from_numpy(self.relevant(questions, retrieved)),
+            torch.from_numpy(retrieved >= 0),
             self.embeddings(read),
             ids_QL,
             mask_QL,
@@ -151,6 +107,17 @@ class QuestionBatches:
             allowed_QLW,
         )
 
+    def relevant(self, questions: Sequence[Question], rows: np.ndarray) -> np.ndarray:
+        """Which retrieved passages the retriever should prefer, (B, K) bool: all that hold an answer (Lee et al. 2019, section 5), or, with
+        `finetune.positives: document`, those of them in the question's own document, where that is known."""
+        any_document = self.run.config.finetune.positives == "answer"
+        relevant = np.zeros(rows.shape, dtype=bool)
+        for b, (question, retrieved) in enumerate(zip(questions, rows, strict=True)):
+            for k, row in enumerate(map(int, retrieved)):
+                if row >= 0 and (any_document or question.document is None or self.passages.document(row) == question.document):
+                    relevant[b, k] = bool(self.positions(question, row))
+        return relevant
+
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:
-        """What the index holds for the given rows, (…, D)."""
-        return torch.from_numpy(self.index.embeddings(rows.ravel())).view(*rows.shape, -1)
+        """What the index holds for the given rows, (…, D); that of row 0 where nothing was retrieved."""
+        return torch.from_numpy(self.index.embeddings(np.maximum(rows, 0).ravel())).view(*rows.shape, -1)

@@ -1,187 +1,215 @@
-"""Answer questions and count: exact match, F1, recall of retrieval, and the figures that show where the answers come from."""
+"""Answer questions and count: exact match, F1, recall of retrieval, and the figures that show where the answers come from.
+
+Several retrievers can be put beside each other on the same questions: stages of the run, BM25, any sentence-transformers model.
+"""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from finetune.data import Question, QuestionBatches, load_questions
-from finetune.metrics import exact_match, f1, has_answer
-from finetune.train import STAGE, embed_queries
-from index.frozen import index_for
-from index.search import PassageIndex
-from realm.config import EvaluateConfig
+from finetune.answer import START, Answerer
+from finetune.metrics import answers_in_corpus, bootstrap_interval, exact_match, f1, has_substring, pattern_match, patterns_in_corpus
+from finetune.questions import Question, load_questions
+from finetune.rivals import Retrieves, rival
+from finetune.train import STAGE
+from realm.config import EvaluateConfig, QuestionSource
 from realm.errors import UserError
-from realm.model import OpenQaModel, QuestionBatch
-from realm.objectives import NEVER
-from realm.reader import load_reader
-from realm.retriever import load_retriever
-from realm.run import Run
-from realm.telemetry import console, progress
-from realm.tokenizer import encode_plain
+from realm.publish import write_json_atomic
+from realm.run import STAGES, Run
+from realm.telemetry import console, print_table, progress
 
 RECALL_DEPTHS = (1, 5, 20)
+_CONVENTIONS = {
+    "em": "SQuAD normaliser; a pattern must match the whole prediction",
+    "recall@k": "an answer stands in the top k by whole tokens (DPR)",
+    "substring_recall@k": "an answer stands in the top k as a substring (ORQA)",
+    "exact_recall@k": "the document the question was asked about is in the top k; questions without one are left out",
+    "mrr": "mean reciprocal rank of that document, 0 beyond the passages retrieved",
+    "ceiling": "an answer stands anywhere in the corpus, by the rule of recall@k",
+    "interval": "95 % percentile bootstrap over questions, 1,000 resamples",
+}
+
+Figures = dict[str, float]
+Record = dict[str, object]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answered question."""
+def evaluate(
+    run: Run, source: QuestionSource | None = None, split: str = "test", stage: str = STAGE, compare: Sequence[str] = (), name: str = "test"
+) -> dict[str, Figures]:
+    """Answer all questions with what `stage` left, and with each retriever of `compare`; returns percentages by retriever, `stage` first.
 
-    text: str
-    """The answer as it stands in the passage."""
-    passage: int
-    """Row of the passage it was read from."""
-    start: int
-    """First character of the answer in the passage's text."""
-    probability: float
-    """p(z|x) of that passage among those read."""
-
-
-class Answerer:
-    """Retriever, index and reader of a finetuned run, ready to answer."""
-
-    def __init__(self, run: Run, index: PassageIndex | None = None) -> None:
-        folder = run.model(STAGE)
-        if not folder.exists():
-            raise UserError(f"run {run.folder} is not finetuned yet; run `realm finetune --run {run.folder}` first.")
-        self.run = run
-        self.retriever, _ = load_retriever(folder / "retriever")
-        self.reader = load_reader(folder / "reader")
-        self.model = OpenQaModel(self.retriever, self.reader).eval()
-        self.index = index or self._open_index(folder)
-        self.batches = QuestionBatches(run, self.index)
-
-    def _open_index(self, folder: Path) -> PassageIndex:
-        """The index the model was finetuned with, or, where it is gone, one built from the same retriever."""
-        version = (folder / "index_version").read_text().strip()
-        path = self.run.folder / "indexes" / version
-        if path.exists():
-            return PassageIndex.open(path, self.run.passages.fingerprint, self.retriever.dim)
-        source = self.run.latest("retriever", before=STAGE)
-        assert source is not None
-        return index_for(self.run.folder, source, self.run.config.refresh, self.run.passages)
-
-    def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
-        """Rows of the `k` best passages per question, (B, k)."""
-        return self.index.search(embed_queries(self.retriever, self.batches.queries(questions)), k)[1]
-
-    def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
-        """The best span over the given passages, (B, N) rows."""
-        query = self.batches.queries(questions)
-        batch = self.batches.batch(questions, query, rows, rows)
-        with torch.inference_mode():
-            query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-            span_score_BNS, read_score_BN = self.model.span_scores(batch, query_emb_BD)
-        return self._best(batch, span_score_BNS, read_score_BN.softmax(-1), rows)
-
-    def _best(self, batch: QuestionBatch, span_score_BNS: torch.Tensor, p_z_BN: torch.Tensor, rows: np.ndarray) -> list[Answer]:
-        B, N, S = span_score_BNS.shape
-        W = self.batches.width
-        flat_B = span_score_BNS.masked_fill(~batch.allowed_QLW.view(B, N, S), NEVER).view(B, -1).argmax(-1)
-        texts, places = [], []
-        for b, best in enumerate(flat_B.tolist()):
-            n, span = divmod(best, S)
-            start, width = divmod(span, W)
-            places.append((b, n, int(rows[b, n]), start, start + width))
-            texts += [self.run.passages.title(int(rows[b, n])), self.run.passages.text(int(rows[b, n]))]
-        offsets = [offsets for _, offsets in encode_plain(self.run.tokenizer, texts)]
-        answers = []
-        for number, (b, n, row, start, end) in enumerate(places):
-            text_at = self._text_start(batch, b * N + n)
-            title, text = texts[2 * number], texts[2 * number + 1]
-            if start >= text_at:
-                spots, source = offsets[2 * number + 1], text
-                begin, finish = int(spots[start - text_at, 0]), int(spots[end - text_at, 1])
-                answers.append(Answer(source[begin:finish], row, begin, float(p_z_BN[b, n])))
-            else:
-                title_at = int((batch.type_QL[b * N + n] == 0).int().cumprod(0).sum())
-                spots = offsets[2 * number]
-                answers.append(Answer(title[int(spots[start - title_at, 0]) : int(spots[end - title_at, 1])], row, -1, float(p_z_BN[b, n])))
-        return answers
-
-    def _text_start(self, batch: QuestionBatch, q: int) -> int:
-        """Place of the first wordpiece of the text: after the second [SEP]."""
-        return int((batch.ids_QL[q] == self.run.wordpieces.sep).nonzero()[1]) + 1
-
-
-def evaluate(run: Run, questions_path: Path | None = None, split: str = "test") -> dict[str, float]:
-    """Answer all questions; returns percentages and writes `evaluations/SPLIT.json` with a line per question in `SPLIT.predictions.jsonl`.
-
-    `em`, `f1`: over the top passages; `recall@k`: an answer stands in the top k; `exact_recall@k`: the question's own passage is among them;
-    `oracle_em`: the reader given that passage; `random_passage_em`: given a random one.
+    `compare` names stages (`start` is the retriever before any training), `bm25`, or sentence-transformers models. What they retrieve is
+    read by the model of `stage`, other stages read for themselves where they have a reader. `evaluations/NAME.json` receives the figures
+    with their intervals, `NAME.RETRIEVER.predictions.jsonl` a line per question. See `_CONVENTIONS` for what each figure counts.
     """
-    path = questions_path or run.data(split)
-    if path is None:
+    source = source or run.questions(split)
+    if source is None:
         raise UserError(f"no questions given: pass --questions FILE or set data.{split} in the config.")
-    answerer = Answerer(run)
-    questions = load_questions(path, run)
+    for other in (stage, *compare):
+        if other not in (START, "bm25", *STAGES) and not Path(other).exists() and "/" not in other:
+            raise UserError(f"{other!r} is no retriever to evaluate: name a stage ({', '.join((START, *STAGES))}), bm25, or a sentence-transformers model.")
+    answerer = Answerer(run, stage)
+    questions = load_questions(source, run)
     config = run.config.evaluate
-    figures, predictions = score(answerer, questions, config)
+    ceiling = percent(stands_in_corpus(run, questions))
+    results: dict[str, Figures] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
     folder = run.folder / "evaluations"
     folder.mkdir(exist_ok=True)
-    name = path.stem if questions_path else split
-    (folder / f"{name}.predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
-    (folder / f"{name}.json").write_text(json.dumps({"questions": str(path), **figures}, indent=1) + "\n")
-    return figures
+    for other in (stage, *compare):
+        if other in (START, *STAGES):
+            reading = answerer if other == stage else Answerer(run, other)
+            records = answer_all(reading, reading, questions, config, floors=other == stage)
+        else:
+            records = answer_all(answerer, rival(other, run), questions, config, floors=False)
+        label = Path(other).name
+        results[label], intervals[label] = figures_of(records, config, run.config.seed)
+        results[label]["ceiling"] = ceiling
+        (folder / f"{name}.{label}.predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
+    report = {
+        "questions": source.path,
+        "count": len(questions),
+        "passages": len(run.passages),
+        "conventions": _CONVENTIONS | {"nfd": config.normalize_nfd},
+        "figures": results,
+        "intervals": intervals,
+    }
+    write_json_atomic(folder / f"{name}.json", report)
+    return results
 
 
-def score(answerer: Answerer, questions: list[Question], config: EvaluateConfig) -> tuple[dict[str, float], list[dict]]:
-    """Figures in percent and one record per question."""
+def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
+    """Whether an answer of each question stands in any passage, (questions,) bool."""
+    passages = run.passages
+    found = np.zeros(len(questions), dtype=bool)
+    plain = [number for number, question in enumerate(questions) if not question.is_pattern]
+    patterns = [number for number, question in enumerate(questions) if question.is_pattern]
+    if plain:
+        with progress("look for answers", len(passages), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
+
+            def texts():  # type: ignore[no-untyped-def]
+                for row in range(len(passages)):
+                    ticker.update(row + 1)
+                    yield passages.text(row)
+
+            found[plain] = answers_in_corpus(texts(), [questions[number].answers for number in plain])
+    if patterns:
+        every = [passages.text(row) for row in range(len(passages))]
+        found[patterns] = patterns_in_corpus(every, [questions[number].pattern for number in patterns])
+    return found
+
+
+def answer_all(answerer: Answerer, retriever: Retrieves, questions: Sequence[Question], config: EvaluateConfig, floors: bool) -> list[Record]:
+    """A record per question: what was retrieved, what was read; with `floors` also from the own passage and from a random one."""
     run, passages = answerer.run, answerer.run.passages
-    depths = [k for k in RECALL_DEPTHS if k <= len(answerer.index)]
+    depth = min(config.retrieve, len(passages))
     rng = np.random.default_rng(run.config.seed + 13)
-    records: list[dict] = []
+    records: list[Record] = []
     with progress("evaluate", len(questions), unit="question", every_s=run.config.engine.log_every_s) as ticker:
         for start in range(0, len(questions), config.batch_size):
             batch = questions[start : start + config.batch_size]
-            retrieved = answerer.retrieve(batch, max(depths))
-            answers = answerer.read(batch, retrieved[:, : config.read])
-            random = answerer.read(batch, rng.integers(len(passages), size=(len(batch), 1)))
-            gold = [question for question in batch if question.passage is not None]
-            oracle = dict(zip([q.id for q in gold], answerer.read(gold, np.array([[q.passage] for q in gold])), strict=True)) if gold else {}
-            for question, answer, other, rows in zip(batch, answers, random, retrieved, strict=True):
-                holds = [has_answer(passages.text(int(row)), question.answers) for row in rows]
-                record = {
-                    "id": question.id,
-                    "question": question.text,
-                    "answers": list(question.answers),
-                    "prediction": answer.text,
-                    "em": exact_match(answer.text, question.answers, config.normalize_nfd),
-                    "f1": f1(answer.text, question.answers, config.normalize_nfd),
-                    "passage": passages.ids[answer.passage],
-                    "p_passage": round(answer.probability, 4),
-                    "random_passage_em": exact_match(other.text, question.answers, config.normalize_nfd),
-                    "first_with_answer": holds.index(True) + 1 if True in holds else None,
-                }
-                if question.passage is not None:
-                    place = np.flatnonzero(rows == question.passage)
-                    record["rank_of_passage"] = int(place[0]) + 1 if len(place) else None
-                    record["oracle_em"] = exact_match(oracle[question.id].text, question.answers, config.normalize_nfd)
-                records.append(record)
+            retrieved = retriever.retrieve(batch, depth)
+            rows = [_retrieval(answerer, question, found) for question, found in zip(batch, retrieved, strict=True)]
+            if answerer.model is not None:
+                _read(answerer, batch, retrieved[:, : config.read], rows, config)
+                if floors:
+                    _read(answerer, batch, rng.integers(len(passages), size=(len(batch), 1)), rows, config, "random_passage_")
+                    gold = [number for number, question in enumerate(batch) if question.passage is not None]
+                    if gold:
+                        own = np.array([[batch[number].passage] for number in gold])
+                        _read(answerer, [batch[number] for number in gold], own, [rows[number] for number in gold], config, "oracle_")
+            records += rows
             ticker.update(len(records))
-    figures = {name: percent([record[name] for record in records]) for name in ("em", "f1", "random_passage_em")}
-    figures |= {f"recall@{k}": percent([within(record["first_with_answer"], k) for record in records]) for k in depths}
-    known = [record for record in records if "oracle_em" in record]
-    if known:
-        figures["oracle_em"] = percent([record["oracle_em"] for record in known])
-        figures |= {f"exact_recall@{k}": percent([within(record["rank_of_passage"], k) for record in known]) for k in depths}
-    return figures | {"count": float(len(records))}, records
+    return records
 
 
-def within(place: int | None, k: int) -> bool:
+def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Record:
+    passages = answerer.run.passages
+    found = [int(row) for row in rows if row >= 0]
+    holds = [answerer.batches.holds(question, row) for row in found]
+    substring = holds if question.is_pattern else [has_substring(passages.text(row), question.answers) for row in found]
+    record: Record = {
+        "id": question.id,
+        "question": question.text,
+        "answers": list(question.answers),
+        "retrieved": [passages.ids[row] for row in found],
+        "rank_of_answer": _first(holds),
+        "rank_of_substring": _first(substring),
+    }
+    if question.document is not None:
+        record["rank_of_document"] = _first([passages.document(row) == question.document for row in found])
+    return record
+
+
+def _read(
+    answerer: Answerer, questions: Sequence[Question], rows: np.ndarray, records: Sequence[Record], config: EvaluateConfig, kind: str = ""
+) -> None:
+    """Add the answers read from the given passages to the records, their figures under names that begin with `kind`."""
+    for question, answer, record in zip(questions, answerer.read(questions, rows), records, strict=True):
+        if question.is_pattern:
+            right = pattern_match(answer.text, question.pattern)
+        else:
+            right = exact_match(answer.text, question.answers, config.normalize_nfd)
+        record[f"{kind}em"] = right
+        if not kind:
+            if not question.is_pattern:
+                record["f1"] = f1(answer.text, question.answers, config.normalize_nfd)
+            record |= {"prediction": answer.text, "passage": answerer.run.passages.ids[answer.passage], "p_passage": round(answer.probability, 4)}
+
+
+def figures_of(records: Sequence[Record], config: EvaluateConfig, seed: int) -> tuple[Figures, dict[str, tuple[float, float]]]:
+    """Means in percent, each over the records that have the value, and their bootstrap intervals."""
+    depths = [k for k in RECALL_DEPTHS if k <= config.retrieve]
+    columns: dict[str, list[float]] = {}
+    for record in records:
+        values: dict[str, float] = {key: float(record[key]) for key in ("em", "f1", "random_passage_em", "oracle_em") if key in record}  # type: ignore[arg-type]
+        for key, title in (("rank_of_answer", "recall"), ("rank_of_substring", "substring_recall"), ("rank_of_document", "exact_recall")):
+            if key in record:
+                values |= {f"{title}@{k}": float(_within(record[key], k)) for k in depths}  # type: ignore[arg-type]
+        if "rank_of_document" in record:
+            rank = record["rank_of_document"]
+            values["mrr"] = 0.0 if rank is None else 1.0 / float(rank)  # type: ignore[arg-type]
+        for key, value in values.items():
+            columns.setdefault(key, []).append(value)
+    figures = {key: percent(values) for key, values in columns.items()}
+    intervals = {key: tuple(100.0 * end for end in bootstrap_interval(np.array(values), seed)) for key, values in columns.items()}
+    return figures | {"count": float(len(records))}, intervals  # type: ignore[return-value]
+
+
+def _first(hits: Sequence[bool]) -> int | None:
+    return hits.index(True) + 1 if True in hits else None
+
+
+def _within(rank: int | None, k: int) -> bool:
     """Whether a rank counted from 1 (None: not found) is at most k."""
-    return place is not None and place <= k
+    return rank is not None and rank <= k
 
 
-def percent(values: Sequence[float]) -> float:
+def percent(values: Sequence[float] | np.ndarray) -> float:
     """Mean as a percentage."""
     return 100.0 * float(np.mean(np.asarray(values, dtype=np.float64)))
 
 
-def print_figures(figures: dict[str, float]) -> None:
-    """One line per figure."""
-    for name, value in figures.items():
-        console.print(f"  {name:<20} {value:8.1f}" if name != "count" else f"  {'questions':<20} {value:8.0f}")
+def print_results(run: Run, results: dict[str, Figures], name: str) -> None:
+    """One table, a row per retriever, intervals behind the means; where the records lie."""
+    report = json.loads((run.folder / "evaluations" / f"{name}.json").read_text())
+    wanted = ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@1", "exact_recall@5", "exact_recall@20", "mrr")
+    columns = [key for key in wanted if any(key in figures for figures in results.values())]
+    rows: list[list[object]] = []
+    for label, figures in results.items():
+        cells: list[object] = [label]
+        for key in columns:
+            if key in figures:
+                low, high = report["intervals"][label][key]
+                cells.append(f"{figures[key]:.1f} [{low:.1f}, {high:.1f}]")
+            else:
+                cells.append(None)
+        rows.append(cells)
+    first = next(iter(results.values()))
+    print_table(f"{report['count']:,} questions over {report['passages']:,} passages, percent with 95 % intervals", ["retriever", *columns], rows)
+    extra = [f"{title} {first[key]:.1f}" for key, title in (("ceiling", "ceiling (answer in any passage)"), ("oracle_em", "EM from the own passage"),
+             ("random_passage_em", "from a random one")) if key in first]  # fmt: skip
+    console.print("  " + "; ".join(extra))
+    console.print(f"  figures and conventions: {run.folder}/evaluations/{name}.json; a line per question: {name}.*.predictions.jsonl beside it")

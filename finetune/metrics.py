@@ -1,18 +1,23 @@
 """Open-domain question answering metrics, each with its convention.
 
 Exact match and F1 use the SQuAD normaliser (lower case, no punctuation, no articles, single spaces), by default after Unicode NFD so that
-composed and decomposed spellings agree. `has_answer` matches whole tokens, as DPR does.
+composed and decomposed spellings agree. Answers are looked for in passages by whole tokens, as DPR does, or as substrings, as ORQA does;
+answers that are patterns (CuratedTREC) must match the whole prediction, and anywhere in a passage.
 """
 
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import regex
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_TOKEN = re.compile(r"\w+|[^\w\s]")
+_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+"""DPR's tokens: runs of letters, digits and marks, and every other visible character by itself."""
 
 
 def normalize_answer(text: str, nfd: bool = True) -> str:
@@ -27,6 +32,11 @@ def exact_match(prediction: str, answers: Sequence[str], nfd: bool = True) -> bo
     return any(normalize_answer(prediction, nfd) == normalize_answer(answer, nfd) for answer in answers)
 
 
+def pattern_match(prediction: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the whole prediction, blanks at its ends aside, is what the pattern describes; a prefix is not enough."""
+    return pattern.fullmatch(prediction.strip()) is not None
+
+
 def f1(prediction: str, answers: Sequence[str], nfd: bool = True) -> float:
     """Largest token F1 of the prediction against any answer, 0 to 1."""
     return max((_f1(normalize_answer(prediction, nfd).split(), normalize_answer(answer, nfd).split()) for answer in answers), default=0.0)
@@ -37,11 +47,59 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
     return 2 * common / (len(prediction) + len(answer)) if common else 0.0
 
 
+def answer_tokens(text: str) -> list[str]:
+    """Lower-case tokens after NFD, as DPR's evaluation cuts them."""
+    return _TOKEN.findall(unicodedata.normalize("NFD", text).lower())
+
+
 def has_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the tokens of any answer stand in the text one after the other, case and composition aside; an empty answer stands nowhere."""
-    tokens = f"\0{chr(0).join(_tokens(text))}\0"
-    return any((answer := _tokens(text_)) and f"\0{chr(0).join(answer)}\0" in tokens for text_ in answers)
+    """Whether the tokens of any answer stand in the text one after the other (DPR); an answer without a token stands nowhere."""
+    tokens = f"\0{chr(0).join(answer_tokens(text))}\0"
+    return any((answer := answer_tokens(text_)) and f"\0{chr(0).join(answer)}\0" in tokens for text_ in answers)
 
 
-def _tokens(text: str) -> list[str]:
-    return _TOKEN.findall(unicodedata.normalize("NFC", text).lower())
+def has_substring(text: str, answers: Sequence[str]) -> bool:
+    """Whether any answer stands in the text as it is, case and composition aside (ORQA): "hij" stands in "hijklmn"."""
+    folded = unicodedata.normalize("NFD", text).lower()
+    return any((answer := unicodedata.normalize("NFD", text_).lower().strip()) and answer in folded for text_ in answers)
+
+
+def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
+    """For each question whether any of its answers stands, by `has_answer`'s rule, in any of the texts, (questions,) bool; one pass over the texts."""
+    questions_of: dict[str, list[int]] = {}
+    by_first: dict[str, set[str]] = {}
+    for number, accepted in enumerate(answers):
+        for tokens in map(answer_tokens, accepted):
+            if tokens:
+                key = "\0".join(tokens)
+                questions_of.setdefault(key, []).append(number)
+                by_first.setdefault(tokens[0], set()).add(f"{key}\0")
+    found = np.zeros(len(answers), dtype=bool)
+    for text in texts:
+        tokens = answer_tokens(text)
+        starts = [token for token in set(tokens) if token in by_first]
+        if not starts:
+            continue
+        joined = f"\0{chr(0).join(tokens)}\0"
+        for first in starts:
+            here = [key for key in by_first[first] if f"\0{key}" in joined]
+            for key in here:
+                found[questions_of[key[:-1]]] = True
+                by_first[first].discard(key)
+            if not by_first[first]:
+                del by_first[first]
+    return found
+
+
+def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> np.ndarray:
+    """For each pattern whether it matches in any of the texts, (patterns,) bool; the texts are joined by a character that no pattern names."""
+    joined = ["\0\n\0".join(texts[start : start + 1000]) for start in range(0, len(texts), 1000)]
+    return np.array([any(pattern.search(part) for part in joined) for pattern in patterns], dtype=bool)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of per-question values; deterministic for a seed."""
+    values = np.asarray(values, dtype=np.float64)
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
+    low, high = np.quantile(counts @ values / len(values), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

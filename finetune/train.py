@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import torch
 
-from finetune.data import Question, QuestionBatches, load_questions
+from finetune.data import QuestionBatches
+from finetune.questions import Question, load_questions
 from index.frozen import index_for
 from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
@@ -29,15 +30,15 @@ def train_finetune(run: Run, resume: bool = False) -> None:
     config = run.config.finetune
     if not run.begin(STAGE, resume):
         return
-    path = run.data("train")
-    if path is None:
+    source = run.questions("train")
+    if source is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
     torch.manual_seed(run.config.seed + 3)
     retriever_path = run.latest("retriever", before=STAGE) or run.require("retriever", "run `realm ict` or `realm pretrain` first")
     reader = load_reader(run.latest("reader", before=STAGE) or run.require("reader", "run `realm reader-warmup` or `realm pretrain` first"))
     retriever = untied(load_retriever(retriever_path)[0])
-    questions = load_questions(path, run)
-    index = index_for(run.folder, retriever_path, run.config.refresh, run.passages, lambda line: console.print(f"  {line}"))
+    questions = load_questions(source, run)
+    index = index_for(run, retriever_path, lambda line: console.print(f"  {line}"))
     if config.retrieve > len(index):
         raise UserError(f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it.")
     for parameter in retriever.passage_tower.parameters():
@@ -61,7 +62,6 @@ def train_finetune(run: Run, resume: bool = False) -> None:
                 retriever, run.tokenizer, folder / "retriever", run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
             )
             save_reader(reader, run.tokenizer, folder / "reader")
-            (folder / "index_version").write_text(index.version.name + "\n")
             (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
     index.close()
 
@@ -89,9 +89,10 @@ class FinetuneBatches:
         _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
         read = retrieved[:, : self.config.read].copy()
         if self.config.read_gold:
-            for question, passages in zip(questions, read, strict=True):
-                if question.passage is not None and question.passage not in passages:
-                    passages[-1] = question.passage
+            for passages in (retrieved, read):
+                for question, row in zip(questions, passages, strict=True):
+                    if question.passage is not None and question.passage not in row:
+                        row[-1] = question.passage
         rng = np.random.default_rng((self.run.config.seed, step, rank(), 6))
         return self.batches.batch(questions, query, retrieved, read, self.batches.substitutes(questions, self.config.substitution, self.pool, rng))
 

@@ -28,6 +28,7 @@ from index.store import Collector, process_name, remove_leftovers
 from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
+from realm.telemetry import progress
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
@@ -199,14 +200,19 @@ class _Refresher:
     def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease) -> tuple[list[np.ndarray], int]:
         """All passages in shards, mapped from disk, and how many shards an earlier refresher had finished."""
 
-        def stop_if_asked(_: int) -> None:
+        def stop_if_asked() -> None:
             if self.stop.is_set():
                 raise _Stopped
 
         def encode(rows: np.ndarray) -> np.ndarray:
             retriever, wordpieces, max_tokens, _ = encoder
             autocast = torch.bfloat16 if self.config.precision == "bf16" else None
-            return encode_passages(retriever, self.corpus, rows, wordpieces, max_tokens, self.config.token_budget, autocast, stop_if_asked)
+
+            def after_batch(done: int) -> None:
+                stop_if_asked()
+                ticker.update(int(rows[0]) + done)
+
+            return encode_passages(retriever, self.corpus, rows, wordpieces, max_tokens, self.config.token_budget, autocast, after_batch)
 
         def before_shard(share_done: float) -> None:
             lease.check()
@@ -214,7 +220,8 @@ class _Refresher:
 
         plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
         work = self.run / "refresher" / version.name
-        return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard)
+        with progress(f"encode {version}", len(self.corpus), unit="passage") as ticker:
+            return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard)
 
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.

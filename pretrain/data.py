@@ -182,7 +182,7 @@ class BatchMaker:
                 first, length = int((kind == 0).sum() - (mask == 0).sum()), int(mask.sum())
                 span_ids = examples[row].span_ids
                 places.append([(first + start, len(span_ids)) for start in words.find(ids[first:length], span_ids)])
-            targets = span_targets(places, joint.ids_RL, joint.mask_RL, joint.type_RL, (words.cls, words.sep), max_span_tokens)
+            targets = span_targets(places, joint.ids_RL, joint.mask_RL, joint.type_RL, words, max_span_tokens)
             spans.append(SpanTargets(*targets))
         return WarmupBatch(masked, spans)
 

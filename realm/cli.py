@@ -20,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(arguments)
     if overrides and not options.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
+    if getattr(options, "limit", None) is not None:
+        overrides += ["--corpus.limit", str(options.limit)]
     options.overrides = overrides
     try:
         options.command(options)
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about, epilog=_EPILOG if source else None, allow_abbrev=False)
         if source == "config":
             sub.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+            sub.add_argument("--limit", type=int, metavar="N", help="read no more than N documents of each source (corpus.limit), for trying")
         elif source == "run":
             sub.add_argument("--run", type=Path, required=True, help="run folder")
         sub.set_defaults(command=command, takes_overrides=bool(source))
@@ -69,10 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
     refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
     finetune = add("finetune", _finetune, "finetune on questions", "run")
-    finetune.add_argument("--questions", type=Path, help="SQuAD-format file; default: data.train of the run's config")
+    finetune.add_argument("--questions", help="file of questions; default: data.train of the run's config")
     finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
-    evaluate.add_argument("--questions", type=Path, help="SQuAD-format file; default: those of --split")
+    evaluate.add_argument("--questions", help="file of questions; default: those of --split")
+    evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa, datasets (default: by content)")
+    evaluate.add_argument("--name", help="name of the result under evaluations/ (default: the file's, or the split's)")
+    evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, ict, reader_warmup, pretrain or finetune (default)")
+    evaluate.add_argument(
+        "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models (path or hub name)"
+    )
     evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)")
     ask = add("ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
@@ -142,9 +151,13 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from finetune.evaluate import evaluate, print_figures
+    from finetune.evaluate import evaluate, print_results
+    from realm.config import QuestionSource
 
-    print_figures(evaluate(_open(options), options.questions, options.split))
+    run = _open(options)
+    source = None if options.questions is None else QuestionSource(options.questions, options.format)
+    name = options.name or (options.split if source is None else Path(options.questions).name.split(".")[0])
+    print_results(run, evaluate(run, source, options.split, options.stage, options.compare, name), name)
 
 
 def _ask(options: argparse.Namespace) -> None:

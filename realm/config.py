@@ -1,7 +1,7 @@
 """The configuration tree of a run. Modules own the config classes of what they build; this file adds those of the stages and composes the whole."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from realm.corpus import CorpusConfig
 from realm.reader import ReaderConfig
@@ -172,8 +172,10 @@ class FinetuneConfig:
     """Passages read."""
     substitution: float = 0.0
     """Share of questions whose answer is replaced, in every passage read, by another span of its type."""
+    positives: Literal["answer", "document"] = "answer"
+    """Passages the retriever should prefer: all that hold an answer, or those of the question's own document where that is known."""
     read_gold: bool = True
-    """Put the question's own passage among those read when it was not retrieved (training only)."""
+    """Put the question's own passage among those retrieved and read when it was not found (training only)."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
@@ -188,19 +190,49 @@ class EvaluateConfig:
     """Passages read per question."""
     batch_size: int = 64
     """Questions per forward pass."""
+    retrieve: int = 20
+    """Passages retrieved per question: the deepest recall reported."""
+    token_budget: int = 8192
+    """Padded wordpieces the reader takes at a time."""
     normalize_nfd: bool = True
     """Unicode NFD before the SQuAD normaliser; off for parity with the official script."""
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Questions and annotated statements; `builtin:NAME` is a file of the built-in corpus."""
+class QuestionSource:
+    """Questions with answers; in YAML the path alone may stand for it."""
 
-    train: str | None = None
-    """Questions to finetune on (SQuAD JSON)."""
-    validation: str | None = None
+    SHORTHAND: ClassVar[str] = "path"
+
+    path: str
+    """File, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a saved data set or a name on the Hugging Face hub."""
+    format: str = "auto"
+    """`squad` (1.1, 2.0), `jsonl` (NQ-open), `qas` (DPR), `webq`, `trec` (CuratedTREC), `timeqa` or `datasets`; `auto`: by name and content."""
+    articles: tuple[str, ...] = ()
+    """Of SQuAD, only the questions of these articles; none: of all."""
+    exclude_articles: tuple[str, ...] = ()
+    """Of SQuAD, not the questions of these articles."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Where `id`, `question`, `answers`, `context` and `passage` stand in `jsonl` and `datasets`, if not under these names."""
+    name: str | None = None
+    """Configuration of a data set on the hub."""
+    split: str = "train"
+    """Split of a data set on the hub or in a folder of splits."""
+    limit: int | None = None
+    """Take no more than this many questions."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and say how many, instead of refusing the file."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Questions (a path, or a mapping with path and format) and annotated statements; `builtin:NAME` is a file of the built-in corpus."""
+
+    train: QuestionSource | None = None
+    """Questions to finetune on."""
+    validation: QuestionSource | None = None
     """Questions to choose recipes by."""
-    test: str | None = None
+    test: QuestionSource | None = None
     """Questions to report."""
     probe: str | None = None
     """Statements with a known answer and passage, to measure masked spans on; none: drawn from the statements."""

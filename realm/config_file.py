@@ -22,7 +22,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
 
     Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
     """
-    tree = _merge(_read_yaml(path), parse_overrides(overrides))
+    tree = _spelled_out(RealmConfig, _merge(_read_yaml(path), parse_overrides(overrides)))
     if complaints := list(_misplaced(RealmConfig, tree)):
         raise UserError(f"{path}: {'; '.join(complaints)}.")
     try:
@@ -62,11 +62,37 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
+def _spelled_out(kind: Any, value: Any) -> Any:
+    """The tree with its shorthands written out: the one field named by a class's `SHORTHAND` for the whole, one entry for a list of them."""
+    if value is None:
+        return None
+    kind = _without_none(kind)
+    if get_origin(kind) is tuple and is_dataclass(entry := get_args(kind)[0]):
+        return [_spelled_out(entry, part) for part in (value if isinstance(value, list) else [value])]
+    if is_dataclass(kind) and hasattr(kind, "SHORTHAND") and isinstance(value, str):
+        return {kind.SHORTHAND: value}
+    if not is_dataclass(kind) or not isinstance(value, dict):
+        return value
+    fields = get_type_hints(kind)
+    return {key: _spelled_out(fields[key], part) if key in fields else part for key, part in value.items()}
+
+
+def _without_none(kind: Any) -> Any:
+    """`X` of `X | None`."""
+    members = [member for member in get_args(kind) if member is not NoneType]
+    return members[0] if NoneType in get_args(kind) and len(members) == 1 else kind
+
+
 def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
     """What draccus accepts or reports without the field's name: empty values, sections that are no mapping, unknown variants."""
     if value is None:
         if kind is not Any and NoneType not in get_args(kind):
             yield f"`{name}` is empty; give it a value or leave it out"
+        return
+    kind = _without_none(kind)
+    if get_origin(kind) is tuple and is_dataclass(entry := get_args(kind)[0]):
+        for number, part in enumerate(value):
+            yield from _misplaced(entry, part, f"{name}[{number}]")
         return
     section = is_dataclass(kind) or get_origin(kind) is dict
     if section != isinstance(value, dict) and kind is not Any:

@@ -15,10 +15,10 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from realm.documents import BadRecords, Document, read_documents
+from realm.documents import BadRecords, Document, SourceConfig, read_documents
 from realm.errors import UserError
 
-__all__ = ["BadRecords", "CorpusConfig", "Document", "PreparedCorpus", "read_documents"]
+__all__ = ["BadRecords", "CorpusConfig", "Document", "PreparedCorpus", "SourceConfig", "read_documents"]
 
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"
@@ -48,10 +48,12 @@ _LISTS = tuple(column.name for column in SCHEMA if pa.types.is_list(column.type)
 class CorpusConfig:
     """What is retrieved, what is pretrained on, and how it is prepared."""
 
-    passages: str
-    """JSONL file (.jsonl, .jsonl.gz, .jsonl.zst) of {"id", "title", "text"}, or "builtin:passages.jsonl" for the built-in corpus."""
-    statements: str | None = None
-    """Sentences to mask in pretraining, in the same format; without it the passages themselves."""
+    passages: tuple[SourceConfig, ...]
+    """Where the passages are, one source or a list: a path such as `wiki.jsonl.gz`, or `{path: …, format: …, fields: …}`."""
+    statements: tuple[SourceConfig, ...] | None = None
+    """Sentences to mask in pretraining, given likewise; without it the passages themselves."""
+    limit: int | None = None
+    """Read no more than this many documents of each source, to try a config on a part."""
     prepared: str = "prepared"
     """Folder that `realm prepare` writes."""
     block_tokens: int = 288
@@ -174,6 +176,11 @@ class PreparedCorpus:
         """Wordpieces of title and text of every row, without special tokens."""
         counts = [np.diff(batch.lists["title_ids"][0]) + np.diff(batch.lists["text_ids"][0]) for batch in self._batches]
         return np.concatenate(counts).astype(np.int32)
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """`place` of every row: 0 where a document begins."""
+        return np.concatenate([batch.place for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
         """Row of the block with this id; KeyError where there is none. The first call reads all ids into memory."""

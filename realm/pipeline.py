@@ -3,14 +3,16 @@
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from finetune.answer import Answerer
 from finetune.ask import print_answer
-from finetune.data import load_questions
-from finetune.evaluate import Answerer, evaluate
-from finetune.train import train_finetune
+from finetune.evaluate import evaluate
+from finetune.questions import load_questions
+from finetune.train import STAGE, train_finetune
 from pretrain.data import NULL
 from pretrain.ict import train_ict
 from pretrain.probe import load_probe, masked_accuracy, probe_stage, read_retrieved
@@ -19,6 +21,8 @@ from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker
 from pretrain.train import train_realm
 from realm.config import RealmConfig
+from realm.document_formats import format_of
+from realm.documents import read_documents
 from realm.errors import UserError
 from realm.prepare import prepare_corpus
 from realm.publish import write_json_atomic
@@ -33,11 +37,9 @@ from realm.tokenizer import obtain_tokenizer
 
 def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
     """Passages and statements to token arrays with salient spans; what is prepared already is left as it is."""
-    from realm.documents import read_documents
-
     corpus, prepared = config.corpus, Path(config.corpus.prepared)
     sources = {"passages": corpus.passages} | ({} if corpus.statements is None else {"statements": corpus.statements})
-    if any(name.startswith(BUILTIN) for name in sources.values()):
+    if any(source.path.startswith(BUILTIN) for group in sources.values() for source in group):
         from realm.gazetteer import write_gazetteer
 
         summary = write_gazetteer(prepared / "gazetteer")
@@ -45,25 +47,35 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
             f"  built-in corpus: {summary.entities} entities, {summary.facts} facts, {summary.passages} passages, {summary.statements} statements"
         )
     skip_bad = skip_bad or corpus.skip_bad
-    paths = {kind: source_path(name, prepared) for kind, name in sources.items()}
+    resolved = {
+        kind: [replace(source, path=str(source_path(source.path, prepared)), limit=_smaller(source.limit, corpus.limit)) for source in group]
+        for kind, group in sources.items()
+    }
+    for kind, group in resolved.items():
+        for source in group:
+            console.print(f"  {kind}: {source.path} ({format_of(source)}{', by its name' if source.format == 'auto' else ''})")
 
     def texts() -> list[str]:
-        return [f"{document.title} {document.text}" for path in paths.values() for document in read_documents(path, skip_bad)]
+        return [f"{document.title} {document.text}" for group in resolved.values() for document in read_documents(group, skip_bad)]
 
     tokenizer = obtain_tokenizer(config.tokenizer, prepared / "tokenizer", texts)
     tagger = SpanTagger.load(config.spans)
-    for kind, path in paths.items():
+    for kind, group in resolved.items():
         with progress(f"prepare {kind}", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
 
             def update(done: int, total: int | None, ticker: object = ticker) -> None:
                 ticker.total = total or done  # type: ignore[attr-defined]
                 ticker.update(done)  # type: ignore[attr-defined]
 
-            ready = prepare_corpus(path, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, update)
+            ready = prepare_corpus(group, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, update)
         console.print(
             f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans "
             f"({tagger.name}), {ready.manifest['skipped']} records skipped"
         )
+
+
+def _smaller(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def run_all(config: RealmConfig, resume: bool = False) -> None:
@@ -95,10 +107,10 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
         if stage != "finetune":
             probes[stage] = cached(run, f"probe-{stage}", lambda stage=stage: probe_stage(run, stage))  # type: ignore[misc]
     figures: dict[str, float] = {}
-    if run.finished("finetune"):
+    if run.finished("finetune") and run.questions("test"):
         console.print("[bold]evaluate[/bold]")
         began = time.monotonic()
-        figures = evaluate(run)
+        figures = evaluate(run)[STAGE]
         stage_times["evaluate"] = time.monotonic() - began
     closed_book = cached(run, "closed-book", lambda: closed_book_accuracy(run)) if run.data("closed_book") else {}
     null = cached(run, "null-passage", lambda: null_masses(run)) if run.data("orphans") and run.finished("pretrain") else {}
@@ -113,10 +125,10 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
 
 def show_answers(run: Run, count: int = 3) -> None:
     """Answer some of the test questions where everyone can see it."""
-    path = run.data("test")
-    assert path is not None
+    source = run.questions("test")
+    assert source is not None
     answerer = Answerer(run)
-    questions = load_questions(path, run)
+    questions = load_questions(source, run, quiet=True)
     console.print("[bold]Some test questions[/bold]")
     for number in np.random.default_rng(run.config.seed).choice(len(questions), min(count, len(questions)), replace=False):
         print_answer(answerer, questions[int(number)].text, run.config.evaluate.read)
@@ -168,7 +180,7 @@ def summarize(
     swaps = Counter(row["index"] for row in metrics.get("pretrain", []))
     summary: dict[str, float] = {
         name: figures[name]
-        for name in ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@5", "random_passage_em", "oracle_em")
+        for name in ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@1", "exact_recall@5", "ceiling", "random_passage_em", "oracle_em")
         if name in figures
     }
     summary |= closed_book

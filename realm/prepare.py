@@ -1,4 +1,4 @@
-"""`realm prepare`: a JSONL file of documents becomes a folder of memory-mapped blocks, in parallel, and may be killed at any moment.
+"""`realm prepare`: the documents of some sources become a folder of memory-mapped blocks, in parallel, and may be killed at any moment.
 
 Documents are taken in chunks. Each chunk is tokenised, cut and tagged by one process, which publishes it as `shards/000000.arrow`; a
 second start finds the finished shards and goes on behind them. The shards are then put together in order, the manifest is written, and
@@ -11,10 +11,10 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from realm.corpus import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
-from realm.documents import BadRecords, Document, check_readable, read_documents
+from realm.document_formats import format_of
+from realm.documents import BadRecords, Document, SourceConfig, read_documents, source_files
 from realm.errors import UserError
 from realm.publish import checksum, write_file_atomic, write_json_atomic
 from realm.salient_spans import SpanTagger
@@ -45,7 +46,7 @@ Progress = Callable[[int, int | None], None]
 
 
 def prepare_corpus(
-    source: Path,
+    sources: Sequence[SourceConfig],
     out: Path,
     tokenizer: "PreTrainedTokenizerBase",
     block_tokens: int,
@@ -54,22 +55,21 @@ def prepare_corpus(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Prepares the documents of `source` in the folder `out` and opens it; at once where that was done already.
+    """Prepares the documents of `sources` in the folder `out` and opens it; at once where that was done already.
 
     `block_tokens` bounds `[CLS] title [SEP] text [SEP]`. `num_workers` is 0 for one process per CPU (fewer for a small corpus), 1 for none
     beside this one; with more, `tagger` is sent to them by pickle. `progress(done, total)` is told how many documents are done.
 
     Raises UserError for everything `read_documents` refuses, before anything is written, and where `out` holds something else, or was
-    begun from another file, tokenizer, block size or span pipeline.
+    begun from other sources, tokenizer, block size or span pipeline.
     """
     if block_tokens < MIN_BLOCK_TOKENS:
         raise UserError(f"block_tokens must be at least {MIN_BLOCK_TOKENS}, got {block_tokens}")
     if num_workers < 0:
         raise UserError(f"num_workers must be 0 (one per CPU) or more, got {num_workers}")
-    check_readable(source)
-    job = _Job(source, out, block_tokens, skip_bad)
+    job = _Job(tuple(sources), out, block_tokens, skip_bad)
     inputs = {
-        "source_sha256": checksum(source),
+        "sources": [_identity(source) for source in sources],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "block_tokens": block_tokens,
         "span_pipeline": tagger.name,
@@ -108,9 +108,16 @@ def prepare_corpus(
     return PreparedCorpus.open(out)
 
 
+def _identity(source: SourceConfig) -> dict[str, Any]:
+    """What a source is, wherever it lies: its content, and how it is read. Of a hub's data set, its name."""
+    digests = [checksum(file) for file in source_files(source)]
+    settings = {name: value for name, value in asdict(source).items() if name not in ("path", "format")}
+    return {"format": format_of(source), "content": digests or source.path, **settings}
+
+
 @dataclass(frozen=True)
 class _Job:
-    source: Path
+    sources: tuple[SourceConfig, ...]
     out: Path
     block_tokens: int
     skip_bad: bool
@@ -123,7 +130,7 @@ class _Job:
         number, first_document = 0, 0
         documents: list[Document] = []
         characters = 0
-        for document in read_documents(self.source, self.skip_bad, report):
+        for document in read_documents(self.sources, self.skip_bad, report):
             documents.append(document)
             characters += len(document.text)
             if len(documents) >= CHUNK_DOCUMENTS or characters >= CHUNK_CHARACTERS:
@@ -145,7 +152,7 @@ class _Survey:
 
 
 def _survey(job: _Job, inputs: dict[str, Any]) -> _Survey:
-    survey, report = _Survey(), BadRecords(job.source)
+    survey, report = _Survey(), BadRecords()
     digest = hashlib.sha256(f"{inputs['tokenizer']} {job.block_tokens}".encode())
     for chunk in job.chunks(report):
         survey.chunks += 1
@@ -187,7 +194,7 @@ def _begin(job: _Job, inputs: dict[str, Any]) -> None:
 
 def _refuse_other(job: _Job, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     names = {
-        "source_sha256": "file of documents",
+        "sources": "source of documents",
         "tokenizer": "tokenizer",
         "block_tokens": "block_tokens",
         "span_pipeline": "span pipeline",
@@ -235,7 +242,7 @@ def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, pro
         for future in as_completed(waiting):
             report(future.result())
     except BrokenProcessPool as error:
-        raise UserError(f"a process preparing {job.source} died (out of memory?); start again with fewer num_workers to go on") from error
+        raise UserError(f"a process preparing {job.out} died (out of memory?); start again with fewer num_workers to go on") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

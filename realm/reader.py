@@ -24,7 +24,7 @@ from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.bert import BertSource, load_bert, quiet_loading
 from realm.errors import UserError
-from realm.inputs import IntArray, pad_batch
+from realm.inputs import IntArray, Wordpieces, pad_batch
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,19 @@ class Reader(nn.Module):
         return self.span_score(hidden_BLWK).squeeze(-1).float()
 
 
-def span_mask(mask_BL: Tensor, type_BL: Tensor, special_BL: Tensor, width: int) -> Tensor:
-    """True where a span lies inside the passage and holds no special token, (B, L, W)."""
-    inside_BL = mask_BL.bool() & (type_BL == 1) & ~special_BL
-    ends_BLW = F.pad(inside_BL, (0, width - 1)).unfold(1, width, 1)
-    return ends_BLW.to(torch.int8).cumprod(-1).bool()
+def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
+    """True where a span lies inside what may be chosen from and begins and ends with whole words, (B, L, W).
+
+    `inside_BL`: true on wordpieces of the passage that are no special tokens; `continuation_BL`: true on those that continue a word.
+    """
+    inside_BLW = F.pad(inside_BL, (0, width - 1)).unfold(1, width, 1)
+    word_ends_BL = F.pad(~continuation_BL[:, 1:], (0, 1), value=True)
+    word_ends_BLW = F.pad(word_ends_BL, (0, width - 1)).unfold(1, width, 1)
+    return inside_BLW.to(torch.int8).cumprod(-1).bool() & ~continuation_BL[..., None] & word_ends_BLW
 
 
 def span_targets(
-    places: Sequence[Sequence[tuple[int, int]]], ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor, special_ids: Sequence[int], width: int
+    places: Sequence[Sequence[tuple[int, int]]], ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor, words: Wordpieces, width: int
 ) -> tuple[Tensor, Tensor]:
     """Which spans of joint inputs are the answer, and which may be one, both (B, L, W): see `Reader.span_scores`, `span_mask`.
 
@@ -107,7 +111,8 @@ def span_targets(
         for start, length in spots:
             if length <= width:
                 is_answer_BLW[row, start, length - 1] = True
-    return is_answer_BLW, span_mask(mask_BL, type_BL, torch.isin(ids_BL, torch.tensor(special_ids)), width)
+    inside_BL = mask_BL.bool() & (type_BL == 1) & ~torch.isin(ids_BL, torch.tensor((words.cls, words.sep)))
+    return is_answer_BLW, span_mask(inside_BL, torch.from_numpy(words.continuation)[ids_BL], width)
 
 
 def joint_input(query_ids: IntArray, title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> tuple[IntArray, int, int]:

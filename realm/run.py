@@ -10,13 +10,13 @@ runs/NAME/
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from realm.config import RealmConfig
+from realm.config import QuestionSource, RealmConfig
 from realm.config_file import dump_config, load_config
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
@@ -94,9 +94,9 @@ class Run:
             )
         return True
 
-    def latest(self, part: str, before: str | None = None) -> Path | None:
-        """The newest `retriever` or `reader` written by a stage, of those before stage `before` if given."""
-        stages = STAGES[: STAGES.index(before)] if before else STAGES
+    def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
+        """The newest `retriever` or `reader` written by a stage; of those before stage `before`, or up to and with `until`, if given."""
+        stages = STAGES[: STAGES.index(before)] if before else STAGES[: STAGES.index(until) + 1] if until else STAGES
         for name in reversed(stages):
             if (self.model(name) / part).exists():
                 return self.model(name) / part
@@ -137,15 +137,16 @@ class Run:
         return Wordpieces.of(self.tokenizer)
 
     def data(self, field: str) -> Path | None:
-        """File named by a field of the config's `data` section, `builtin:` resolved."""
+        """File of annotated statements named by a field of the config's `data` section, `builtin:` resolved."""
         name = getattr(self.config.data, field)
-        return None if name is None else self.source(name)
+        return None if name is None else source_path(name, self.prepared)
 
-    def source(self, name: str) -> Path:
-        """A path of the config: `builtin:NAME` is a file of the built-in corpus, written by `realm prepare`."""
-        return source_path(name, self.prepared)
+    def questions(self, field: str) -> QuestionSource | None:
+        """Source of questions named by a field of the config's `data` section, `builtin:` resolved."""
+        source: QuestionSource | None = getattr(self.config.data, field)
+        return None if source is None else replace(source, path=str(source_path(source.path, self.prepared)))
 
 
 def source_path(name: str, prepared: Path) -> Path:
-    """See `Run.source`."""
+    """A path of the config: `builtin:NAME` is a file of the built-in corpus, written by `realm prepare`."""
     return prepared / "gazetteer" / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name)

@@ -7,7 +7,8 @@ import random
 import pyarrow as pa
 import pytest
 
-from realm.corpus import BadRecords, Document, PreparedCorpus, read_documents
+from realm.corpus import BadRecords, Document, PreparedCorpus, SourceConfig
+from realm.documents import read_documents as read_sources
 from realm.errors import UserError
 
 RECORDS = [
@@ -21,6 +22,10 @@ DOCUMENTS = [
     Document("third", "", "  東京 は 首都 。\n"),
 ]
 PLAIN = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+def read_documents(path, **options):
+    return read_sources([SourceConfig(str(path))], **options)
 
 
 def zstd(content):
@@ -93,8 +98,8 @@ def test_bad_record_is_refused_with_file_line_and_reason(tmp_path, kind):
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_record_is_left_out_and_counted(tmp_path, kind):
     after = line(id="after", text="Still read.")
-    report = BadRecords(tmp_path / "c.jsonl")
-    documents = list(read_documents(write(report.path, GOOD + b"\n" + BAD[kind][0] + b"\n" + after), skip_bad=True, report=report))
+    report = BadRecords()
+    documents = list(read_documents(write(tmp_path / "c.jsonl", GOOD + b"\n" + BAD[kind][0] + b"\n" + after), skip_bad=True, report=report))
     assert [document.id for document in documents if document.id != "5"] == ["good", "after"]
     assert report.total == 1
 
@@ -129,7 +134,7 @@ def test_truncated_file_is_never_taken_for_whole(tmp_path, suffix, compress, cut
     path = write(tmp_path / ("c.jsonl" + suffix), content[: min(int(len(content) * cut), len(content) - 1)])
     with pytest.raises(UserError, match=r"broken compressed data .*; nothing from here on can be read"):
         list(read_documents(path))
-    report = BadRecords(path)
+    report = BadRecords()
     documents = list(read_documents(path, skip_bad=True, report=report))
     assert 0 < len(documents) <= 2000 and report.total == 1
     assert [document.id for document in documents] == [str(i) for i in range(len(documents))]
@@ -146,12 +151,12 @@ def test_unusable_paths_are_refused_in_one_line(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     cases = {
         "nowhere.jsonl": "does not exist",
-        "folder.jsonl": "is a folder",
-        "c.json": r"must end in .jsonl, .jsonl.gz or .jsonl.zst",
+        "folder.jsonl": "is a folder of neither a saved data set nor Parquet nor text files",
+        "c.unknown": r"cannot be told from its name; name it, one of jsonl, tsv",
         "empty.jsonl": "is empty",
         "blank.jsonl": "holds no document",
     }
-    write(tmp_path / "c.json", PLAIN)
+    write(tmp_path / "c.unknown", PLAIN)
     write(tmp_path / "empty.jsonl", b"")
     write(tmp_path / "blank.jsonl", b"\n\n")
     for name, reason in cases.items():

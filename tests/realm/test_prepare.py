@@ -15,7 +15,7 @@ import pytest
 
 import realm.prepare
 from realm.blocks import text_hash
-from realm.corpus import PreparedCorpus
+from realm.corpus import PreparedCorpus, SourceConfig
 from realm.errors import UserError
 from realm.prepare import prepare_corpus
 from realm.salient_spans import SPAN_TYPES, SalientSpan
@@ -42,7 +42,7 @@ def prepare(tmp_path, tokenizer, documents=None, out="out", name="corpus.jsonl",
     if documents is not None:
         write_jsonl(source, documents)
     options = {"block_tokens": 48, "tagger": StubTagger(), "num_workers": 1} | changes
-    return prepare_corpus(source, tmp_path / out, tokenizer, **options)
+    return prepare_corpus([SourceConfig(str(source))], tmp_path / out, tokenizer, **options)
 
 
 def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
@@ -302,7 +302,7 @@ if __name__ == "__main__":
     source, out, tokenizer, log = sys.argv[1:]
     realm.prepare.CHUNK_DOCUMENTS = 20
     tagger = StubTagger(delay=0.02, log=log)
-    realm.prepare.prepare_corpus(Path(source), Path(out), load_tokenizer(tokenizer), 48, tagger, num_workers=2)
+    realm.prepare.prepare_corpus([SourceConfig(source)], Path(out), load_tokenizer(tokenizer), 48, tagger, num_workers=2)
 """
 
 

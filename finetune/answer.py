@@ -1,0 +1,124 @@
+"""Retriever, index and reader of a run at work: passages for a question, and the best span in them."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.data import QuestionBatches
+from finetune.questions import Question
+from finetune.train import STAGE, embed_queries
+from index.frozen import index_for
+from realm.errors import UserError
+from realm.inputs import token_budget_batches
+from realm.model import OpenQaModel, QuestionBatch
+from realm.objectives import NEVER
+from realm.publish import published
+from realm.reader import load_reader
+from realm.retriever import build_retriever, load_retriever, save_retriever
+from realm.run import STAGES, Run
+from realm.telemetry import console
+from realm.tokenizer import encode_plain
+
+START = "start"
+"""Stage name of the retriever as the config builds it, before any training: a checkpoint off the shelf."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question."""
+
+    text: str
+    """The answer as it stands in the passage."""
+    passage: int
+    """Row of the passage it was read from."""
+    start: int
+    """First character of the answer in the passage's text; -1 where it was read from the title."""
+    probability: float
+    """p(z|x) of that passage among those read."""
+
+
+class Answerer:
+    """Retriever, index and reader as a stage left them, ready to answer. Without a reader by then, only `retrieve` works."""
+
+    def __init__(self, run: Run, stage: str = STAGE) -> None:
+        self.run, self.stage = run, stage
+        retriever, source = self._retriever()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.index = index_for(run, source, lambda line: console.print(f"  {line}"))
+        self.retriever = retriever.to(self.device)
+        reader = run.latest("reader", until=stage) if stage in STAGES else None
+        self.model = None if reader is None else OpenQaModel(self.retriever, load_reader(reader)).eval().to(self.device)
+        self.batches = QuestionBatches(run, self.index)
+
+    def _retriever(self) -> tuple[Any, Path]:
+        """The stage's retriever, and the folder of the one whose passage embeddings it is searched by."""
+        run = self.run
+        if self.stage == START:
+            start = run.folder / "frozen" / START / "retriever"
+            if not start.exists():
+                torch.manual_seed(run.config.seed)
+                built = build_retriever(run.config.retriever, run.tokenizer)
+                with published(start) as temporary:
+                    save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+            return load_retriever(start)[0], start
+        if not run.finished(self.stage):
+            raise UserError(f"run {run.folder} has not finished stage {self.stage} yet; run `realm {self.stage.replace('_', '-')}` first.")
+        folder = run.latest("retriever", until=self.stage)
+        source = run.latest("retriever", before=STAGE) if self.stage == STAGE else folder
+        if folder is None or source is None:
+            raise UserError(f"run {run.folder} has no retriever by stage {self.stage}.")
+        return load_retriever(folder)[0], source
+
+    def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
+        """Rows of the `k` best passages per question, (B, k)."""
+        with self._arithmetic():
+            embeddings = embed_queries(self.retriever, self.batches.queries(questions))
+        return self.index.search(embeddings, k)[1]
+
+    def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
+        """The best span over the given passages, (B, N) rows, -1 where there is none."""
+        assert self.model is not None
+        B, N = rows.shape
+        batch = self.batches.batch(questions, self.batches.queries(questions), rows, np.maximum(rows, 0)).to(self.device)
+        with torch.inference_mode(), self._arithmetic():
+            query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+            read_score_BN = self.retriever.score(query_emb_BD, batch.read_emb_BND).masked_fill(~batch.valid_BK, NEVER)
+            span_score_QLW = torch.full(batch.allowed_QLW.shape, NEVER, device=self.device)
+            lengths = batch.mask_QL.sum(1)
+            for part in token_budget_batches(lengths.cpu().numpy(), self.run.config.evaluate.token_budget):
+                at = torch.from_numpy(part).to(self.device)
+                longest = int(lengths[at].max())
+                hidden = self.model.reader(batch.ids_QL[at, :longest], batch.mask_QL[at, :longest], batch.type_QL[at, :longest])
+                span_score_QLW[at, :longest] = self.model.reader.span_scores(hidden)
+            score_BNS = span_score_QLW.masked_fill(~batch.allowed_QLW, NEVER).view(B, N, -1) + read_score_BN[..., None]
+        return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        bf16 = self.run.config.engine.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def _best(self, batch: QuestionBatch, score_BNS: torch.Tensor, p_z_BN: torch.Tensor, rows: np.ndarray) -> list[Answer]:
+        B, N, S = score_BNS.shape
+        W = self.batches.width
+        texts, places = [], []
+        for b, best in enumerate(score_BNS.view(B, -1).argmax(-1).tolist()):
+            n, span = divmod(best, S)
+            start, width = divmod(span, W)
+            places.append((b, n, int(rows[b, n]), start, start + width))
+            texts += [self.run.passages.title(int(rows[b, n])), self.run.passages.text(int(rows[b, n]))]
+        offsets = [offsets for _, offsets in encode_plain(self.run.tokenizer, texts)]
+        answers = []
+        for number, (b, n, row, start, end) in enumerate(places):
+            ids_L, type_L = batch.ids_QL[b * N + n].cpu(), batch.type_QL[b * N + n].cpu()
+            text_at = int((ids_L == self.run.wordpieces.sep).nonzero()[1]) + 1  # behind the second [SEP]
+            in_text = start >= text_at
+            first = text_at if in_text else int((type_L == 0).int().cumprod(0).sum())
+            spots, source = offsets[2 * number + in_text], texts[2 * number + in_text]
+            begin, finish = int(spots[start - first, 0]), int(spots[end - first, 1])
+            answers.append(Answer(source[begin:finish], row, begin if in_text else -1, float(p_z_BN[b, n])))
+        return answers

@@ -1,0 +1,98 @@
+"""Text files as people have them, plain or compressed: lines with their places, whole JSON files, and one sentence where that fails."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from realm.errors import UserError
+
+COMPRESSED = ("", ".gz", ".zst")
+"""Suffixes behind a format's own."""
+
+
+class Place(NamedTuple):
+    """Where a record stands."""
+
+    file: str
+    line: int | None = None
+    """Line counted from 1; none where the file is the record. Of tables, the row."""
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    def seen_from(self, other: "Place") -> str:
+        """The place as one says it in a report about `other`."""
+        return f"on line {self.line}" if self.file == other.file and self.line is not None else f"at {self}"
+
+
+def stem(path: Path) -> tuple[str, str]:
+    """Name without the suffixes of format and compression, and the format's suffix: `a.jsonl.gz` is `a`, `.jsonl`."""
+    plain = path.with_suffix("") if path.suffix in COMPRESSED[1:] else path
+    return plain.stem, plain.suffix.lower()
+
+
+def check_file(path: Path, holds: str) -> None:
+    """Raises UserError, in one sentence, where `path` is no file with content that can be opened; `holds` says what should be in it."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file that holds {holds}")
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise UserError(f"{path} is empty; it must hold {holds}")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
+    """The lines that are not blank of the decompressed file, byte order mark gone; where the compressed data breaks off, `broken` is told and
+    the file ends."""
+    with path.open("rb") as raw, _decompressed(raw, path) as stream:
+        for number in count(1):
+            place = Place(str(path), number)
+            try:
+                line = stream.readline()
+            except (EOFError, zlib.error, OSError) as error:
+                broken(place, "broken compressed data", f" ({error}); nothing from here on can be read")
+                return
+            if not line:
+                return
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield place, line
+
+
+def read_json(path: Path, holds: str) -> Any:
+    """The value of a JSON file, plain or compressed. Raises UserError naming the file and what is wrong with it."""
+    check_file(path, holds)
+    try:
+        with path.open("rb") as raw, _decompressed(raw, path) as stream:
+            return json.loads(stream.read().decode("utf-8-sig"))
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} is broken off or not compressed as its name says ({error})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON ({error}); it must hold {holds}") from error
+
+
+def json_type(value: object) -> str:
+    """A value's type as a person says it."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.name.endswith(".zst"):
+        # zstandard's own reader takes a truncated file for a complete one; Arrow's does not.
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 16)
+    return raw
