@@ -12,14 +12,13 @@ import torch
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from finetune.train import STAGE, embed_queries
-from index.frozen import index_for
+from index.frozen import index_for, start_retriever
 from realm.errors import UserError
 from realm.inputs import token_budget_batches
 from realm.model import OpenQaModel, QuestionBatch
 from realm.objectives import NEVER
-from realm.publish import published
 from realm.reader import load_reader
-from realm.retriever import build_retriever, load_retriever, save_retriever
+from realm.retriever import load_retriever
 from realm.run import STAGES, Run
 from realm.telemetry import console
 from realm.tokenizer import encode_plain
@@ -59,12 +58,7 @@ class Answerer:
         """The stage's retriever, and the folder of the one whose passage embeddings it is searched by."""
         run = self.run
         if self.stage == START:
-            start = run.folder / "frozen" / START / "retriever"
-            if not start.exists():
-                torch.manual_seed(run.config.seed)
-                built = build_retriever(run.config.retriever, run.tokenizer)
-                with published(start) as temporary:
-                    save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+            start = start_retriever(run)
             return load_retriever(start)[0], start
         if not run.finished(self.stage):
             raise UserError(f"run {run.folder} has not finished stage {self.stage} yet; run `realm {self.stage.replace('_', '-')}` first.")

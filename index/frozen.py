@@ -1,17 +1,37 @@
-"""The index of a given saved retriever: found among the published ones, or built now, apart from those that a trainer follows."""
+"""The index of a retriever that stands still: found among the published ones, or built now, apart from those that a trainer follows.
 
+Warm-up, probes, finetuning and evaluation all search through it, so the passages are encoded once for each retriever.
+"""
+
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from shutil import copytree
 
 import torch
 
+from index.build import INDEX_FILE, IndexManifest
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
 from realm.corpus import PreparedCorpus
-from realm.publish import Lineage, Version, checksum, newest, published, start_attempt, versions_in
+from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
+from realm.retriever import build_retriever, save_retriever
 from realm.run import Run
+
+FROZEN = "frozen"
+"""Folder of a run with the indexes that are built here, one store for each retriever."""
+
+
+def start_retriever(run: Run) -> Path:
+    """Folder of the retriever as the config builds it, before any training: a checkpoint off the shelf, or random weights."""
+    folder = run.folder / FROZEN / "start" / "retriever"
+    if not folder.exists():
+        torch.manual_seed(run.config.seed)
+        built = build_retriever(run.config.retriever, run.tokenizer)
+        with published(folder) as temporary:
+            save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+    return folder
 
 
 def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> PassageIndex:
@@ -20,14 +40,14 @@ def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> 
     Building goes on where it was killed. Raises UserError where the index cannot be built as configured.
     """
     wanted = checksum(retriever)
-    apart = run.folder / "frozen" / wanted[:12]
+    apart = _store(run, wanted)
     for folder in (run.folder, apart):
         index = _find(folder, run.passages, wanted, log)
         if index is not None:
             return index
     if not versions_in(apart / "encoders"):
         with published(apart / "encoders" / Version(start_attempt(apart), 0).name) as temporary:
-            copytree(retriever, temporary, dirs_exist_ok=True)
+            shutil.copytree(retriever, temporary, dirs_exist_ok=True)
     threads = torch.get_num_threads()
     refresh(apart, replace(run.config.refresh, threads=threads), run.passages, once=True, log=log)
     torch.set_num_threads(threads)
@@ -36,16 +56,38 @@ def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> 
     return index
 
 
+def publish_frozen(run: Run, retriever: Path, encoder: Version) -> bool:
+    """Publish the frozen index of `retriever` as that of the run's export `encoder`, a copy of it, under epoch 0; whether there was one.
+
+    A trainer then starts with the index that its warm-up searched, instead of waiting for a refresher to build the same again.
+    """
+    wanted = checksum(retriever)
+    index = _find(_store(run, wanted), run.passages, wanted, lambda line: None)
+    if index is None:
+        return False
+    source = _store(run, wanted) / "indexes" / index.version.name / INDEX_FILE
+    manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
+    with published(run.folder / "indexes" / encoder.with_epoch(0).name) as folder:
+        try:
+            os.link(source, folder / INDEX_FILE)  # published files never change, so two names may share one
+        except OSError:
+            shutil.copyfile(source, folder / INDEX_FILE)
+        write_manifest(folder, {"format": 1, **asdict(manifest)})
+    return True
+
+
+def _store(run: Run, retriever_checksum: str) -> Path:
+    return run.folder / FROZEN / retriever_checksum[:12]
+
+
 def _find(folder: Path, passages: PreparedCorpus, wanted: str, log: Callable[[str], None]) -> PassageIndex | None:
     lineage = Lineage.load(folder)
     if lineage.current is None:
         return None
     for version in newest(folder / "indexes", lineage, lineage.current):
         try:
-            index = PassageIndex.open(folder / "indexes" / version.name, passages.fingerprint)
-        except IndexRefused as error:
+            if IndexManifest.read(folder / "indexes" / version.name)[0].encoder_checksum == wanted:
+                return PassageIndex.open(folder / "indexes" / version.name, passages.fingerprint)
+        except (IndexRefused, PublishError) as error:
             log(str(error))
-            continue
-        if index.manifest.encoder_checksum == wanted:
-            return index
     return None

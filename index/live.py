@@ -58,7 +58,7 @@ class LiveIndex:
         """Whether this lineage has no encoder yet that a refresher could build an index from."""
         return not newest(self.folder / "encoders", Lineage.load(self.folder), self.attempt)
 
-    def export(self, step: int, write: Callable[[Path], None]) -> None:
+    def export(self, step: int, write: Callable[[Path], object]) -> None:
         """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` fills it."""
         with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
             write(folder)

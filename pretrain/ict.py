@@ -11,6 +11,7 @@ from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, query_input
 from realm.model import IctModel, PairBatch
+from realm.retriever import load_retriever
 from realm.run import Run
 from realm.telemetry import Metrics
 
@@ -23,7 +24,7 @@ def train_ict(run: Run, resume: bool = False) -> None:
     if not run.begin(STAGE, resume):
         return
     torch.manual_seed(run.config.seed)
-    retriever = initial_retriever(run, STAGE)
+    retriever, _ = load_retriever(initial_retriever(run, STAGE))
     batches = IctBatches(run.passages, batch_maker(run), config, run.config.seed)
     engine = Engine(IctModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)

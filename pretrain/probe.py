@@ -14,7 +14,7 @@ from realm.errors import UserError
 from realm.model import read_masked
 from realm.objectives import candidate_log_prior
 from realm.reader import Reader, load_reader
-from realm.retriever import Retriever, load_retriever
+from realm.retriever import Retriever
 from realm.run import Run
 from realm.tokenizer import encode_plain
 
@@ -100,8 +100,8 @@ def retrieval_recall(run: Run, items: list[ProbeItem], retrieved: np.ndarray, de
     return figures
 
 
-def probe(run: Run, items: list[ProbeItem], retriever: Retriever | None, reader: Reader | None) -> dict[str, float]:
-    """All figures of one state of the models, in percent (see `retrieval_recall`, `masked_accuracy`)."""
+def probe(run: Run, items: list[ProbeItem], retriever: Path | None, reader: Reader | None) -> dict[str, float]:
+    """All figures of a saved retriever and a reader, in percent (see `retrieval_recall`, `masked_accuracy`)."""
     figures: dict[str, float] = {}
     examples = [item.example for item in items]
     gold = [(item.example, item.passage) for item in items if item.passage is not None]
@@ -112,11 +112,11 @@ def probe(run: Run, items: list[ProbeItem], retriever: Retriever | None, reader:
         if gold:
             figures["accuracy_gold"] = masked_accuracy(reader, run, [example for example, _ in gold], [row for _, row in gold])
     if retriever is not None:
-        search = FrozenSearch(retriever.eval(), run.passages, batch_maker(run))
+        search = FrozenSearch(run, retriever)
         retrieved = search(examples, 5)
         figures |= retrieval_recall(run, items, retrieved)
         if reader is not None:
-            right, null_mass = read_retrieved(run, retriever, reader, examples, retrieved)
+            right, null_mass = read_retrieved(run, search.retriever, reader, examples, retrieved)
             figures["accuracy_retrieved"] = 100.0 * float(right.mean())
             figures["null_mass"] = 100.0 * float(null_mass.mean())
     return figures
@@ -149,8 +149,6 @@ def probe_stage(run: Run, stage: str) -> dict[str, float]:
     folder = run.model(stage)
     path = run.data("probe")
     items = load_probe(path, run) if path else sampled_probe(run)
-    retriever = load_retriever(folder / "retriever")[0] if (folder / "retriever").exists() else None
-    if retriever is None and (earlier := run.latest("retriever", before=stage)):
-        retriever = load_retriever(earlier)[0]
+    retriever = run.latest("retriever", until=stage)
     reader = load_reader(folder / "reader") if (folder / "reader").exists() else None
     return probe(run, items, retriever, reader)

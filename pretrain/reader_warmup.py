@@ -56,7 +56,7 @@ class WarmupBatches:
         self.run, self.config, self.maker = run, run.config.reader_warmup, batch_maker(run)
         self.sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, self.maker.max_query - 2)
         self.pool = span_pool([run.statements, run.passages], run.config.pretrain.max_span_tokens)
-        self.search = FrozenSearch(initial_retriever(run, STAGE).eval(), run.passages, self.maker)
+        self.search = FrozenSearch(run, initial_retriever(run, STAGE))
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 

@@ -1,28 +1,31 @@
-"""Search with a retriever that stands still: for the reader's warm-up and for measuring, where no refresher is needed."""
+"""Search with a retriever that stands still: for the reader's warm-up and for measuring."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from index.build import build_index
-from index.encode import encode_passages
+from index.frozen import index_for
 from pretrain.data import BatchMaker, MaskedSentence
-from realm.corpus import PreparedCorpus
-from realm.retriever import Retriever
+from pretrain.stage import batch_maker
+from realm.retriever import Retriever, load_retriever
+from realm.run import Run
+from realm.telemetry import console
 
 
 class FrozenSearch:
-    """All passages embedded once, in memory, searched exactly."""
+    """The passages as a saved retriever embeds them, searched with its queries."""
 
-    def __init__(self, retriever: Retriever, passages: PreparedCorpus, maker: BatchMaker) -> None:
-        self.retriever, self.maker = retriever, maker
-        self.index = build_index(encode_passages(retriever, passages, np.arange(len(passages)), maker.wordpieces, maker.max_passage))
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.retriever = load_retriever(folder)[0]
+        self.maker = batch_maker(run)
+        self.index = index_for(run, folder, lambda line: console.print(f"  {line}"))
 
     def __call__(self, examples: Sequence[MaskedSentence], k: int, batch_size: int = 256) -> np.ndarray:
         """Rows of the `k` best passages for each masked sentence, (len(examples), k), best first; all of them where there are fewer."""
         embeddings = embed_masked(self.retriever, examples, self.maker, batch_size)
-        return self.index.search(embeddings, min(k, self.index.ntotal))[1]
+        return self.index.search(embeddings, min(k, len(self.index)))[1]
 
 
 def embed_masked(retriever: Retriever, examples: Sequence[MaskedSentence], maker: BatchMaker, batch_size: int = 256) -> np.ndarray:

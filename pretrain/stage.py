@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from index.frozen import start_retriever
 from pretrain.data import BatchMaker
 from realm.engine import rank
 from realm.publish import published
 from realm.reader import Reader, build_reader, load_reader, save_reader
-from realm.retriever import Retriever, build_retriever, load_retriever, save_retriever
+from realm.retriever import Retriever, save_retriever
 from realm.run import Run
 from realm.telemetry import console
 
@@ -19,10 +20,9 @@ def batch_maker(run: Run) -> BatchMaker:
     )
 
 
-def initial_retriever(run: Run, stage: str) -> Retriever:
-    """The retriever that stage `stage` starts from: the newest of an earlier stage, else as the config builds it."""
-    path = run.latest("retriever", before=stage)
-    return load_retriever(path)[0] if path else build_retriever(run.config.retriever, run.tokenizer)
+def initial_retriever(run: Run, stage: str) -> Path:
+    """Folder of the retriever that stage `stage` starts from: the newest of an earlier stage, else as the config builds it."""
+    return run.latest("retriever", before=stage) or start_retriever(run)
 
 
 def initial_reader(run: Run, stage: str) -> Reader:

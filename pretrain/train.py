@@ -3,11 +3,13 @@
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
 import torch
 
+from index.frozen import publish_frozen
 from index.live import LiveIndex
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
@@ -18,6 +20,8 @@ from realm.engine import Engine, Loop, rank, world_size
 from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import RealmBatch, RealmModel
+from realm.publish import Version
+from realm.retriever import load_retriever
 from realm.run import Run
 from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
@@ -38,14 +42,20 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
             f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages and the null passage; lower it."
         )
     torch.manual_seed(run.config.seed + 2)
-    retriever, reader = initial_retriever(run, STAGE), initial_reader(run, STAGE)
+    source = initial_retriever(run, STAGE)
+    retriever, reader = load_retriever(source)[0], initial_reader(run, STAGE)
     engine = Engine(RealmModel(retriever, reader, config.marginal), config.optim, run.config.engine, config.steps, config.batch_size)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, checkpoint = loop.resume()
     metrics = Metrics(run.folder, STAGE, rank() == 0)
     with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start) as live:
         if live.needs_export(start):
-            live.export(start, lambda folder: export_retriever(run, retriever, folder))
+            if start:
+                live.export(start, lambda folder: export_retriever(run, retriever, folder))
+            else:
+                live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
+                if publish_frozen(run, source, Version(live.attempt, 0)):
+                    console.print("  the first index is the one that the reader was warmed up with")
         if with_refresher:
             live.start_refresher()
         live.wait_for_first()

@@ -133,7 +133,7 @@ class _Ids:
         other = self.place_of.get(base) if is_numbered else self._numbered.get(document_id)
         if other is not None:
             raise BadRecord(
-                "id confusable with a block", f" {document_id!r}: blocks of a document A are named A#0, A#1; see {other.seen_from(place)}"
+                "id confusable with a block", f" {document_id!r}: blocks of a document A are named A#0, A#1; the other is {other.seen_from(place)}"
             )
         self.place_of[document_id] = place
         if is_numbered:

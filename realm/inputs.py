@@ -5,6 +5,7 @@ Shape legend: B rows, L wordpieces.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -93,5 +94,9 @@ def epoch_rows(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     A function of its arguments alone, so a resumed stage needs no cursor but the step; batches run across the ends of epochs.
     """
     at = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng((seed, int(epoch))).permutation(count) for epoch in np.unique(at // count)}
-    return np.array([orders[i // count][i % count] for i in at])
+    return np.array([_epoch_order(count, int(i // count), seed)[i % count] for i in at])
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(count: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from realm.objectives import MARGINALS, NEVER, candidate_log_prior, inverse_cloze_loss, open_qa_loss, positive_log_marginal
 from realm.reader import Reader
-from realm.retriever import Retriever
+from realm.retriever import Retriever, embed_by_length
 
 
 class Batch:
@@ -107,7 +107,7 @@ class IctModel(nn.Module):
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        block_emb_CD = self.retriever.embed_passages(batch.block_ids_CL, batch.block_mask_CL)
+        block_emb_CD = embed_by_length(self.retriever.embed_passages, batch.block_ids_CL, batch.block_mask_CL)
         loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_CD, batch.withheld_B, self.retriever.temperature)
         return {"loss": loss, "accuracy": accuracy}
 
@@ -195,7 +195,7 @@ class RealmModel(nn.Module):
         """Loss and telemetry; see `docs/architecture.md` for what each figure means."""
         # Retrieve: the candidates found with a stale index are embedded and scored again, with gradient.
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        passage_emb_UD = self.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
+        passage_emb_UD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_UL, batch.passage_mask_UL)
         retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
         log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
 

@@ -18,7 +18,6 @@ from pretrain.ict import train_ict
 from pretrain.probe import load_probe, masked_accuracy, probe_stage, read_retrieved
 from pretrain.reader_warmup import train_reader_warmup
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker
 from pretrain.train import train_realm
 from realm.config import RealmConfig
 from realm.document_formats import format_of
@@ -28,7 +27,6 @@ from realm.prepare import prepare_corpus
 from realm.publish import write_json_atomic
 from realm.reader import load_reader
 from realm.report import draw_curves, print_next, print_summary
-from realm.retriever import load_retriever
 from realm.run import BUILTIN, STAGES, Run, source_path
 from realm.salient_spans import SpanTagger
 from realm.telemetry import console, progress, read_metrics
@@ -155,15 +153,14 @@ def closed_book_accuracy(run: Run) -> dict[str, float]:
 
 def null_masses(run: Run) -> dict[str, list[float]]:
     """p(null|x) of every statement whose fact stands in a passage (`known`) and of every one whose fact stands in none (`orphan`)."""
-    retriever, _ = load_retriever(run.model("pretrain") / "retriever")
     reader = load_reader(run.model("pretrain") / "reader")
-    search = FrozenSearch(retriever, run.passages, batch_maker(run))
+    search = FrozenSearch(run, run.model("pretrain") / "retriever")
     masses = {}
     for name, field in (("known", "probe"), ("orphan", "orphans")):
         path = run.data(field)
         if path is not None:
             examples = [item.example for item in load_probe(path, run)]
-            masses[name] = read_retrieved(run, retriever, reader, examples, search(examples, run.config.pretrain.candidates - 1))[1].tolist()
+            masses[name] = read_retrieved(run, search.retriever, reader, examples, search(examples, run.config.pretrain.candidates - 1))[1].tolist()
     return masses
 
 

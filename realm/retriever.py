@@ -7,6 +7,7 @@ Shape legend: B rows, L wordpieces, H hidden width, D embedding width.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
-from realm.attention.binding import bind_attention
-from realm.attention.dense import DenseAttention
 from realm.bert import BertSource, load_bert
 from realm.errors import UserError
 from realm.tokenizer import load_tokenizer
@@ -53,7 +52,6 @@ class Tower(nn.Module):
 
     def __init__(self, bert: BertModel, pooling: str, projection_dim: int | None, normalize: bool) -> None:
         super().__init__()
-        bind_attention(bert, DenseAttention())
         self.bert = bert
         self.pooling = pooling
         self.normalize = normalize
@@ -102,6 +100,20 @@ class Retriever(nn.Module):
     def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
         """Relevance f(x, z) of N candidates a query, (B, N): inner product over temperature (section 3.1)."""
         return torch.einsum("bd,bnd->bn", query_emb_BD, candidate_emb_BND).float() / self.temperature
+
+
+def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4) -> Tensor:
+    """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not computed as long as the longest.
+
+    The number of buckets is fixed (or B where that is smaller), so that ranks issue the same collectives.
+    """
+    lengths_B = mask_BL.sum(1)
+    order_B = lengths_B.argsort(descending=True, stable=True)
+    parts = []
+    for rows in order_B.tensor_split(min(num_buckets, len(order_B))):
+        longest = int(lengths_B[rows].max())
+        parts.append(embed(ids_BL[rows, :longest], mask_BL[rows, :longest]))
+    return torch.cat(parts)[order_B.argsort()]
 
 
 def build_retriever(config: RetrieverConfig, tokenizer: PreTrainedTokenizerBase) -> Retriever:

@@ -7,30 +7,20 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 
 from realm.attention import AttentionConfig
-from realm.attention.dense import DenseAttention, dense_attention
+from realm.attention.dense import DenseAttention
 
-_DENSE = "realm_dense"
 _REPLACED = "realm_replaced_module"
 
 
 def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """What transformers hands on as mask: the plain (B, L) padding mask instead of a dense (B, 1, L, L)."""
+    """What transformers hands to replaced modules as mask: the plain (B, L) padding mask instead of a dense (B, 1, L, L)."""
     return attention_mask
-
-
-def _dense(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, dropout: float = 0.0, **_: object
-) -> tuple[Tensor, None]:
-    """`dense_attention` as transformers calls a core: heads behind tokens in what is returned."""
-    return dense_attention(query, key, value, attention_mask, scaling, dropout).transpose(1, 2).contiguous(), None
 
 
 def _never_called(*_: object, **__: object) -> tuple[Tensor, None]:
     raise AssertionError("a self-attention module that was to be replaced is still in place")
 
 
-AttentionInterface.register(_DENSE, _dense)
-AttentionMaskInterface.register(_DENSE, _padding_mask)
 AttentionInterface.register(_REPLACED, _never_called)
 AttentionMaskInterface.register(_REPLACED, _padding_mask)
 
@@ -41,7 +31,7 @@ def bind_attention(bert: BertModel, attention: AttentionConfig) -> None:
     Must be called again after a model is built anew: the choice is not saved in transformers' own config.
     """
     if isinstance(attention, DenseAttention):
-        bert.set_attn_implementation(_DENSE)
+        bert.set_attn_implementation("sdpa")
         return
     layers: Any = bert.encoder.layer
     for number, layer in enumerate(layers):

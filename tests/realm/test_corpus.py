@@ -106,7 +106,7 @@ def test_bad_record_is_left_out_and_counted(tmp_path, kind):
 
 def test_confusable_id_is_found_in_either_order(tmp_path):
     path = write(tmp_path / "c.jsonl", line(id="a#3", text="x") + b"\n" + line(id="a", text="x"))
-    with pytest.raises(UserError, match=r"c.jsonl:2: id confusable .* see line 1"):
+    with pytest.raises(UserError, match=r"c.jsonl:2: id confusable .* is on line 1"):
         list(read_documents(path))
     harmless = write(tmp_path / "d.jsonl", line(id="a#3", text="x") + b"\n" + line(id="a#b", text="x") + b"\n" + line(id="b", text="x"))
     assert len(list(read_documents(harmless))) == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from realm.bert import BertSource
-from realm.inputs import pad_batch, passage_input, query_input
+from realm.inputs import Wordpieces, pad_batch, passage_input, query_input
 from realm.model import (
     IctModel,
     JointBatch,
@@ -207,8 +207,9 @@ def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_spa
     places = [[(8, 2), (11, 1)], [], [(12, 3)]]  # starts and lengths of the span in each joint input; the second passage lacks it
     order, num_buckets = np.array([2, 0, 1]), 2
     masked = example.masked(order, num_buckets)
+    words = Wordpieces(CLS, SEP, MASK, PAD, np.zeros(1000, dtype=bool))
     spans = [
-        SpanTargets(*span_targets([places[row] for row in joint.row_R.tolist()], joint.ids_RL, joint.mask_RL, joint.type_RL, (CLS, SEP), width))
+        SpanTargets(*span_targets([places[row] for row in joint.row_R.tolist()], joint.ids_RL, joint.mask_RL, joint.type_RL, words, width))
         for joint in masked.joint
     ]
     outputs = ReaderWarmupModel(reader, 0.5)(WarmupBatch(masked, spans))

@@ -149,7 +149,7 @@ def test_finished_folder_is_used_at_once(tmp_path, tokenizer):
 
 
 CHANGES = {
-    "file of documents": {"documents": make_documents(31)},
+    "source of documents": {"documents": make_documents(31)},
     "tokenizer": {},
     "block_tokens": {"block_tokens": 64},
     "span pipeline": {"tagger": StubTagger("another")},
@@ -294,6 +294,7 @@ def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeyp
 PROGRAM = """
 import sys
 from pathlib import Path
+from realm.corpus import SourceConfig
 import realm.prepare
 from realm.tokenizer import load_tokenizer
 from tests.realm.rivers import all_texts, make_documents, river_tokenizer, write_jsonl

@@ -64,13 +64,16 @@ def test_span_mask_against_a_loop():
     for b, last in enumerate((22, 13)):
         special_BL[b, [0, 6, 9, last]] = True
     W, L = 4, mask_BL.shape[1]
-    allowed_BLW = span_mask(mask_BL, type_BL, special_BL, W)
+    continuation_BL = torch.rand(mask_BL.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    allowed_BLW = span_mask(mask_BL.bool() & (type_BL == 1) & ~special_BL, continuation_BL, W)
     assert allowed_BLW.shape == (2, L, W)
     for b in range(2):
         for start in range(L):
             for width in range(W):
                 places = range(start, start + width + 1)
-                expected = all(at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places)
+                inside = all(at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places)
+                whole = not continuation_BL[b, start] and (places[-1] + 1 >= L or not continuation_BL[b, places[-1] + 1])
+                expected = inside and whole
                 assert allowed_BLW[b, start, width].item() == expected
     assert allowed_BLW[1].any() and not allowed_BLW[1, 13:].any()
 
