@@ -11,14 +11,14 @@ import torch
 
 from finetune.data import QuestionBatches
 from finetune.questions import Question
-from finetune.train import STAGE, embed_queries
+from finetune.train import STAGE
 from index.frozen import index_for, start_retriever
 from realm.errors import UserError
 from realm.inputs import token_budget_batches
 from realm.model import OpenQaModel, QuestionBatch
 from realm.objectives import NEVER
 from realm.reader import load_reader
-from realm.retriever import load_retriever
+from realm.retriever import embed_plain, load_retriever
 from realm.run import STAGES, Run
 from realm.telemetry import console
 from realm.tokenizer import encode_plain
@@ -71,7 +71,7 @@ class Answerer:
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         """Rows of the `k` best passages per question, (B, k)."""
         with self._arithmetic():
-            embeddings = embed_queries(self.retriever, self.batches.queries(questions))
+            embeddings = embed_plain(self.retriever.query_tower, *self.batches.queries(questions))
         return self.index.search(embeddings, k)[1]
 
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:

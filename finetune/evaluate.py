@@ -49,7 +49,8 @@ def evaluate(
         raise UserError(f"no questions given: pass --questions FILE or set data.{split} in the config.")
     for other in (stage, *compare):
         if other not in (START, "bm25", *STAGES) and not Path(other).exists() and "/" not in other:
-            raise UserError(f"{other!r} is no retriever to evaluate: name a stage ({', '.join((START, *STAGES))}), bm25, or a sentence-transformers model.")
+            stages = ", ".join((START, *STAGES))
+            raise UserError(f"{other!r} is no retriever to evaluate: name a stage ({stages}), bm25, or a sentence-transformers model.")
     answerer = Answerer(run, stage)
     questions = load_questions(source, run)
     config = run.config.evaluate

@@ -65,7 +65,7 @@ def has_substring(text: str, answers: Sequence[str]) -> bool:
 
 
 def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """For each question whether any of its answers stands, by `has_answer`'s rule, in any of the texts, (questions,) bool; one pass over the texts."""
+    """Whether any answer of each question stands, by `has_answer`'s rule, in any of the texts, (questions,) bool; one pass over the texts."""
     questions_of: dict[str, list[int]] = {}
     by_first: dict[str, set[str]] = {}
     for number, accepted in enumerate(answers):

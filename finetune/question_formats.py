@@ -99,7 +99,9 @@ def _checked(
     return QuestionRecord(place, str(name), text, kept, **more)
 
 
-def _from_lines(source: QuestionSource, report: BadRecords, parse: Callable[[Place, bytes], QuestionRecord], content: str) -> Iterator[QuestionRecord]:
+def _from_lines(
+    source: QuestionSource, report: BadRecords, parse: Callable[[Place, bytes], QuestionRecord], content: str
+) -> Iterator[QuestionRecord]:
     path = Path(source.path)
     check_file(path, content)
     for place, line in lines(path, report.add):

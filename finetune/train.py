@@ -1,20 +1,23 @@
 """Finetuning on questions: the query tower and the reader learn, the passage embeddings stay as the index holds them."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import nn
 
 from finetune.data import QuestionBatches
 from finetune.questions import Question, load_questions
 from index.frozen import index_for
-from realm.engine import Engine, Loop, rank, world_size
+from realm.engine import Engine, Loop
 from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import OpenQaModel, QuestionBatch
 from realm.publish import published
+from realm.ranks import is_main, rank, world_size
 from realm.reader import load_reader, save_reader
-from realm.retriever import Retriever, load_retriever, save_retriever
+from realm.retriever import Retriever, embed_plain, load_retriever, save_retriever
 from realm.run import Run
 from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
@@ -43,11 +46,11 @@ def train_finetune(run: Run, resume: bool = False) -> None:
         raise UserError(f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it.")
     for parameter in retriever.passage_tower.parameters():
         parameter.requires_grad_(False)
-    engine = Engine(OpenQaModel(retriever, reader), config.optim, run.config.engine, config.steps, config.batch_size)
+    engine = Engine(OpenQaModel(retriever, reader), config.optim, run.config.engine, config.steps, config.batch_size, [retriever.query_tower])
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, rank() == 0)
-    batches = FinetuneBatches(run, retriever, QuestionBatches(run, index), questions)
+    metrics = Metrics(run.folder, STAGE, is_main())
+    batches = FinetuneBatches(run, lambda: engine.whole(retriever.query_tower), QuestionBatches(run, index), questions)
     seconds = loop.run(
         start,
         lambda step: batches(step).to(engine.device),
@@ -56,13 +59,13 @@ def train_finetune(run: Run, resume: bool = False) -> None:
         seconds_before=state.get("seconds", 0.0),
     )
     metrics.close()
-    if rank() == 0:
-        with published(run.model(STAGE)) as folder:
-            save_retriever(
-                retriever, run.tokenizer, folder / "retriever", run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
-            )
-            save_reader(reader, run.tokenizer, folder / "reader")
-            (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+    with engine.gathered(retriever, reader):
+        if is_main():
+            lengths = run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
+            with published(run.model(STAGE)) as folder:
+                save_retriever(retriever, run.tokenizer, folder / "retriever", *lengths)
+                save_reader(reader, run.tokenizer, folder / "reader")
+                (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
     index.close()
 
 
@@ -76,8 +79,9 @@ def untied(retriever: Retriever) -> Retriever:
 class FinetuneBatches:
     """Question batches as a function of the step and the query tower's weights."""
 
-    def __init__(self, run: Run, retriever: Retriever, batches: QuestionBatches, questions: list[Question]) -> None:
-        self.run, self.retriever, self.batches, self.questions, self.config = run, retriever, batches, questions, run.config.finetune
+    def __init__(self, run: Run, query_tower: Callable[[], nn.Module], batches: QuestionBatches, questions: list[Question]) -> None:
+        """`query_tower()` is the tower with the weights of the moment."""
+        self.run, self.query_tower, self.batches, self.questions, self.config = run, query_tower, batches, questions, run.config.finetune
         self.pool = span_pool([run.passages], run.config.reader.max_span_tokens) if self.config.substitution else {}
 
     def __call__(self, step: int) -> QuestionBatch:
@@ -85,7 +89,7 @@ class FinetuneBatches:
         rows = epoch_rows(len(self.questions), self.config.batch_size * world_size(), step, self.run.config.seed + 3)[rank() :: world_size()]
         questions = [self.questions[int(row)] for row in rows]
         query = self.batches.queries(questions)
-        embeddings = embed_queries(self.retriever, query)
+        embeddings = embed_plain(self.query_tower(), *query)
         _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
         read = retrieved[:, : self.config.read].copy()
         if self.config.read_gold:
@@ -97,12 +101,9 @@ class FinetuneBatches:
         return self.batches.batch(questions, query, retrieved, read, self.batches.substitutes(questions, self.config.substitution, self.pool, rng))
 
 
-def embed_queries(retriever: Retriever, query: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
-    """Query embeddings without gradient or dropout, (B, D) float32."""
-    device = next(retriever.parameters()).device
-    training = retriever.training
-    retriever.eval()
-    with torch.inference_mode():
-        embeddings = retriever.embed_queries(query[0].to(device), query[1].to(device)).float().cpu().numpy()
-    retriever.train(training)
-    return embeddings
+if __name__ == "__main__":  # deepspeed --no_local_rank --module finetune.train …
+    import sys
+
+    from realm.cli import main
+
+    sys.exit(main(["finetune", *sys.argv[1:]]))

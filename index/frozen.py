@@ -16,6 +16,7 @@ from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
 from realm.corpus import PreparedCorpus
 from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
+from realm.ranks import on_main
 from realm.retriever import build_retriever, save_retriever
 from realm.run import Run
 
@@ -26,11 +27,15 @@ FROZEN = "frozen"
 def start_retriever(run: Run) -> Path:
     """Folder of the retriever as the config builds it, before any training: a checkpoint off the shelf, or random weights."""
     folder = run.folder / FROZEN / "start" / "retriever"
-    if not folder.exists():
-        torch.manual_seed(run.config.seed)
-        built = build_retriever(run.config.retriever, run.tokenizer)
-        with published(folder) as temporary:
-            save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+
+    def build() -> None:
+        if not folder.exists():
+            torch.manual_seed(run.config.seed)
+            built = build_retriever(run.config.retriever, run.tokenizer)
+            with published(folder) as temporary:
+                save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
+
+    on_main(build)
     return folder
 
 
@@ -41,17 +46,23 @@ def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> 
     """
     wanted = checksum(retriever)
     apart = _store(run, wanted)
-    for folder in (run.folder, apart):
-        index = _find(folder, run.passages, wanted, log)
-        if index is not None:
-            return index
-    if not versions_in(apart / "encoders"):
-        with published(apart / "encoders" / Version(start_attempt(apart), 0).name) as temporary:
-            shutil.copytree(retriever, temporary, dirs_exist_ok=True)
-    threads = torch.get_num_threads()
-    refresh(apart, replace(run.config.refresh, threads=threads), run.passages, once=True, log=log)
-    torch.set_num_threads(threads)
-    index = _find(apart, run.passages, wanted, log)
+
+    def find() -> PassageIndex | None:
+        return _find(run.folder, run.passages, wanted, log) or _find(apart, run.passages, wanted, log)
+
+    def build() -> None:
+        if find() is not None:
+            return
+        apart.mkdir(parents=True, exist_ok=True)
+        if not versions_in(apart / "encoders"):
+            with published(apart / "encoders" / Version(start_attempt(apart), 0).name) as temporary:
+                shutil.copytree(retriever, temporary, dirs_exist_ok=True)
+        threads = torch.get_num_threads()
+        refresh(apart, replace(run.config.refresh, threads=threads), run.passages, once=True, log=log)
+        torch.set_num_threads(threads)
+
+    on_main(build)
+    index = find()
     assert index is not None, "the refresher returned without the index it was asked for"
     return index
 

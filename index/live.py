@@ -12,6 +12,7 @@ from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.publish import Lineage, Version, newest, published, start_attempt
+from realm.ranks import all_ranks, any_rank, is_main, on_main, world_size
 from realm.telemetry import console, format_seconds
 from realm.tokenizer import tokenizer_fingerprint
 
@@ -27,6 +28,7 @@ class LiveIndex:
         self.swaps = 0
         self.refresher: subprocess.Popen[bytes] | None = None
         self._index: PassageIndex | None = None
+        self._next: PassageIndex | None = None
         self._warned_at: Version | None = None
 
     @classmethod
@@ -41,10 +43,21 @@ class LiveIndex:
         step: int,
     ) -> Self:
         """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`."""
-        (folder / TRAINING_ENDED).unlink(missing_ok=True)
-        attempt = start_attempt(folder, parent, None if parent is None else step)
+
+        def start() -> int:
+            (folder / TRAINING_ENDED).unlink(missing_ok=True)
+            return start_attempt(folder, parent, None if parent is None else step)
+
+        attempt = on_main(start)
         watcher = IndexWatcher(
-            folder, attempt, passages.fingerprint, dim, tokenizer_fingerprint(tokenizer), config.poll_s, log=lambda line: console.print(f"  {line}")
+            folder,
+            attempt,
+            passages.fingerprint,
+            dim,
+            tokenizer_fingerprint(tokenizer),
+            config.poll_s,
+            log=lambda line: console.print(f"  {line}"),
+            follow=is_main(),
         )
         return cls(folder, config, attempt, watcher)
 
@@ -54,17 +67,21 @@ class LiveIndex:
         assert self._index is not None, "wait_for_first comes before the first search"
         return self._index
 
-    def needs_export(self, step: int) -> bool:
+    def needs_export(self) -> bool:
         """Whether this lineage has no encoder yet that a refresher could build an index from."""
-        return not newest(self.folder / "encoders", Lineage.load(self.folder), self.attempt)
+        return on_main(lambda: not newest(self.folder / "encoders", Lineage.load(self.folder), self.attempt))
 
     def export(self, step: int, write: Callable[[Path], object]) -> None:
-        """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` fills it."""
+        """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` fills it, on rank 0 alone."""
+        if not is_main():
+            return
         with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
             write(folder)
 
     def start_refresher(self) -> None:
-        """Start a refresher beside the trainer: its own process, its output in `refresher/output.log`."""
+        """Start a refresher beside the trainer: its own process, one for all ranks, its output in `refresher/output.log`."""
+        if not is_main():
+            return
         log = self.folder / "refresher" / "output.log"
         log.parent.mkdir(exist_ok=True)
         self.refresher = start_refresher(self.folder, log)
@@ -73,7 +90,6 @@ class LiveIndex:
     def wait_for_first(self) -> None:
         """Wait for the first index, at most `refresh.wait_timeout_s`. Raises UserError naming the remedy when there is none by then."""
         self._wait(0, "the first index")
-        self._take()
 
     def swap(self, step: int) -> None:
         """Between two steps: take a newer index if one is ready; apply the staleness policy if it lags too far behind."""
@@ -86,7 +102,6 @@ class LiveIndex:
             raise UserError(f"the index is {behind} steps behind, more than refresh.max_stale_steps = {limit}; is the refresher running?")
         if self.config.stale_policy == "wait":
             self._wait(step - limit, f"an index at most {limit} steps old (this one is {behind} behind)")
-            self._take()
         elif self._warned_at != self.index.version:
             self._warned_at = self.index.version
             console.print(
@@ -99,17 +114,27 @@ class LiveIndex:
 
     def training_ended(self) -> None:
         """Tell the refresher that no export will follow, and wait until the last index stands (if a refresher runs beside)."""
+        if not is_main():
+            return
         (self.folder / TRAINING_ENDED).touch()
         if self.refresher is not None:
             began = time.monotonic()
-            self.refresher.wait(self.config.wait_timeout_s)
+            try:
+                self.refresher.wait(self.config.wait_timeout_s)
+            except subprocess.TimeoutExpired:
+                console.print(
+                    f"  the refresher is still at the last index after {format_seconds(self.config.wait_timeout_s)} (refresh.wait_timeout_s); "
+                    f"it is stopped, and goes on with `realm refresh --run {self.folder}`"
+                )
+                return
             console.print(f"  waited {format_seconds(time.monotonic() - began)} for the refresher's last index")
 
     def close(self) -> None:
         """Give back the index and end the refresher started beside."""
         self.watcher.stop()
-        if self._index is not None:
-            self._index.close()
+        for index in (self._index, self._next):
+            if index is not None:
+                index.close()
         if self.refresher is not None and self.refresher.poll() is None:
             self.refresher.terminate()
             self.refresher.wait(30)
@@ -121,28 +146,57 @@ class LiveIndex:
         self.close()
 
     def _take(self) -> None:
-        ready = self.watcher.take()
-        if ready is None:
+        """Swap in the newest version that rank 0 has opened, on all ranks at once: when the last of them has opened it too."""
+        if self._next is None:
+            self._next = self.watcher.take()
+        if world_size() > 1:
+            chosen = on_main(lambda: None if self._next is None else self._next.version)
+            if chosen is None:
+                return
+            if not is_main():
+                self.watcher.request(chosen)
+            if any_rank(chosen.name in self.watcher.refused):
+                self._drop_next()
+                return
+            if not all_ranks(self._next is not None and self._next.version == chosen):
+                if not is_main() and self._next is not None and self._next.version != chosen:
+                    self._drop_next()
+                return
+        if self._next is None:
             return
         if self._index is not None:
             self.swaps += 1
             self._index.close()
-        self._index = ready
+        self._index, self._next = self._next, None
+
+    def _drop_next(self) -> None:
+        if self._next is not None:
+            self._next.close()
+            self._next = None
 
     def _wait(self, min_step: int, what: str) -> None:
-        began = time.monotonic()
-        while not self.watcher.wait_for(min_step, min(10.0, self.config.wait_timeout_s)):
-            waited = time.monotonic() - began
-            if self.refresher is not None and self.refresher.poll() is not None:
-                raise UserError(
-                    f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder}/refresher/output.log."
-                )
-            if waited >= self.config.wait_timeout_s:
-                raise UserError(
-                    f"waited {format_seconds(waited)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "
-                    f"start `realm refresh --run {self.folder}` or pass --with-refresher."
-                )
-            console.print(f"  waiting for {what}: {format_seconds(waited)} of at most {format_seconds(self.config.wait_timeout_s)}")
-        waited = time.monotonic() - began
-        if waited > 0.5:
-            console.print(f"  waited {format_seconds(waited)} for {what}")
+        """Take versions until one of at least `min_step` is in use; raises UserError, on all ranks, when the time is up."""
+        began = told = time.monotonic()
+        while True:
+            self._take()
+            if self._index is not None and self._index.step >= min_step:
+                break
+            on_main(lambda: self._check_wait(time.monotonic() - began, what))
+            if time.monotonic() - told >= 10.0:
+                told = time.monotonic()
+                console.print(f"  waiting for {what}: {format_seconds(told - began)} of at most {format_seconds(self.config.wait_timeout_s)}")
+            if self.watcher.wait_for(min_step, 1.0):
+                time.sleep(0.02)  # opened here, and soon on the other ranks
+        if time.monotonic() - began > 0.5:
+            console.print(f"  waited {format_seconds(time.monotonic() - began)} for {what}")
+
+    def _check_wait(self, waited: float, what: str) -> None:
+        if self.refresher is not None and self.refresher.poll() is not None and self.watcher.ready is None:
+            raise UserError(
+                f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder}/refresher/output.log."
+            )
+        if waited >= self.config.wait_timeout_s:
+            raise UserError(
+                f"waited {format_seconds(waited)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "
+                f"start `realm refresh --run {self.folder}` or pass --with-refresher."
+            )

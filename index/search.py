@@ -109,7 +109,8 @@ class IndexWatcher:
     """Follows `run/indexes` on a background thread: opens and checks there, so that the trainer changes a reference and nothing else.
 
     Only versions of `attempt` and its ancestors count, the newest first, and none older than one already opened. A refused version is
-    logged once with its reason and the last good one stays. The other arguments are those of `PassageIndex.open`.
+    logged once with its reason and the last good one stays. With `follow` false it opens the versions that `request` names instead: ranks
+    other than the first open what that one has chosen. The other arguments are those of `PassageIndex.open`.
     """
 
     def __init__(
@@ -122,9 +123,11 @@ class IndexWatcher:
         poll_s: float = 1.0,
         threads: int | None = None,
         log: Callable[[str], None] = print,
+        follow: bool = True,
     ) -> None:
         self.run = run
         self.attempt = attempt
+        self.follow = follow
         self.refused: dict[str, str] = {}
         """Name of each version refused, and why."""
         self._open_checked = partial(
@@ -136,6 +139,7 @@ class IndexWatcher:
         self._changed = threading.Condition()
         self._ready: PassageIndex | None = None
         self._opened: Version | None = None
+        self._requested: Version | None = None
         self._failure: BaseException | None = None
         self._trouble = ""
         self._stop = threading.Event()
@@ -144,7 +148,7 @@ class IndexWatcher:
 
     @property
     def ready(self) -> Version | None:
-        """The version `take` would give now: what ranks compare before they agree to swap."""
+        """The version `take` would give now."""
         with self._changed:
             return None if self._ready is None else self._ready.version
 
@@ -156,13 +160,21 @@ class IndexWatcher:
             taken, self._ready = self._ready, None
             return taken
 
+    def request(self, version: Version) -> None:
+        """Open `version` next, where the watcher does not follow the store itself."""
+        self._requested = version
+
     def wait_for(self, min_step: int, timeout_s: float) -> bool:
         """Wait until a version of at least `min_step` has been opened (taken or not), at most `timeout_s` seconds; whether there is one."""
+
+        def reached() -> bool:
+            return self._opened is not None and self._opened.step >= min_step
+
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._reached(min_step), timeout_s)
+            self._changed.wait_for(lambda: self._failure is not None or reached(), timeout_s)
             if self._failure is not None:
                 raise self._failure
-            return self._reached(min_step)
+            return reached()
 
     def stop(self) -> None:
         """End the thread; an opened version nobody took is closed."""
@@ -178,9 +190,6 @@ class IndexWatcher:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def _reached(self, min_step: int) -> bool:
-        return self._opened is not None and self._opened.step >= min_step
 
     def _watch(self) -> None:
         while not self._stop.is_set():
@@ -199,6 +208,11 @@ class IndexWatcher:
             self._stop.wait(self._poll_s)
 
     def _look(self) -> None:
+        if not self.follow:
+            version = self._requested
+            if version is not None and version != self._opened and version.name not in self.refused and (index := self._open(version)) is not None:
+                self._offer(index)
+            return
         for version in newest(self.run / "indexes", self._lineage, self.attempt):
             if self._opened is not None and version <= self._opened:
                 return

@@ -7,10 +7,11 @@ from pretrain.data import NULL, BatchMaker
 from pretrain.stage import batch_maker, initial_retriever, save_models
 from realm.config import IctConfig
 from realm.corpus import PreparedCorpus
-from realm.engine import Engine, Loop, rank, world_size
+from realm.engine import Engine, Loop
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, query_input
 from realm.model import IctModel, PairBatch
+from realm.ranks import is_main, rank, world_size
 from realm.retriever import load_retriever
 from realm.run import Run
 from realm.telemetry import Metrics
@@ -29,7 +30,7 @@ def train_ict(run: Run, resume: bool = False) -> None:
     engine = Engine(IctModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    metrics = Metrics(run.folder, STAGE, is_main())
     seconds = loop.run(
         start,
         lambda step: batches(step).to(engine.device),
@@ -38,7 +39,8 @@ def train_ict(run: Run, resume: bool = False) -> None:
         seconds_before=state.get("seconds", 0.0),
     )
     metrics.close()
-    save_models(run, STAGE, seconds, retriever=retriever)
+    with engine.gathered(retriever):
+        save_models(run, STAGE, seconds, retriever=retriever)
 
 
 class IctBatches:
@@ -79,3 +81,11 @@ class IctBatches:
         if len(inside):
             chosen = rng.choice(inside)
             sentence[starts[chosen] - offset : ends[chosen] - offset] = self.maker.wordpieces.mask
+
+
+if __name__ == "__main__":  # deepspeed --no_local_rank --module pretrain.ict …
+    import sys
+
+    from realm.cli import main
+
+    sys.exit(main(["ict", *sys.argv[1:]]))

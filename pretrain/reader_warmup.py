@@ -10,10 +10,11 @@ import torch
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker, initial_reader, initial_retriever, save_models
-from realm.engine import Engine, Loop, rank, world_size
+from realm.engine import Engine, Loop
 from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
 from realm.model import ReaderWarmupModel, WarmupBatch
+from realm.ranks import is_main, rank, world_size
 from realm.run import Run
 from realm.substitution import span_pool
 from realm.telemetry import Metrics
@@ -33,7 +34,7 @@ def train_reader_warmup(run: Run, resume: bool = False) -> None:
     batches = WarmupBatches(run)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    metrics = Metrics(run.folder, STAGE, is_main())
     seconds = loop.run(
         start,
         lambda step: batches(step).to(engine.device),
@@ -42,7 +43,8 @@ def train_reader_warmup(run: Run, resume: bool = False) -> None:
         seconds_before=state.get("seconds", 0.0),
     )
     metrics.close()
-    save_models(run, STAGE, seconds, reader=reader)
+    with engine.gathered(reader):
+        save_models(run, STAGE, seconds, reader=reader)
 
 
 class WarmupBatches:
@@ -124,3 +126,11 @@ def evidence(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: Ba
             if kept != EMPTY:
                 return kept
     return None
+
+
+if __name__ == "__main__":  # deepspeed --no_local_rank --module pretrain.reader_warmup …
+    import sys
+
+    from realm.cli import main
+
+    sys.exit(main(["reader-warmup", *sys.argv[1:]]))

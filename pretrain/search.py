@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import nn
 
 from index.frozen import index_for
 from pretrain.data import BatchMaker, MaskedSentence
 from pretrain.stage import batch_maker
-from realm.retriever import Retriever, load_retriever
+from realm.retriever import embed_plain, load_retriever
 from realm.run import Run
 from realm.telemetry import console
 
@@ -24,19 +24,11 @@ class FrozenSearch:
 
     def __call__(self, examples: Sequence[MaskedSentence], k: int, batch_size: int = 256) -> np.ndarray:
         """Rows of the `k` best passages for each masked sentence, (len(examples), k), best first; all of them where there are fewer."""
-        embeddings = embed_masked(self.retriever, examples, self.maker, batch_size)
+        embeddings = embed_masked(self.retriever.query_tower, examples, self.maker, batch_size)
         return self.index.search(embeddings, min(k, len(self.index)))[1]
 
 
-def embed_masked(retriever: Retriever, examples: Sequence[MaskedSentence], maker: BatchMaker, batch_size: int = 256) -> np.ndarray:
+def embed_masked(query_tower: nn.Module, examples: Sequence[MaskedSentence], maker: BatchMaker, batch_size: int = 256) -> np.ndarray:
     """Query embeddings of masked sentences, (len(examples), D) float32, without gradient and without dropout."""
-    device = next(retriever.parameters()).device
-    training = retriever.training
-    retriever.eval()
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(examples), batch_size):
-            ids_BL, mask_BL = maker.queries(examples[start : start + batch_size])
-            parts.append(retriever.embed_queries(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy())
-    retriever.train(training)
-    return np.concatenate(parts)
+    batches = [maker.queries(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+    return np.concatenate([embed_plain(query_tower, ids_BL, mask_BL) for ids_BL, mask_BL in batches])

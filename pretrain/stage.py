@@ -4,8 +4,8 @@ from pathlib import Path
 
 from index.frozen import start_retriever
 from pretrain.data import BatchMaker
-from realm.engine import rank
 from realm.publish import published
+from realm.ranks import is_main
 from realm.reader import Reader, build_reader, load_reader, save_reader
 from realm.retriever import Retriever, save_retriever
 from realm.run import Run
@@ -38,7 +38,7 @@ def initial_reader(run: Run, stage: str) -> Reader:
 
 def save_models(run: Run, stage: str, seconds: float, retriever: Retriever | None = None, reader: Reader | None = None) -> None:
     """Publish the stage's result, all at once: the stage has ended."""
-    if rank() != 0:
+    if not is_main():
         return
     with published(run.model(stage)) as folder:
         if retriever is not None:

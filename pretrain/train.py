@@ -1,13 +1,14 @@
 """REALM pretraining: masked salient spans, candidates from a live index, marginal likelihood (Guu et al. 2020, sections 3.2 to 3.4)."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from shutil import copytree
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from index.frozen import publish_frozen
 from index.live import LiveIndex
@@ -16,12 +17,14 @@ from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker, export_retriever, initial_reader, initial_retriever, save_models
-from realm.engine import Engine, Loop, rank, world_size
+from realm.engine import Engine, Loop, newest_checkpoint, read_state
 from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import RealmBatch, RealmModel
 from realm.publish import Version
-from realm.retriever import load_retriever
+from realm.ranks import is_main, on_main, rank, world_size
+from realm.reader import Reader
+from realm.retriever import Retriever, load_retriever
 from realm.run import Run
 from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
@@ -44,30 +47,34 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
     torch.manual_seed(run.config.seed + 2)
     source = initial_retriever(run, STAGE)
     retriever, reader = load_retriever(source)[0], initial_reader(run, STAGE)
-    engine = Engine(RealmModel(retriever, reader, config.marginal), config.optim, run.config.engine, config.steps, config.batch_size)
-    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
-    start, state, checkpoint = loop.resume()
-    metrics = Metrics(run.folder, STAGE, rank() == 0)
+    checkpoint = newest_checkpoint(run.stage(STAGE))
+    state = {} if checkpoint is None else read_state(checkpoint)
+    start = state.get("step", 0)
+    metrics = Metrics(run.folder, STAGE, is_main())
     with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start) as live:
-        if live.needs_export(start):
+        if live.needs_export():
             if start:
-                live.export(start, lambda folder: export_retriever(run, retriever, folder))
-            else:
-                live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
-                if publish_frozen(run, source, Version(live.attempt, 0)):
-                    console.print("  the first index is the one that the reader was warmed up with")
+                raise UserError(f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run.")
+            live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
+            if on_main(lambda: publish_frozen(run, source, Version(live.attempt, 0))):
+                console.print("  the first index is the one that the reader was warmed up with")
         if with_refresher:
             live.start_refresher()
         live.wait_for_first()
-        candidates = Candidates(run, retriever, live)
+        if checkpoint is None and config.reader_check:
+            check_reader(run, retriever, reader, live)  # before DeepSpeed takes the parameters apart
+        model = RealmModel(retriever, reader, config.marginal)
+        engine = Engine(model, config.optim, run.config.engine, config.steps, config.batch_size, [retriever.query_tower])
+        loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+        loop.resume()
+        candidates = Candidates(run, lambda: engine.whole(retriever.query_tower), live)
         if checkpoint is not None:
             candidates.restore(checkpoint, start)
-        elif config.reader_check:
-            check_reader(run, reader, candidates)
 
         def after_step(step: int) -> dict[str, float | str]:
             if step % run.config.refresh.every_steps == 0 or step == config.steps:
-                live.export(step, lambda folder: export_retriever(run, retriever, folder))
+                with engine.gathered(retriever):
+                    live.export(step, lambda folder: export_retriever(run, retriever, folder))
             return candidates.timing | live.telemetry(step)
 
         seconds = loop.run(
@@ -84,7 +91,8 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
             state.get("seconds", 0.0),
         )
         candidates.close()
-        save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
+        with engine.gathered(retriever, reader):
+            save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
         live.training_ended()
     metrics.close()
 
@@ -96,8 +104,9 @@ class Candidates:
     the weights of step t. What is pending when a checkpoint is written belongs to it.
     """
 
-    def __init__(self, run: Run, retriever: torch.nn.Module, live: LiveIndex) -> None:
-        self.run, self.config, self.retriever, self.live = run, run.config.pretrain, retriever, live
+    def __init__(self, run: Run, query_tower: Callable[[], nn.Module], live: LiveIndex) -> None:
+        """`query_tower()` is the tower with the weights of the moment."""
+        self.run, self.config, self.query_tower, self.live = run, run.config.pretrain, query_tower, live
         self.maker = batch_maker(run)
         self.sampler = SpanSampler(run.statements, self.config.max_span_tokens, self.maker.max_query - 2)
         self.pool = span_pool([run.statements, run.passages], self.config.max_span_tokens) if self.config.substitution else None
@@ -147,7 +156,7 @@ class Candidates:
 
     def _search_ahead(self, step: int) -> None:
         examples = self.examples(step)
-        query_emb_BD = embed_masked(self.retriever, examples, self.maker)  # type: ignore[arg-type]
+        query_emb_BD = embed_masked(self.query_tower(), examples, self.maker)
         self._pending = (step, examples, self._thread.submit(self.search, examples, query_emb_BD, self.config.candidates - 1))
 
     def save(self, checkpoint: Path) -> None:
@@ -167,13 +176,14 @@ class Candidates:
         self._thread.shutdown()
 
 
-def check_reader(run: Run, reader: Any, candidates: Candidates) -> None:
+def check_reader(run: Run, retriever: Retriever, reader: Reader, live: LiveIndex) -> None:
     """Say whether the reader can read: its accuracy on passages known to hold the span, against the null passage."""
-    sampler = candidates.sampler
+    maker = batch_maker(run)
+    sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, maker.max_query - 2)
     rng = np.random.default_rng(run.config.seed + 5)
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
-    _, retrieved = candidates.live.index.search(embed_masked(candidates.retriever, examples, candidates.maker), min(20, len(candidates.live.index)))  # type: ignore[arg-type]
-    found = [evidence(rows, example, run, candidates.maker) for example, rows in zip(examples, retrieved, strict=True)]
+    _, retrieved = live.index.search(embed_masked(retriever.query_tower, examples, maker), min(20, len(live.index)))
+    found = [evidence(rows, example, run, maker) for example, rows in zip(examples, retrieved, strict=True)]
     pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:
         console.print("  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first")
@@ -185,3 +195,11 @@ def check_reader(run: Run, reader: Any, candidates: Candidates) -> None:
     )
     if read < null + 10:
         console.print("  warning: the reader cannot read yet, so it will teach the retriever little; train reader_warmup longer")
+
+
+if __name__ == "__main__":  # deepspeed --no_local_rank --module pretrain.train …
+    import sys
+
+    from realm.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -76,11 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
     evaluate.add_argument("--questions", help="file of questions; default: those of --split")
-    evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa, datasets (default: by content)")
+    evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets")
     evaluate.add_argument("--name", help="name of the result under evaluations/ (default: the file's, or the split's)")
     evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, ict, reader_warmup, pretrain or finetune (default)")
     evaluate.add_argument(
-        "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models (path or hub name)"
+        "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models"
     )
     evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)")
     ask = add("ask", _ask, "answer one question from the corpus", "run")
@@ -96,11 +96,17 @@ def _parser() -> argparse.ArgumentParser:
 def _open(options: argparse.Namespace) -> "Run":
     """The run of `--config` (created where new) or of `--run`."""
     from realm.config_file import load_config
+    from realm.ranks import on_main, world_size
     from realm.run import Run
 
-    if hasattr(options, "config"):
-        return Run.create(load_config(options.config, options.overrides))
-    return Run.open(options.run, options.overrides)
+    if world_size() > 1:  # under a launcher
+        from realm.engine import start_processes
+
+        start_processes()
+    if not hasattr(options, "config"):
+        return Run.open(options.run, options.overrides)
+    config = load_config(options.config, options.overrides)
+    return on_main(lambda: Run.create(config))
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed as the one training engine, and the loop that every stage shares: step, log, checkpoint, resume, interrupt."""
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from realm.config import EngineConfig, OptimConfig
 from realm.errors import UserError
 from realm.publish import published
+from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
 from realm.telemetry import Metrics, console, progress
 
 CHECKPOINT_STATE = "state.json"
@@ -26,16 +28,6 @@ CHECKPOINT_STATE = "state.json"
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the checkpoint is written, the same command goes on from it."""
-
-
-def rank() -> int:
-    """This process's number among the trainer's."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Number of trainer processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def optimizer_groups(module: nn.Module, optim: OptimConfig, retriever_prefix: str = "retriever.") -> list[dict[str, Any]]:
@@ -63,10 +55,15 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 class Engine:
-    """A module under DeepSpeed: `step(batch)` runs forward, backward and update once."""
+    """A module under DeepSpeed: `step(batch)` runs forward, backward and update once.
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, config: EngineConfig, steps: int, batch_size: int) -> None:
-        deepspeed = _deepspeed()
+    `read_between` are parts of it that are also called between steps (see `whole`).
+    """
+
+    def __init__(
+        self, module: nn.Module, optim: OptimConfig, config: EngineConfig, steps: int, batch_size: int, read_between: Sequence[nn.Module] = ()
+    ) -> None:
+        deepspeed = start_processes()
         if config.threads:
             torch.set_num_threads(config.threads)
         optimizer = torch.optim.AdamW(optimizer_groups(module, optim), betas=optim.betas)
@@ -80,9 +77,14 @@ class Engine:
         }
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-            if rank() == 0 and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            if is_main() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print("  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32")
+        for name in ("gradient_accumulation_steps", "train_batch_size"):
+            if name in config.deepspeed:
+                raise UserError(f"engine.deepspeed.{name} would part a step from an update; set batch_size of the stage instead.")
         settings |= config.deepspeed
+        parted = settings["zero_optimization"].get("stage") == 3
+        self._copies = {part: copy.deepcopy(part) for part in read_between} if parted else {}
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
         except (ValueError, AssertionError, KeyError) as error:
@@ -94,6 +96,32 @@ class Engine:
         """Where batches must lie."""
         return self.deepspeed.device
 
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage: 3 parts the parameters too."""
+        return self.deepspeed.zero_optimization_stage()
+
+    def gathered(self, *modules: nn.Module) -> contextlib.AbstractContextManager[object]:
+        """Inside, the modules' parameters are whole on every rank, to be read; all ranks must enter."""
+        if self.zero_stage < 3:
+            return contextlib.nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter for module in modules for parameter in module.parameters()])
+
+    def whole(self, part: nn.Module) -> nn.Module:
+        """`part`, one of `read_between`, to be called between two steps; all ranks must call this.
+
+        ZeRO 3 gathers parameters by the order of a step's calls, and is confused by others: it is answered with an up-to-date copy.
+        """
+        if part not in self._copies:
+            return part
+        plain = self._copies[part].to(self.device)
+        with self.gathered(part), torch.no_grad():
+            for mine, theirs in zip(plain.parameters(), part.parameters(), strict=True):
+                mine.copy_(theirs)
+        return plain
+
     def step(self, batch: Any) -> dict[str, float]:
         """One update; returns the module's scalars, `loss` among them."""
         self.deepspeed.train()
@@ -104,32 +132,22 @@ class Engine:
 
     def save(self, folder: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None = None) -> None:
         """Publish `folder` (a checkpoint) atomically: DeepSpeed's state, `state.json`, and whatever `write_extra(temporary)` adds."""
-        if world_size() == 1:
-            with published(folder) as temporary:
-                self._write(temporary, step, state, write_extra)
-            return
-        shared: list[Any] = [None]
-        context = contextlib.ExitStack()
-        if rank() == 0:
-            shared = [str(context.enter_context(published(folder)))]
-        with context:
-            dist.broadcast_object_list(shared, src=0)
-            self._write(Path(str(shared[0])), step, state, write_extra if rank() == 0 else None)
-            dist.barrier()
-        dist.barrier()
+        with contextlib.ExitStack() as context:
+            temporary = on_main(lambda: context.enter_context(published(folder)))
+            self._write(temporary, step, state, write_extra if is_main() else None)
+            barrier()
+        barrier()
 
     def _write(self, temporary: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None) -> None:
         self.deepspeed.save_checkpoint(str(temporary), tag="deepspeed")
-        if rank() == 0:
+        if is_main():
             (temporary / CHECKPOINT_STATE).write_text(json.dumps({"step": step, "world_size": world_size(), **state}, indent=1))
             if write_extra is not None:
                 write_extra(temporary)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore weights, optimizer and schedule; returns the saved state. Raises UserError for another number of processes."""
-        state = json.loads((folder / CHECKPOINT_STATE).read_text())
-        if state["world_size"] != world_size():
-            raise UserError(f"{folder} was written by {state['world_size']} processes, this run has {world_size()}; start the same number.")
+        state = read_state(folder)
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
             raise UserError(f"{folder} holds no DeepSpeed state; remove it to resume from an older checkpoint.")
@@ -140,6 +158,15 @@ def newest_checkpoint(stage: Path) -> Path | None:
     """The newest published checkpoint of a stage's folder."""
     found = sorted((stage / "checkpoints").glob("step-*"))
     return found[-1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises UserError where it was written by another number of processes."""
+    state = json.loads((checkpoint / CHECKPOINT_STATE).read_text())
+    if state["world_size"] != world_size():
+        written, now = state["world_size"], world_size()
+        raise UserError(f"{checkpoint} was written by {written} processes and this run has {now}; resume with {written}.")
+    return state
 
 
 class Loop:
@@ -181,7 +208,7 @@ class Loop:
         def save(step: int) -> None:
             seconds = seconds_before + time.monotonic() - began
             self.engine.save(self.stage / "checkpoints" / f"step-{step:06d}", step, {"seconds": seconds, **state()}, write_extra)
-            if rank() == 0:
+            if is_main():
                 for old in sorted((self.stage / "checkpoints").glob("step-*"))[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old)
 
@@ -192,26 +219,17 @@ class Loop:
                 before = time.monotonic()
                 batch = make_batch(step)
                 made = time.monotonic()
-                values: dict[str, Any] = self.engine.step(batch)
+                values: dict[str, Any] = mean_over_ranks(self.engine.step(batch))
                 values |= {"seconds/batch": made - before, "seconds/update": time.monotonic() - made}
                 values |= after_step(step + 1)
                 metrics.log(step + 1, values | {"seconds/step": time.monotonic() - before})
                 ticker.update(step + 1, note(values))
-                interrupted = agreed(stop.is_set())
+                interrupted = any_rank(stop.is_set())
                 if interrupted or ((step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps):
                     save(step + 1)
                 if interrupted:
                     raise Interrupted(f"{self.title} was interrupted at step {step + 1} of {self.steps}; the same command with --resume goes on.")
         return seconds_before + time.monotonic() - began
-
-
-def agreed(flag: bool) -> bool:
-    """True on all ranks if it is true on any."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
 
 
 @contextlib.contextmanager
@@ -229,8 +247,8 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _deepspeed() -> Any:
-    """Import DeepSpeed quietly and set up its process group once."""
+def start_processes() -> Any:
+    """Import DeepSpeed quietly and set up its process group, once; returns the package."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed

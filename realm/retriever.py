@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -105,15 +106,27 @@ class Retriever(nn.Module):
 def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4) -> Tensor:
     """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not computed as long as the longest.
 
-    The number of buckets is fixed (or B where that is smaller), so that ranks issue the same collectives.
+    The number of buckets is the same for every B, so that ranks issue the same collectives.
     """
     lengths_B = mask_BL.sum(1)
     order_B = lengths_B.argsort(descending=True, stable=True)
     parts = []
-    for rows in order_B.tensor_split(min(num_buckets, len(order_B))):
-        longest = int(lengths_B[rows].max())
-        parts.append(embed(ids_BL[rows, :longest], mask_BL[rows, :longest]))
+    for rows in order_B.tensor_split(num_buckets):
+        used = rows if len(rows) else order_B[-1:]
+        longest = int(lengths_B[used].max())
+        parts.append(embed(ids_BL[used, :longest], mask_BL[used, :longest])[: len(rows)])
     return torch.cat(parts)[order_B.argsort()]
+
+
+def embed_plain(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> np.ndarray:
+    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32."""
+    device = next(tower.parameters()).device
+    training = tower.training
+    tower.eval()
+    with torch.inference_mode():
+        embeddings = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
+    tower.train(training)
+    return embeddings
 
 
 def build_retriever(config: RetrieverConfig, tokenizer: PreTrainedTokenizerBase) -> Retriever:

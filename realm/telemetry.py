@@ -11,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+from realm.ranks import is_main
+
+console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
+"""Where people look; only rank 0 speaks."""
 
 
 class Ticker:
@@ -22,7 +25,7 @@ class Ticker:
         self.start_done, self.done = done, done
         self.started = self.last_line = time.monotonic()
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeElapsedColumn(), TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"), console=console,

@@ -72,7 +72,7 @@ def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
     assert result.returncode == 0, result.stderr
     assert "recall@5" in result.stdout
-    rows = [json.loads(line) for line in (finished / "run" / "evaluations" / "questions.predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / "run" / "evaluations" / "questions.finetune.predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     texts = {record["id"]: record["text"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
     titles = {record["id"]: record["title"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
@@ -86,7 +86,7 @@ def test_ask_shows_answer_and_passage(finished: Path) -> None:
 
 
 def test_evaluation_twice_gives_the_same_numbers(finished: Path) -> None:
-    path = finished / "run" / "evaluations" / "test.predictions.jsonl"
+    path = finished / "run" / "evaluations" / "test.finetune.predictions.jsonl"
     first = path.read_text()
     assert realm("evaluate", "--run", finished / "run").returncode == 0
     assert path.read_text() == first
@@ -153,7 +153,8 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
 
 def test_training_stops_with_one_sentence_where_no_refresher_runs(finished: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
-    config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh={"wait_timeout_s": 1.0})
+    refresh = {"wait_timeout_s": 1.0, "max_stale_steps": 2, "stale_policy": "wait"}
+    config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh=refresh)
     for stage in ("ict", "reader-warmup"):
         assert realm(stage, "--config", config).returncode == 0
     result = realm("pretrain", "--config", config)
