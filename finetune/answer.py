@@ -70,8 +70,7 @@ class Answerer:
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         """Rows of the `k` best passages per question, (B, k)."""
-        with self._arithmetic():
-            embeddings = embed_plain(self.retriever.query_tower, *self.batches.queries(questions))
+        embeddings = embed_plain(self.retriever.query_tower, *self.batches.queries(questions), self.run.config.engine.precision)
         return self.index.search(embeddings, k)[1]
 
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:

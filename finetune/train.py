@@ -89,7 +89,7 @@ class FinetuneBatches:
         rows = epoch_rows(len(self.questions), self.config.batch_size * world_size(), step, self.run.config.seed + 3)[rank() :: world_size()]
         questions = [self.questions[int(row)] for row in rows]
         query = self.batches.queries(questions)
-        embeddings = embed_plain(self.query_tower(), *query)
+        embeddings = embed_plain(self.query_tower(), *query, self.run.config.engine.precision)
         _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
         read = retrieved[:, : self.config.read].copy()
         if self.config.read_gold:

@@ -80,6 +80,11 @@ def build_index(embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "F
     return index
 
 
+def index_bytes(index: faiss.Index) -> int:
+    """Bytes of the index as it is written and mapped."""
+    return len(faiss.serialize_index(index))
+
+
 def _reason(error: RuntimeError) -> str:
     """FAISS's own words: its messages open with a C++ signature and a source line."""
     return re.sub(r"^.*?\.(?:cpp|h):[0-9]+: (?:Error: '.*' failed:)?", "", str(error), count=1, flags=re.DOTALL).strip()

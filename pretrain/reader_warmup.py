@@ -93,25 +93,26 @@ class WarmupBatches:
         return ids[:0], ids[starts[number - 1] : starts[number]]
 
     def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
-        """Masked sentences with a passage each for fifty steps; three times as many are drawn as needed, since not all find one."""
+        """Masked sentences with a passage each for fifty steps; as many are drawn as needed, up to three times, since not all find one."""
         seed, needed = self.run.config.seed, _STEPS_AT_ONCE * self.config.batch_size
         rng = np.random.default_rng((seed, block, rank(), 3))
         rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), 3 * needed * world_size(), block, seed + 1)][rank() :: world_size()]
-        examples = [self.sampler.draw(int(row), rng) for row in rows]
-        found = []
-        for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
-            row = evidence(retrieved, example, self.run, self.maker)
-            if row is None:
-                continue
-            if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
-                found.append((example, row))
-            if len(found) == needed:
+        found: list[tuple[MaskedSentence, int]] = []
+        for start in range(0, len(rows), needed):
+            if len(found) >= needed:
                 break
+            examples = [self.sampler.draw(int(row), rng) for row in rows[start : start + needed]]
+            for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
+                row = evidence(retrieved, example, self.run, self.maker)
+                if row is None:
+                    continue
+                if rng.random() < self.config.topic_share or not self.maker.wordpieces.find(self.run.passages.title_ids(row), example.span_ids):
+                    found.append((example, row))
         if not found:
             raise UserError(
                 "no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first."
             )
-        return found
+        return found[:needed]
 
 
 def evidence(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: BatchMaker) -> int | None:

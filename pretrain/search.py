@@ -19,16 +19,20 @@ class FrozenSearch:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.retriever = load_retriever(folder)[0]
-        self.maker = batch_maker(run)
+        self.maker, self.precision = batch_maker(run), run.config.engine.precision
         self.index = index_for(run, folder, lambda line: console.print(f"  {line}"))
 
-    def __call__(self, examples: Sequence[MaskedSentence], k: int, batch_size: int = 256) -> np.ndarray:
+    def __call__(self, examples: Sequence[MaskedSentence], k: int) -> np.ndarray:
         """Rows of the `k` best passages for each masked sentence, (len(examples), k), best first; all of them where there are fewer."""
-        embeddings = embed_masked(self.retriever.query_tower, examples, self.maker, batch_size)
+        embeddings = embed_masked(self.retriever.query_tower, examples, self.maker, self.precision)
         return self.index.search(embeddings, min(k, len(self.index)))[1]
 
 
-def embed_masked(query_tower: nn.Module, examples: Sequence[MaskedSentence], maker: BatchMaker, batch_size: int = 256) -> np.ndarray:
+def embed_masked(query_tower: nn.Module, examples: Sequence[MaskedSentence], maker: BatchMaker, precision: str, batch_size: int = 256) -> np.ndarray:
     """Query embeddings of masked sentences, (len(examples), D) float32, without gradient and without dropout."""
-    batches = [maker.queries(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
-    return np.concatenate([embed_plain(query_tower, ids_BL, mask_BL) for ids_BL, mask_BL in batches])
+    order = np.argsort([len(example.sentence_ids) for example in examples], kind="stable")
+    embeddings: list[np.ndarray] = []
+    for start in range(0, len(order), batch_size):
+        ids_BL, mask_BL = maker.queries([examples[i] for i in order[start : start + batch_size]])
+        embeddings.append(embed_plain(query_tower, ids_BL, mask_BL, precision))
+    return np.concatenate(embeddings)[order.argsort()]

@@ -156,7 +156,7 @@ class Candidates:
 
     def _search_ahead(self, step: int) -> None:
         examples = self.examples(step)
-        query_emb_BD = embed_masked(self.query_tower(), examples, self.maker)
+        query_emb_BD = embed_masked(self.query_tower(), examples, self.maker, self.run.config.engine.precision)
         self._pending = (step, examples, self._thread.submit(self.search, examples, query_emb_BD, self.config.candidates - 1))
 
     def save(self, checkpoint: Path) -> None:
@@ -182,7 +182,7 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, live: LiveIndex
     sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, maker.max_query - 2)
     rng = np.random.default_rng(run.config.seed + 5)
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
-    _, retrieved = live.index.search(embed_masked(retriever.query_tower, examples, maker), min(20, len(live.index)))
+    _, retrieved = live.index.search(embed_masked(retriever.query_tower, examples, maker, run.config.engine.precision), min(20, len(live.index)))
     found = [evidence(rows, example, run, maker) for example, rows in zip(examples, retrieved, strict=True)]
     pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:

@@ -83,10 +83,12 @@ def quiet_loading() -> Iterator[None]:
     """Keep transformers from reporting the heads that a checkpoint lacks, or has and we do not use: those that matter we report ourselves."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
 
 
 def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> None:

@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
     everything = add("run", _run, "every stage in order, then a table: prepare, ict, reader-warmup, pretrain, finetune, evaluate", "config")
     everything.add_argument("--resume", action="store_true", help="go on with a run that was begun before")
+    plan = add("plan", _plan, "time, memory and disk of a run on this machine, from a short calibration", "config")
+    plan.add_argument("--passages", type=int, metavar="N", help="blocks of the whole corpus, where it is not prepared yet")
     prepare = add("prepare", _prepare, "corpus to token arrays and salient spans, once", "config")
     prepare.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
     for name, command, about in (
@@ -114,6 +116,13 @@ def _run(options: argparse.Namespace) -> None:
     from realm.pipeline import run_all
 
     run_all(load_config(options.config, options.overrides), options.resume)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from realm.config_file import load_config
+    from realm.plan import plan
+
+    plan(load_config(options.config, options.overrides), options.passages)
 
 
 def _prepare(options: argparse.Namespace) -> None:

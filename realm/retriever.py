@@ -118,12 +118,12 @@ def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, m
     return torch.cat(parts)[order_B.argsort()]
 
 
-def embed_plain(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor) -> np.ndarray:
-    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32."""
+def embed_plain(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: str = "fp32") -> np.ndarray:
+    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32; `precision` bf16 computes under autocast."""
     device = next(tower.parameters()).device
     training = tower.training
     tower.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         embeddings = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
     tower.train(training)
     return embeddings

@@ -72,7 +72,7 @@ def write_config(folder: Path, **changes: dict) -> Path:
     """`config.yaml` of the tiny run, sections of `changes` merged over it."""
     tree = tiny_tree(folder)
     for section, fields in changes.items():
-        tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
+        tree[section] = {**tree.get(section, {}), **fields}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -1,0 +1,179 @@
+"""Questions in the formats people have: what is read, what is left out, what is refused and where."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
+from finetune.questions import load_questions
+from realm.config import QuestionSource
+from realm.config_file import load_config
+from realm.documents import BadRecords
+from realm.errors import UserError
+from realm.run import Run
+from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
+
+SQUAD = {
+    "data": [
+        {
+            "title": "Old_Towns",
+            "paragraphs": [
+                {
+                    "context": "Alda is old. Brenno is older.",
+                    "qas": [
+                        {"id": "a", "question": "Which is old?", "answers": [{"text": "Alda", "answer_start": 0}] * 2},
+                        {"id": "b", "question": "Which is new?", "answers": [], "is_impossible": True, "plausible_answers": [{"text": "Alda"}]},
+                    ],
+                }
+            ],
+        },
+        {"title": "Rivers", "paragraphs": [{"context": "c", "qas": [{"id": "c", "question": "Why?", "answers": [{"text": "so"}]}]}]},
+    ]
+}
+TIMEQA = [
+    {
+        "index": "/wiki/Alda#P1",
+        "link": "/wiki/Alda",
+        "paras": ["Alda", "Ada Moor led Alda from 1100 ."],
+        "questions": [
+            ["Who led Alda?", [{"para": 1, "from": 0, "end": 8, "answer": "Ada Moor"}]],
+            ["Who led it then?", [{"para": 0, "from": 0, "end": 0, "answer": ""}]],
+        ],
+    }
+]
+FILES: dict[str, tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = {
+    "squad.json": (json.dumps(SQUAD), "squad", [("Which is old?", ("Alda",)), ("Why?", ("so",))]),
+    "open.jsonl": ('{"question": "who led", "answer": ["Ada", "Ada Moor"]}\n\n{"question": "and then", "answers": "Ben"}\n', "jsonl",
+                   [("who led", ("Ada", "Ada Moor")), ("and then", ("Ben",))]),
+    "dev.qas.tsv": ('who led\t[\'Ada "the" Moor\', "O\'Neil"]\n"he said ""no"""\t"[""it\'s"", ""two""]"\n', "qas",
+                    [("who led", ('Ada "the" Moor', "O'Neil")), ('he said "no"', ("it's", "two"))]),
+    "webq.json": (json.dumps([{"qId": "w1", "qText": "where is Alda?", "answers": ["Ister"]}]), "webq", [("where is Alda?", ("Ister",))]),
+    "trec.tsv": ("17\tfactoid\tWhen was it?\tSept?(ember)?|Feb(ruary)?\n", "trec", [("When was it?", ("Sept?(ember)?|Feb(ruary)?",))]),
+    "timeqa.json": (json.dumps(TIMEQA), "timeqa", [("Who led Alda?", ("Ada Moor",))]),
+}  # fmt: skip
+
+
+def read(path: Path, **options: object) -> tuple[list[QuestionRecord], BadRecords]:
+    report = BadRecords()
+    return list(read_questions(QuestionSource(str(path), **options), report)), report  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_is_told_from_its_content_and_read(tmp_path: Path, name: str, compressed: bool) -> None:
+    content, expected_format, expected = FILES[name]
+    path = tmp_path / (name + ".gz" if compressed else name)
+    path.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    assert format_of(QuestionSource(str(path))) == expected_format
+    records, report = read(path)
+    assert [(record.text, record.answers) for record in records] == expected
+    assert set(report.counts) <= {UNANSWERABLE}
+    assert all(record.is_pattern == (expected_format == "trec") for record in records)
+
+
+def test_unanswerable_questions_are_counted_apart(tmp_path: Path) -> None:
+    for name in ("squad.json", "timeqa.json"):
+        (tmp_path / name).write_text(FILES[name][0])
+        assert read(tmp_path / name)[1].counts == {UNANSWERABLE: 1}
+
+
+def test_articles_are_chosen_by_title_with_underscores_or_blanks(tmp_path: Path) -> None:
+    path = tmp_path / "squad.json"
+    path.write_text(FILES["squad.json"][0])
+    assert [record.id for record in read(path, articles=("Old Towns",))[0]] == ["a"]
+    assert [record.id for record in read(path, exclude_articles=("Old_Towns",))[0]] == ["c"]
+    with pytest.raises(UserError, match="has no article 'Lakes'"):
+        read(path, articles=("Lakes",))
+
+
+def test_places_of_answers_in_timeqa_count_over_the_whole_article(tmp_path: Path) -> None:
+    path = tmp_path / "timeqa.json"
+    path.write_text(FILES["timeqa.json"][0])
+    (record,), _ = read(path)
+    whole = "\n\n".join(TIMEQA[0]["paras"])  # type: ignore[arg-type]
+    assert record.passage == "/wiki/Alda"
+    assert [whole[start:].startswith("Ada Moor") for start in record.starts] == [True]
+
+
+BROKEN = {
+    "open.jsonl": [("{", "broken JSON"), ('{"q": 1, "answer": "x"}', "no field question"), ('{"question": "a", "answer": 3}', "answers are no list"),
+                   ('{"question": " ", "answer": ["x"]}', "no question")],
+    "dev.qas.tsv": [("a\tb\tc", "not 2 columns"), ("who\t[1, 2", "answers are no list"), ("who\t[1]", "answers are no list of texts"),
+                    ('"who\t[\'a\']', "broken quoting")],
+    "trec.tsv": [("1\tfactoid\tWhen?\t(", "no regular expression"), ("1\tWhen?\tx", "not 4 columns"), ("1\tf\tWhen?\tx*", "matches nothing")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "line", "reason"), [(name, *case) for name, cases in BROKEN.items() for case in cases])
+def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name: str, line: str, reason: str) -> None:
+    path = tmp_path / name
+    path.write_text(FILES[name][0] + line + "\n")
+    kind = FILES[name][1]
+    number = len((FILES[name][0] + line).splitlines())
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        load_questions(QuestionSource(str(path), kind), run)
+    assert f"{path}:{number}: " in str(caught.value) and "skip_bad" in str(caught.value)
+    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run)
+    assert len(kept) == len(FILES[name][2])
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip), min_size=1, max_size=4), st.data())
+def test_any_answers_survive_dprs_table(answers: list[str], data: st.DataObject) -> None:
+    import csv
+    import io
+    import tempfile
+
+    question = data.draw(st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1).filter(str.strip))
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerow([question, repr(answers)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.qas.tsv"
+        path.write_text(buffer.getvalue(), encoding="utf-8")
+        records, report = read(path, format="qas")
+    assert not report.total
+    assert [(record.text, record.answers) for record in records] == [(question, tuple(dict.fromkeys(answers)))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from realm.pipeline import prepare
+
+    folder = tmp_path_factory.mktemp("questions")
+    write_sources(folder)
+    config = load_config(write_config(folder, corpus={"block_tokens": 24}))
+    prepare(config)
+    return Run.create(config)
+
+
+def test_a_question_belongs_to_the_block_of_its_paragraph_that_holds_the_answer(run: Run) -> None:
+    source = run.questions("train")
+    assert source is not None
+    questions = load_questions(source, run)
+    assert len(run.passages) > len(TOWNS), "paragraphs are cut into several blocks here"
+    for question, founder in zip(questions, FOUNDERS, strict=True):
+        assert question.passage is not None and founder in run.passages.text(question.passage)
+        assert question.document == run.passages.document(question.passage)
+
+
+def test_a_passage_that_the_corpus_has_not_is_refused(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "open.jsonl"
+    path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
+    with pytest.raises(UserError, match=r"open.jsonl:1: the corpus has no document 'town-99'"):
+        load_questions(QuestionSource(str(path)), run)
+
+
+def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
+    import datasets
+
+    rows = [{"id": "1", "question": "who", "context": "none", "answers": {"text": ["Ada"], "answer_start": [0]}}]
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
+    source = QuestionSource(str(tmp_path / "saved"), split="validation")
+    (question,) = load_questions(source, run)
+    assert question.answers == ("Ada",) and question.passage is None
+    with pytest.raises(UserError, match="no split 'train' but validation"):
+        load_questions(QuestionSource(str(tmp_path / "saved")), run)

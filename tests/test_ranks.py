@@ -1,0 +1,101 @@
+"""Two trainer processes under DeepSpeed's own launcher: one attempt, swaps at the same step, checkpoints, refusals; ZeRO 1, and 2 and 3 smoked."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from realm.telemetry import read_metrics
+from tests.tiny import write_config, write_sources
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_RANKS = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(module: str, *arguments: object) -> list[str]:
+    """Two processes of a training module, as its users start them (`deepspeed` is this runner's name on the command line)."""
+    return [sys.executable, *TWO_RANKS, "--master_port", str(free_port()), "--module", module, *map(str, arguments)]
+
+
+def run(arguments: Sequence[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def prepared(folder: Path, **changes: dict) -> Path:
+    write_sources(folder)
+    config = write_config(folder, **changes)
+    done = run([sys.executable, "-m", "realm", "prepare", "--config", str(config)])
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def rows(folder: Path) -> list[dict]:
+    return read_metrics(folder / "run" / "metrics.jsonl")["pretrain"]
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> None:
+    zero_1 = {"threads": 1, "deepspeed": {"zero_optimization": {"stage": 1}}}
+    follow = {"every_steps": 10, "max_stale_steps": 25, "stale_policy": "wait"}
+    config = prepared(tmp_path, pretrain={"steps": 60, "checkpoint_every": 5}, engine=zero_1, refresh=follow)
+    trainer = command("pretrain.train", "--config", config, "--with-refresher")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        trainer, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    checkpoints = tmp_path / "run" / "pretrain" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and len(list(checkpoints.glob("step-*"))) < 1 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert list(checkpoints.glob("step-*")), said
+
+    alone = run([sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--resume"])
+    assert alone.returncode == 2 and "written by 2 processes" in alone.stderr and "Traceback" not in alone.stderr
+
+    resumed = run(command("pretrain.train", "--config", config, "--with-refresher", "--resume"))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    lineage = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert [entry["attempt"] for entry in lineage] == [1, 2], "an attempt belongs to all ranks"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 61))
+    assert rows(tmp_path)[-1]["swaps"] >= 1 and max(row["steps_behind"] for row in rows(tmp_path)) <= 26
+    assert (tmp_path / "run" / "pretrain" / "model" / "reader" / "model.safetensors").exists()
+    assert resumed.stdout.count("pretrain: 60/60") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "zero",
+    [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
+    ids=["ZeRO 2", "ZeRO 3", "offload"],
+)
+def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) -> None:
+    config = prepared(tmp_path, engine={"threads": 1, "deepspeed": {"zero_optimization": zero}})
+    trained = run(command("pretrain.train", "--config", config, "--with-refresher"))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert len(rows(tmp_path)) == 8
+    from realm.retriever import load_retriever
+
+    retriever, _ = load_retriever(tmp_path / "run" / "pretrain" / "model" / "retriever")
+    assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"
+
+
+def test_settings_that_part_a_step_from_an_update_are_refused(tmp_path: Path) -> None:
+    config = prepared(tmp_path)
+    refused = run([sys.executable, "-m", "realm", "ict", "--config", str(config), "--engine.deepspeed", "{gradient_accumulation_steps: 2}"])
+    assert refused.returncode == 2 and "gradient_accumulation_steps" in refused.stderr and "Traceback" not in refused.stderr
