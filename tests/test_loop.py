@@ -14,7 +14,7 @@ import pytest
 from realm.config_file import load_config
 from realm.run import Run
 from realm.telemetry import read_metrics
-from tests.tiny import write_config, write_sources
+from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
 
 
 def realm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
@@ -77,6 +77,38 @@ def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     texts = {record["id"]: record["text"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
     titles = {record["id"]: record["title"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
     assert all(row["prediction"] and row["prediction"] in texts[row["passage"]] + titles[row["passage"]] for row in rows)
+
+
+def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: Path) -> None:
+    lines = [{"question": f"Who founded {town}?", "answer": [founder], "id": town} for town, founder in zip(TOWNS, FOUNDERS, strict=True)]
+    lines.append({"question": "Who founded Atlantis?", "answer": ["Poseidon"], "id": "nowhere"})
+    (finished / "open.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = finished / "run"
+    result = realm("evaluate", "--run", run, "--questions", finished / "open.jsonl", "--compare", "start", "ict", "pretrain", "bm25")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run / "evaluations" / "open.json").read_text())
+    assert set(report["figures"]) == {"finetune", "start", "ict", "pretrain", "bm25"}
+    for label, figures in report["figures"].items():
+        low, high = report["intervals"][label]["recall@5"]
+        assert low <= figures["recall@5"] <= high and figures["count"] == 13
+        assert figures["recall@20"] <= figures["ceiling"] == pytest.approx(100 * 12 / 13)
+        assert "exact_recall@5" not in figures, "no question names its document"
+        assert ("em" in figures) == (label not in ("start", "ict")), "stages without a reader are judged by what they retrieve"
+    assert report["figures"]["bm25"]["recall@1"] > 85, "a name in the question finds its passage"
+    refused = realm("evaluate", "--run", run, "--compare", "bm42")
+    assert refused.returncode == 2 and "'bm42' is no retriever" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_sentence_transformers_model_stands_beside_and_agrees_with_our_own_export(finished: Path) -> None:
+    run = finished / "run"
+    model = run / "pretrain" / "model" / "retriever"
+    result = realm("evaluate", "--run", run, "--stage", "pretrain", "--compare", model, "--name", "beside")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((run / "evaluations" / "beside.json").read_text())["figures"]
+    assert set(figures) == {"pretrain", "retriever"}
+    assert (run / "evaluations" / "beside.retriever.predictions.jsonl").exists()
+    embeddings = list((run / "frozen").glob("retriever-*/embeddings.npy"))
+    assert len(embeddings) == 1 and np.load(embeddings[0]).shape == (12, 32)
 
 
 def test_ask_shows_answer_and_passage(finished: Path) -> None:

@@ -1,10 +1,23 @@
+import re
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.metrics import exact_match, f1, has_answer
+from finetune.metrics import (
+    answer_tokens,
+    answers_in_corpus,
+    bootstrap_interval,
+    exact_match,
+    f1,
+    has_answer,
+    has_substring,
+    normalize_answer,
+    pattern_match,
+    patterns_in_corpus,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +62,61 @@ def test_metrics_accept_any_text(prediction: str, answer: str) -> None:
     assert 0.0 <= f1(prediction, [answer]) <= 1.0
     assert exact_match(answer, [answer])
     has_answer(prediction, [answer])
+
+
+def test_tokens_are_dprs() -> None:
+    assert answer_tokens("Mr. O'Neil's 1,000\u00a0km_run") == ["mr", ".", "o", "'", "neil", "'", "s", "1", ",", "000", "km", "_", "run"]
+    assert answer_tokens("Beyonce\u0301") == answer_tokens("Beyonc\u00e9") == ["beyonce\u0301"], "a mark belongs to its letter"
+
+
+def test_substrings_are_found_within_words_and_tokens_are_not() -> None:
+    texts = ["abcdefg", "hijklmn"]
+    assert [has_substring(text, ["hij"]) for text in texts] == [False, True]
+    assert [has_answer(text, ["hij"]) for text in texts] == [False, False]
+    assert not has_substring("anything", ["", " "])
+
+
+def test_a_pattern_must_match_the_whole_prediction() -> None:
+    pattern = re.compile(r"Sept?(ember)?|Feb(ruary)?", re.IGNORECASE)
+    assert pattern_match("september", pattern) and pattern_match(" Feb ", pattern)
+    assert not pattern_match("September 1918", pattern), "re.match would take the prefix"
+
+
+# What SQuAD's official evaluation script makes of the same strings (normalize_answer, exact_match_score, f1_score).
+OFFICIAL = [
+    ("The Beatles", ["Beatles, the"], True, 1.0),
+    ("the Beatles!", ["beatles"], True, 1.0),
+    ("in 1969, at Woodstock", ["Woodstock"], False, 0.4),
+    ("a  b", ["b"], True, 1.0),
+    ("U.S.", ["US"], True, 1.0),
+    ("don't", ["dont"], True, 1.0),
+    ("x-ray", ["xray"], True, 1.0),
+    ("", ["answer"], False, 0.0),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answers", "em", "score"), OFFICIAL)
+def test_parity_with_the_official_script_without_nfd(prediction: str, answers: list[str], em: bool, score: float) -> None:
+    assert exact_match(prediction, answers, nfd=False) is em
+    assert normalize_answer(answers[0], nfd=False) == normalize_answer(answers[0])
+    assert f1(prediction, answers, nfd=False) == pytest.approx(score)
+
+
+@given(st.lists(st.sampled_from(["ab", "b a", "a", "c-d", "c", ""]), min_size=1, max_size=4), st.lists(st.text("abc -", max_size=12), max_size=5))
+def test_answers_in_a_corpus_agree_with_one_text_at_a_time(answers: list[str], texts: list[str]) -> None:
+    found = answers_in_corpus(texts, [[answer] for answer in answers])
+    assert found.tolist() == [any(has_answer(text, [answer]) for text in texts) for answer in answers]
+
+
+def test_patterns_in_a_corpus_do_not_reach_across_passages() -> None:
+    texts = ["It ends with New", "York begins it"] * 600
+    assert patterns_in_corpus(texts, [re.compile(r"New\s?York"), re.compile("begins")]).tolist() == [False, True]
+
+
+def test_bootstrap_intervals_cover_the_mean_and_repeat() -> None:
+    values = np.random.default_rng(0).random(400) < 0.3
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 400) ** 0.5, rel=0.15)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(np.ones(10)) == (1.0, 1.0)
