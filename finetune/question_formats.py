@@ -167,7 +167,7 @@ def _literal_list(text: str) -> object:
 
 
 def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated (the regular expression may hold tabs' names)."""
+    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated and never quoted."""
     import re
 
     def parse(place: Place, line: bytes) -> QuestionRecord:

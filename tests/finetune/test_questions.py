@@ -177,3 +177,23 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
     assert question.answers == ("Ada",) and question.passage is None
     with pytest.raises(UserError, match="no split 'train' but validation"):
         load_questions(QuestionSource(str(tmp_path / "saved")), run)
+
+
+PUBLISHED = {
+    "qa/nq-dev.qas.tsv.gz": ("qas", 8757),
+    "qa/trivia-dev.qas.tsv.gz": ("qas", 8837),
+    "qa/webq-train.json": ("webq", 2834),
+    "qa/curatedtrec-train.tsv": ("trec", 430),
+    "squad/dev-v1.1.json.gz": ("squad", 10570),
+    "long/timeqa-human-train.json.gz": ("timeqa", 1171),
+}
+"""Files as their publishers wrote them: format and number of questions, answered or not."""
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_files_are_read_whole(shared_data: Path, name: str) -> None:
+    expected_format, count = PUBLISHED[name]
+    records, report = read(shared_data / name)
+    assert format_of(QuestionSource(str(shared_data / name))) == expected_format
+    assert len(records) + report.total == count and set(report.counts) <= {UNANSWERABLE}
