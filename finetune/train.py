@@ -93,7 +93,8 @@ class FinetuneBatches:
         _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
         read = retrieved[:, : self.config.read].copy()
         if self.config.read_gold:
-            for passages in (retrieved, read):
+            # ORQA's marginal counts what was retrieved; a document that must be preferred has to be among the choices.
+            for passages in (retrieved, read) if self.config.positives == "document" else (read,):
                 for question, row in zip(questions, passages, strict=True):
                     if question.passage is not None and question.passage not in row:
                         row[-1] = question.passage

@@ -175,7 +175,8 @@ class FinetuneConfig:
     positives: Literal["answer", "document"] = "answer"
     """Passages the retriever should prefer: all that hold an answer, or those of the question's own document where that is known."""
     read_gold: bool = True
-    """Put the question's own passage among those retrieved and read when it was not found (training only)."""
+    """Put the question's own passage among those read when it was not found, and with `positives: document` among those retrieved too
+    (training only)."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
