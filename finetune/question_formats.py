@@ -9,9 +9,8 @@ from typing import Any
 
 from realm.config import QuestionSource
 from realm.document_formats import load_split, parse_object, parse_tsv
-from realm.documents import BadRecord, BadRecords
 from realm.errors import UserError
-from realm.files import Place, check_file, json_type, lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, read_json, stem
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""
@@ -260,9 +259,7 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
                 place = Place(f"{path}, record {a}, question {q}")
                 try:
                     starts = tuple(offsets[answer["para"]] + answer["from"] for answer in answers)
-                    yield _checked(
-                        place, f"{article['index']}/{q}", text, [answer["answer"] for answer in answers], passage=link, starts=starts
-                    )
+                    yield _checked(place, f"{article['index']}/{q}", text, [answer["answer"] for answer in answers], passage=link, starts=starts)
                 except BadRecord as bad:
                     report.add(place, bad.kind, bad.detail)
         except (KeyError, TypeError, ValueError, IndexError) as error:

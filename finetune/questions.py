@@ -10,8 +10,8 @@ from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, r
 from realm.blocks import text_hash
 from realm.config import QuestionSource
 from realm.corpus import PreparedCorpus
-from realm.documents import BadRecords
 from realm.errors import UserError
+from realm.files import BadRecords
 from realm.inputs import IntArray
 from realm.run import Run
 from realm.telemetry import console

@@ -15,10 +15,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from realm.documents import BadRecords, Document, SourceConfig, read_documents
+from realm.document_formats import SourceConfig
 from realm.errors import UserError
-
-__all__ = ["BadRecords", "CorpusConfig", "Document", "PreparedCorpus", "SourceConfig", "read_documents"]
 
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"

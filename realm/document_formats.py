@@ -6,16 +6,52 @@ A format reads, names places, and puts fields under their names here; what makes
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from realm.documents import BadRecord, BadRecords, Document, Record, SourceConfig
 from realm.errors import UserError
-from realm.files import Place, check_file, json_type, lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, read_json, stem
+from realm.hub import require_on_hub
+
+FIELDS = ("id", "title", "text")
+"""What a document has."""
 
 _SUFFIXES = {".jsonl": "jsonl", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _TEXT_SUFFIXES = (".txt", ".md")
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents; in YAML its path alone may stand for it."""
+
+    SHORTHAND: ClassVar[str] = "path"
+
+    path: str
+    """File or folder, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a name on the Hugging Face hub."""
+    format: str = "auto"
+    """`jsonl`, `tsv` (DPR's passages), `parquet`, `squad`, `timeqa`, `text` (a folder of text files) or `datasets`; `auto`: by the path's
+    suffix, or by what a folder holds."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Where `id`, `title` and `text` stand if not under these names: `{text: contents}`; `{id: "#"}` numbers the records."""
+    name: str | None = None
+    """Configuration of a data set on the hub, such as `20231101.en` of `wikimedia/wikipedia`."""
+    split: str = "train"
+    """Split of a data set on the hub or in a folder of splits."""
+    limit: int | None = None
+    """Read no more than this many documents."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.fields) - set(FIELDS):
+            raise UserError(f"corpus: `fields` of {self.path} maps {', '.join(sorted(unknown))}; a document has id, title and text.")
+
+
+class Record(NamedTuple):
+    """What a format hands over: a place to report, and the fields under their names here."""
+
+    place: Place
+    fields: dict[str, object]
 
 
 def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -144,7 +180,7 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
         check_file(file, "a Parquet table")
         try:
             table = pa.parquet.ParquetFile(file)
-            wanted = {source.fields.get(name, name) for name in Document._fields}
+            wanted = {source.fields.get(name, name) for name in FIELDS}
             columns = [name for name in table.schema_arrow.names if name in wanted]
             if missing := sorted(wanted - set(columns) - {"#", source.fields.get("title", "title")}):
                 raise UserError(f"{file} has no column {', '.join(missing)} but {', '.join(table.schema_arrow.names)}; map them with `fields`")
@@ -218,7 +254,7 @@ def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the hub."""
     dataset = load_split(source.path, source.name, source.split)
-    wanted = {source.fields.get(name, name) for name in Document._fields}
+    wanted = {source.fields.get(name, name) for name in FIELDS}
     if missing := sorted(wanted - set(dataset.column_names) - {"#", source.fields.get("title", "title")}):
         raise UserError(f"data set {source.path} has no column {', '.join(missing)} but {', '.join(dataset.column_names)}; map them with `fields`")
     rows: Iterable[dict] = dataset.select_columns([name for name in dataset.column_names if name in wanted])
@@ -233,8 +269,6 @@ def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]
 def load_split(path: str, name: str | None, split: str) -> Any:
     """One split of a data set, saved in a folder or on the hub. Raises UserError naming it where it cannot be had."""
     import datasets
-
-    from realm.hub import require_on_hub
 
     if Path(path).is_dir():
         try:
@@ -264,3 +298,12 @@ FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {
 }
 """Reader of each format by the name used in configs."""
 
+
+def source_files(source: SourceConfig) -> list[Path]:
+    """The files that decide what a source holds, in a fixed order; none where it lies on the hub."""
+    path = Path(source.path)
+    if format_of(source) == "text" and path.is_dir():
+        return text_files(path)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path] if path.exists() else []

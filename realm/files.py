@@ -1,10 +1,12 @@
-"""Text files as people have them, plain or compressed: lines with their places, whole JSON files, and one sentence where that fails."""
+"""Text files as people have them, plain or compressed: lines with their places, whole JSON files, and a report of what cannot be used."""
 
 import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,37 @@ class Place(NamedTuple):
     def seen_from(self, other: "Place") -> str:
         """The place as one says it in a report about `other`."""
         return f"on line {self.line}" if self.file == other.file and self.line is not None else f"at {self}"
+
+
+@dataclass
+class BadRecords:
+    """The records that cannot be used: the first twenty with place and reason, all of them counted by kind."""
+
+    first: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, place: Place, kind: str, detail: str = "") -> None:
+        if len(self.first) < 20:
+            self.first.append(f"{place}: {kind}{detail}")
+        self.counts[kind] += 1
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        lines = [f"{self.total} {'record' if self.total == 1 else 'records'} cannot be used:", *("  " + line for line in self.first)]
+        if (more := self.total - len(self.first)) > 0:
+            lines.append(f"  … and {more} more; in all " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common()))
+        return "\n".join(lines)
+
+
+class BadRecord(Exception):
+    """Why a record cannot be used: kind and detail."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(kind + detail)
+        self.kind, self.detail = kind, detail
 
 
 def stem(path: Path) -> tuple[str, str]:

@@ -13,8 +13,8 @@ from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, r
 from finetune.questions import load_questions
 from realm.config import QuestionSource
 from realm.config_file import load_config
-from realm.documents import BadRecords
 from realm.errors import UserError
+from realm.files import BadRecords
 from realm.run import Run
 from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
 

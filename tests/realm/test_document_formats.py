@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realm.document_formats import format_of, parse_tsv
-from realm.documents import BadRecords, Document, SourceConfig, read_documents, source_files
+from realm.document_formats import SourceConfig, format_of, parse_tsv, source_files
+from realm.documents import Document, read_documents
 from realm.errors import UserError
+from realm.files import BadRecords
 
 DOCUMENTS = [
     Document("1", "Danube", 'The Danube rises in the "Black" Forest.'),

@@ -15,7 +15,8 @@ import pytest
 
 import realm.prepare
 from realm.blocks import text_hash
-from realm.corpus import PreparedCorpus, SourceConfig
+from realm.corpus import PreparedCorpus
+from realm.document_formats import SourceConfig
 from realm.errors import UserError
 from realm.prepare import prepare_corpus
 from realm.salient_spans import SPAN_TYPES, SalientSpan
@@ -294,7 +295,7 @@ def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeyp
 PROGRAM = """
 import sys
 from pathlib import Path
-from realm.corpus import SourceConfig
+from realm.document_formats import SourceConfig
 import realm.prepare
 from realm.tokenizer import load_tokenizer
 from tests.realm.rivers import all_texts, make_documents, river_tokenizer, write_jsonl
