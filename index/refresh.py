@@ -28,7 +28,7 @@ from index.store import Collector, process_name, remove_leftovers
 from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
-from realm.telemetry import progress
+from realm.telemetry import peak_memory, progress
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
@@ -253,7 +253,7 @@ class _Refresher:
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
         kept = f" ({num_kept} shards kept from before)" if num_kept else ""
         self.log(f"index {name} published: {rows} passages, {phases}{kept}")
-        entry: dict[str, Any] = {"version": name, "rows": rows, "shards_kept": num_kept, "seconds": seconds, "time": time.time()}
+        entry: dict[str, Any] = {"version": name, "rows": rows, "shards_kept": num_kept, "seconds": seconds, "time": time.time(), **peak_memory()}
         with (self.run / "refresher" / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

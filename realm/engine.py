@@ -21,7 +21,7 @@ from realm.config import EngineConfig, OptimConfig
 from realm.errors import UserError
 from realm.publish import published
 from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
-from realm.telemetry import Metrics, console, progress
+from realm.telemetry import Metrics, console, peak_memory, progress
 
 CHECKPOINT_STATE = "state.json"
 
@@ -222,7 +222,7 @@ class Loop:
                 values: dict[str, Any] = mean_over_ranks(self.engine.step(batch))
                 values |= {"seconds/batch": made - before, "seconds/update": time.monotonic() - made}
                 values |= after_step(step + 1)
-                metrics.log(step + 1, values | {"seconds/step": time.monotonic() - before})
+                metrics.log(step + 1, values | {"seconds/step": time.monotonic() - before} | peak_memory())
                 ticker.update(step + 1, note(values))
                 interrupted = any_rank(stop.is_set())
                 if interrupted or ((step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps):

@@ -3,7 +3,6 @@
 Each stage is built as configured and a few of its steps are timed on real blocks; encoding and search likewise. Weights are never kept.
 """
 
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from realm.pipeline import prepare
 from realm.reader import build_reader
 from realm.retriever import Retriever, build_retriever
 from realm.run import STAGES, Run
-from realm.telemetry import console, format_seconds, print_table
+from realm.telemetry import console, format_seconds, peak_memory, print_table
 
 SAMPLE_DOCUMENTS = 1000
 """Documents of each source that are prepared to calibrate on where the corpus is not prepared yet."""
@@ -162,9 +161,8 @@ def _time_stage(run: Run, stage: str) -> StagePlan:
 
 def _memory() -> int:
     """Peak bytes so far, of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
+    return int(peak.get("peak_gpu_gib", peak["peak_gib"]) * 2**30)
 
 
 _Maker = tuple[nn.Module, Callable[[int, int], Batch]]

@@ -1,6 +1,7 @@
 """What a person sees of long work: progress with rate and time left, `metrics.jsonl`, TensorBoard, tables."""
 
 import json
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,16 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def peak_memory() -> dict[str, float]:
+    """Largest memory of this process so far in GiB: `peak_gib` resident, `peak_gpu_gib` allocated on the GPU where there is one."""
+    import torch
+
+    peak = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    if torch.cuda.is_available():
+        peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return peak
 
 
 class Metrics:
