@@ -54,17 +54,18 @@ def evaluate(
     answerer = Answerer(run, stage)
     questions = load_questions(source, run)
     config = run.config.evaluate
-    ceiling = percent(stands_in_corpus(run, questions))
     results: dict[str, Figures] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     folder = run.folder / "evaluations"
     folder.mkdir(exist_ok=True)
+    rivals = {other: rival(other, run) for other in compare if other not in (START, *STAGES)}  # what cannot be loaded is refused first
+    ceiling = percent(stands_in_corpus(run, questions))
     for other in (stage, *compare):
-        if other in (START, *STAGES):
+        if other in rivals:
+            records = answer_all(answerer, rivals[other], questions, config, floors=False)
+        else:
             reading = answerer if other == stage else Answerer(run, other)
             records = answer_all(reading, reading, questions, config, floors=other == stage)
-        else:
-            records = answer_all(answerer, rival(other, run), questions, config, floors=False)
         label = Path(other).name
         results[label], intervals[label] = figures_of(records, config, run.config.seed)
         results[label]["ceiling"] = ceiling

@@ -61,6 +61,10 @@ class CorpusConfig:
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many, instead of refusing the file."""
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"corpus.limit must be at least 1 document of each source, got {self.limit}.")
+
 
 class _Batch:
     """One record batch as NumPy views of the mapped file: `lists[name]` is (offsets, values)."""
