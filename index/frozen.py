@@ -14,6 +14,7 @@ import torch
 from index.build import INDEX_FILE, IndexManifest
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
+from index.store import Hold
 from realm.corpus import PreparedCorpus
 from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
 from realm.ranks import on_main
@@ -96,9 +97,13 @@ def _find(folder: Path, passages: PreparedCorpus, wanted: str, log: Callable[[st
     if lineage.current is None:
         return None
     for version in newest(folder / "indexes", lineage, lineage.current):
+        hold = Hold(folder, version)  # before the look: a refresher at work may be collecting
         try:
             if IndexManifest.read(folder / "indexes" / version.name)[0].encoder_checksum == wanted:
-                return PassageIndex.open(folder / "indexes" / version.name, passages.fingerprint)
+                index = PassageIndex.open(folder / "indexes" / version.name, passages.fingerprint)
+                index.keep(hold)
+                return index
         except (IndexRefused, PublishError) as error:
             log(str(error))
+        hold.release()
     return None

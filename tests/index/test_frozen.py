@@ -1,0 +1,56 @@
+"""The index of a retriever that stands still: built once, found again, lent to a trainer, held while it is read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index.frozen import index_for, publish_frozen, start_retriever
+from index.search import PassageIndex
+from index.store import is_held
+from realm.config_file import load_config
+from realm.publish import Version, checksum, start_attempt
+from realm.run import Run
+from tests.tiny import write_config, write_sources
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from realm.pipeline import prepare
+
+    folder = tmp_path_factory.mktemp("frozen")
+    write_sources(folder)
+    config = load_config(write_config(folder))
+    prepare(config)
+    return Run.create(config)
+
+
+def test_built_once_found_again_and_held(run: Run) -> None:
+    retriever = start_retriever(run)
+    assert start_retriever(run) == retriever and checksum(retriever) == checksum(start_retriever(run))
+    lines: list[str] = []
+    first = index_for(run, retriever, lines.append)
+    assert len(first) == len(run.passages) and any("published" in line for line in lines)
+    lines.clear()
+    again = index_for(run, retriever, lines.append)
+    assert again.version == first.version and lines == [], "nothing is built a second time"
+    store = run.folder / "frozen" / checksum(retriever)[:12]
+    assert is_held(store, first.version)
+    first.close()
+    again.close()
+    assert not is_held(store, first.version)
+
+
+def test_a_trainer_starts_with_it_and_no_other_is_lent(run: Run) -> None:
+    retriever = start_retriever(run)
+    frozen = index_for(run, retriever)
+    attempt = start_attempt(run.folder)
+    encoder = Version(attempt, 0)
+    assert publish_frozen(run, retriever, encoder)
+    lent = PassageIndex.open(run.folder / "indexes" / encoder.with_epoch(0).name, run.passages.fingerprint)
+    np.testing.assert_array_equal(lent.embeddings(np.arange(5)), frozen.embeddings(np.arange(5)))
+    assert lent.manifest.encoder == encoder.name and lent.manifest.encoder_checksum == checksum(retriever)
+    other = run.folder / "other"
+    other.mkdir()
+    (other / "retriever.json").write_text("{}")
+    assert not publish_frozen(run, other, Version(attempt, 1)), "another retriever's passages are embedded otherwise"
