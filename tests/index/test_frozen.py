@@ -1,7 +1,5 @@
 """The index of a retriever that stands still: built once, found again, lent to a trainer, held while it is read."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
