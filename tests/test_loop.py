@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,24 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
     assert process.returncode in (0, 130), errors
     after = losses(tmp_path / "run", name)
     assert len(after) > len(before)
+    np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
+
+
+def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("finetune", "metrics.jsonl"))
+    longer = ["--run", str(run), "--finetune.steps", "60", "--finetune.checkpoint_every", "5"]
+    process = subprocess.Popen([sys.executable, "-m", "realm", "finetune", *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((run / "finetune" / "checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = losses(run, "finetune")
+    assert 5 <= len(before) < 60
+    assert realm("finetune", *longer, "--resume").returncode == 0
+    after = losses(run, "finetune")
+    assert len(after) == 60 and (run / "finetune" / "model" / "reader").exists()
     np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
 
 
