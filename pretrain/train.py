@@ -160,15 +160,16 @@ class Candidates:
         self._pending = (step, examples, self._thread.submit(self.search, examples, query_emb_BD, self.config.candidates - 1))
 
     def save(self, checkpoint: Path) -> None:
-        """Add the pending candidates and the index version to a checkpoint."""
+        """Add this rank's pending candidates, and the index version, to a checkpoint."""
         assert self._pending is not None
-        np.save(checkpoint / "candidates.npy", self._pending[2].result())
-        (checkpoint / "index_version").write_text(self.live.index.version.name + "\n")
+        np.save(checkpoint / f"candidates-{rank():03d}.npy", self._pending[2].result())
+        if is_main():
+            (checkpoint / "index_version").write_text(self.live.index.version.name + "\n")
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take up the candidates that were pending."""
+        """Take up the candidates that were pending on this rank."""
         done: Future[np.ndarray] = Future()
-        done.set_result(np.load(checkpoint / "candidates.npy"))
+        done.set_result(np.load(checkpoint / f"candidates-{rank():03d}.npy"))
         self._pending = (step, self.examples(step), done)
 
     def close(self) -> None:

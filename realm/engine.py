@@ -131,10 +131,10 @@ class Engine:
         return {name: float(value.detach()) for name, value in outputs.items()}
 
     def save(self, folder: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None = None) -> None:
-        """Publish `folder` (a checkpoint) atomically: DeepSpeed's state, `state.json`, and whatever `write_extra(temporary)` adds."""
+        """Publish `folder` (a checkpoint) atomically: DeepSpeed's state, `state.json`, and whatever `write_extra(temporary)` adds on each rank."""
         with contextlib.ExitStack() as context:
             temporary = on_main(lambda: context.enter_context(published(folder)))
-            self._write(temporary, step, state, write_extra if is_main() else None)
+            self._write(temporary, step, state, write_extra)
             barrier()
         barrier()
 
@@ -142,8 +142,8 @@ class Engine:
         self.deepspeed.save_checkpoint(str(temporary), tag="deepspeed")
         if is_main():
             (temporary / CHECKPOINT_STATE).write_text(json.dumps({"step": step, "world_size": world_size(), **state}, indent=1))
-            if write_extra is not None:
-                write_extra(temporary)
+        if write_extra is not None:
+            write_extra(temporary)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Restore weights, optimizer and schedule; returns the saved state. Raises UserError for another number of processes."""

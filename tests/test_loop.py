@@ -192,7 +192,7 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     checkpoint = sorted((run / "pretrain" / "checkpoints").glob("step-*"))[-1]
-    assert np.load(checkpoint / "candidates.npy").shape == (3, 2)
+    assert np.load(checkpoint / "candidates-000.npy").shape == (3, 2)
     assert (run / "indexes" / (checkpoint / "index_version").read_text().strip()).exists(), "a version a checkpoint pins is kept"
     result = realm("pretrain", "--config", config, "--with-refresher", "--resume")
     assert result.returncode == 0, result.stdout + result.stderr

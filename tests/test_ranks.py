@@ -65,6 +65,9 @@ def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> 
     said, _ = process.communicate(timeout=60)
     assert list(checkpoints.glob("step-*")), said
 
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    assert len(list(newest.glob("candidates-*.npy"))) == 2, "each rank's pending candidates belong to the checkpoint"
+
     alone = run([sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--resume"])
     assert alone.returncode == 2 and "written by 2 processes" in alone.stderr and "Traceback" not in alone.stderr
 
