@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from realm.calibrate import StagePlan
 from realm.cli import main
 from realm.config_file import load_config
-from realm.plan import Plan, StagePlan, plan, warnings
+from realm.plan import Plan, plan, warnings
 from tests.tiny import write_config, write_sources
 
 

@@ -1,0 +1,218 @@
+"""Timing this machine: a few steps of each stage, built as configured, on real blocks; encoding and indexing likewise. Weights are not kept."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.data import QuestionBatches
+from finetune.questions import Question
+from finetune.train import untied
+from index.build import build_index, index_bytes
+from index.encode import encode_passages
+from pretrain.data import MaskedSentence, SpanSampler
+from pretrain.ict import IctBatches
+from pretrain.search import embed_masked
+from pretrain.stage import batch_maker
+from realm.engine import Engine
+from realm.model import Batch, IctModel, OpenQaModel, ReaderWarmupModel, RealmModel
+from realm.reader import build_reader
+from realm.retriever import Retriever, build_retriever
+from realm.run import Run
+from realm.telemetry import console, peak_memory
+
+AFFORDABLE_S = 20.0
+"""Seconds that timing one batch size may take; where the configured one would take more, the largest that does not is scaled up."""
+_REPEATS = 4
+SAMPLE_ROWS = 512
+"""Passages encoded at most for the rate of encoding."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage as it will run here."""
+
+    steps: int
+    seconds_per_step: float
+    parameters: int
+    activation_bytes: int
+    """What a step needs beyond parameters, gradients and optimiser."""
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.seconds_per_step
+
+
+def time_stage(run: Run, stage: str) -> StagePlan:
+    """Time a few steps of a stage on random sentences and passages of the run's own corpora."""
+    console.print(f"  timing {stage}")
+    torch.manual_seed(run.config.seed)
+    module, make_batch = _STAGES[stage](run)
+    config = getattr(run.config, stage)
+    engine = Engine(module, config.optim, run.config.engine, 100, config.batch_size)
+    number = 0
+
+    def timed(batch_size: int, repeats: int) -> float:
+        nonlocal number
+        began = time.monotonic()
+        for _ in range(repeats):
+            number += 1
+            engine.step(make_batch(number, batch_size).to(engine.device))
+        return (time.monotonic() - began) / repeats
+
+    size = min(2, config.batch_size)
+    timed(size, 1)  # the first call allocates and compiles
+    resting = _memory()
+    seconds = timed(size, 1)
+    while size < config.batch_size and 2 * seconds * (1 + _REPEATS) <= AFFORDABLE_S:
+        size = min(2 * size, config.batch_size)
+        timed(size, 1)
+        seconds = timed(size, _REPEATS)
+    scale = config.batch_size / size
+    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return StagePlan(config.steps, seconds * scale, parameters, int(max(0, _memory() - resting) * scale))
+
+
+def _memory() -> int:
+    """Peak bytes so far, of the GPU where there is one."""
+    peak = peak_memory()
+    return int(peak.get("peak_gpu_gib", peak["peak_gib"]) * 2**30)
+
+
+_Maker = tuple[nn.Module, Callable[[int, int], Batch]]
+
+
+def _ict(run: Run) -> _Maker:
+    @cache
+    def batches(size: int) -> IctBatches:
+        return IctBatches(run.passages, batch_maker(run), replace(run.config.ict, batch_size=size), run.config.seed)
+
+    def make(step: int, size: int) -> Batch:
+        return batches(size)(step)
+
+    return IctModel(build_retriever(run.config.retriever, run.tokenizer)), make
+
+
+class _Examples:
+    """Masked sentences as a function of the step, and the generator that drew them."""
+
+    def __init__(self, run: Run) -> None:
+        self.seed = run.config.seed
+        longest = run.config.retriever.max_query_tokens - 2
+        self.sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, longest, max_rows=2000)
+
+    def __call__(self, step: int, size: int) -> tuple[list[MaskedSentence], np.random.Generator]:
+        rng = np.random.default_rng((self.seed, step))
+        return [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)], rng
+
+
+def _reader_warmup(run: Run) -> _Maker:
+    config, maker, draw = run.config.reader_warmup, batch_maker(run), _Examples(run)
+    # Sentences are read first, then whole passages: timed in the mixture in which the stage will see them.
+    sentence_share = config.sentence_steps / config.steps
+
+    def make(step: int, size: int) -> Batch:
+        examples, rng = draw(step, size)
+        rows = rng.integers(len(run.passages), size=size)
+        parts = [maker.passage(int(row)) for row in rows]
+        if rng.random() < sentence_share:
+            parts = [(title[:0], text[: len(example.sentence_ids)]) for (title, text), example in zip(parts, examples, strict=True)]
+        return maker.warmup(examples, parts, run.config.reader.max_span_tokens)
+
+    return ReaderWarmupModel(build_reader(run.config.reader, run.tokenizer)[0], config.span_loss), make
+
+
+def _pretrain(run: Run) -> _Maker:
+    config, maker, draw = run.config.pretrain, batch_maker(run), _Examples(run)
+    retriever = build_retriever(run.config.retriever, run.tokenizer)
+
+    def make(step: int, size: int) -> Batch:
+        examples, rng = draw(step, size)
+        embed_masked(retriever.query_tower, examples, maker, run.config.engine.precision)
+        rows = rng.integers(len(run.passages), size=(size, config.candidates - 1))
+        return maker.realm(examples, rows, None, 0.0, rng)
+
+    return RealmModel(retriever, build_reader(run.config.reader, run.tokenizer)[0], config.marginal), make
+
+
+class _NoIndex:
+    """Stands for an index where only the shape of its embeddings counts."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        return np.zeros((len(rows), self.dim), np.float32)
+
+
+def _finetune(run: Run) -> _Maker:
+    config = run.config.finetune
+    retriever: Retriever = untied(build_retriever(run.config.retriever, run.tokenizer))
+    for parameter in retriever.passage_tower.parameters():
+        parameter.requires_grad_(False)
+    draw = _Examples(run)
+    batches = QuestionBatches(run, _NoIndex(retriever.dim))  # type: ignore[arg-type]
+
+    def make(step: int, size: int) -> Batch:
+        examples, rng = draw(step, size)
+        questions = [Question(str(step), "", ("",), example.sentence_ids[:24], (example.span_ids,)) for example in examples]
+        rows = rng.integers(len(run.passages), size=(size, config.retrieve))
+        return batches.batch(questions, batches.queries(questions), rows, rows[:, : config.read])
+
+    return OpenQaModel(retriever, build_reader(run.config.reader, run.tokenizer)[0]), make
+
+
+_STAGES: dict[str, Callable[[Run], _Maker]] = {"ict": _ict, "reader_warmup": _reader_warmup, "pretrain": _pretrain, "finetune": _finetune}
+
+
+@dataclass(frozen=True)
+class EncodingRate:
+    """How fast passages are encoded and indexed here, and how large the index grows."""
+
+    encoded_per_s: float
+    """Passages, with the refresher's threads."""
+    added_per_s: float
+    dim: int
+    fixed_bytes: int
+    """What the index takes however many vectors it holds: centroids, codebooks."""
+    vector_bytes: float
+
+
+def time_encoding(run: Run) -> EncodingRate:
+    """Encode some passages with random weights of the configured shape and index them."""
+    console.print("  timing encoding and indexing")
+    retriever = build_retriever(run.config.retriever, run.tokenizer).eval()
+    if torch.cuda.is_available():
+        retriever.to("cuda")
+    rows = np.random.default_rng(run.config.seed).permutation(len(run.passages))[:SAMPLE_ROWS]
+    refresh, threads = run.config.refresh, torch.get_num_threads()
+    autocast = torch.bfloat16 if refresh.precision == "bf16" else None
+
+    def encode(count: int) -> tuple[np.ndarray, float]:
+        began = time.monotonic()
+        limit = run.config.retriever.max_passage_tokens
+        embeddings = encode_passages(retriever, run.passages, rows[:count], run.wordpieces, limit, refresh.token_budget, autocast)
+        return embeddings, time.monotonic() - began
+
+    torch.set_num_threads(refresh.threads)
+    count = min(8, len(rows))
+    encode(count)
+    embeddings_ND, seconds = encode(count)
+    while seconds < 2.0 and count < len(rows):  # twice as many each time, until the time says something
+        count = min(2 * count, len(rows))
+        embeddings_ND, seconds = encode(count)
+    torch.set_num_threads(threads)
+    if refresh.factory != "Flat":  # what needs training needs enough vectors; their values do not matter for size and hardly for time
+        embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
+        embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)
+    began = time.monotonic()
+    index = build_index(embeddings_ND, refresh.factory)
+    added_per_s = len(embeddings_ND) / max(time.monotonic() - began, 1e-6)
+    once = index_bytes(index)
+    index.add(embeddings_ND)
+    vector_bytes = (index_bytes(index) - once) / len(embeddings_ND)
+    return EncodingRate(count / max(seconds, 1e-6), added_per_s, retriever.dim, int(once - vector_bytes * len(embeddings_ND)), vector_bytes)
