@@ -10,7 +10,7 @@ from typing import Any
 from realm.config import QuestionSource
 from realm.document_formats import load_split, parse_object, parse_tsv
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, stem
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""
@@ -45,10 +45,8 @@ def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[Quest
 
 def format_of(source: QuestionSource) -> str:
     """The format by name. Raises UserError where it is unknown, or can be told neither from the name nor from the first record."""
-    if source.format != "auto":
-        if source.format not in FORMATS:
-            raise UserError(f"unknown format {source.format!r} of the questions {source.path}; choose one of {', '.join(FORMATS)}")
-        return source.format
+    if named := named_format(source.format, FORMATS, source.path):
+        return named
     path = Path(source.path)
     if path.is_dir():
         return "datasets"
@@ -98,18 +96,6 @@ def _checked(
     return QuestionRecord(place, str(name), text, kept, **more)
 
 
-def _from_lines(
-    source: QuestionSource, report: BadRecords, parse: Callable[[Place, bytes], QuestionRecord], content: str
-) -> Iterator[QuestionRecord]:
-    path = Path(source.path)
-    check_file(path, content)
-    for place, line in lines(path, report.add):
-        try:
-            yield parse(place, line)
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
-
-
 def _number(place: Place) -> str:
     return f"{stem(Path(place.file))[0]}-{place.line}"
 
@@ -120,7 +106,7 @@ def _read_jsonl(source: QuestionSource, report: BadRecords) -> Iterator[Question
     def parse(place: Place, line: bytes) -> QuestionRecord:
         return _from_fields(place, parse_object(line), source)
 
-    return _from_lines(source, report, parse, 'one JSON object a line, {"question": …, "answer": [ … ]}')
+    return parsed_lines(Path(source.path), 'one JSON object a line, {"question": …, "answer": [ … ]}', report, parse)
 
 
 def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -> QuestionRecord:
@@ -151,7 +137,7 @@ def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRe
             raise BadRecord("not 2 columns", f" but {len(columns)}")
         return _checked(place, _number(place), columns[0], _literal_list(columns[1]))
 
-    return _from_lines(source, report, parse, "tab-separated lines of a question and a list of answers")
+    return parsed_lines(Path(source.path), "tab-separated lines of a question and a list of answers", report, parse)
 
 
 def _literal_list(text: str) -> object:
@@ -185,7 +171,7 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
             raise BadRecord("a regular expression that matches nothing at all", f": {pattern[:60]!r}")
         return _checked(place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True)
 
-    return _from_lines(source, report, parse, "tab-separated lines of number, kind, question and regular expression")
+    return parsed_lines(Path(source.path), "tab-separated lines of number, kind, question and regular expression", report, parse)
 
 
 def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:

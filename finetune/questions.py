@@ -48,7 +48,7 @@ def load_questions(source: QuestionSource, run: Run, quiet: bool = False) -> lis
     Says how many there are, of which format, and how many were left out. Raises UserError naming the place of every broken record, of a
     passage that the corpus does not hold, and for a source without a question that can be used.
     """
-    report, records, broken = BadRecords(), [], 0
+    report, records = BadRecords(), []
     for record in read_questions(source, report):
         records.append(record)
         if len(records) == source.limit:

@@ -4,6 +4,7 @@ A format reads, names places, and puts fields under their names here; what makes
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, stem
 from realm.hub import require_on_hub
 
 FIELDS = ("id", "title", "text")
@@ -64,10 +65,8 @@ def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 def format_of(source: SourceConfig) -> str:
     """The format by name. Raises UserError where it is unknown, or cannot be told from the path and has to be named."""
-    if source.format != "auto":
-        if source.format not in FORMATS:
-            raise UserError(f"unknown format {source.format!r} of {source.path}; choose one of {', '.join(FORMATS)}")
-        return source.format
+    if named := named_format(source.format, FORMATS, source.path):
+        return named
     path = Path(source.path)
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
@@ -102,19 +101,15 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
     return mapped
 
 
-def _from_lines(source: SourceConfig, report: BadRecords, parse: Callable[[bytes], dict[str, Any]], content: str) -> Iterator[Record]:
-    path = Path(source.path)
-    check_file(path, content)
-    for number, (place, line) in enumerate(lines(path, report.add)):
-        try:
-            yield Record(place, _mapped(parse(line), source, number))
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
-
-
 def _read_jsonl(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """One JSON object a line."""
-    return _from_lines(source, report, parse_object, "one JSON object a line")
+    numbers = itertools.count()
+
+    def parse(place: Place, line: bytes) -> Record:
+        number = next(numbers)
+        return Record(place, _mapped(parse_object(line), source, number))
+
+    return parsed_lines(Path(source.path), "one JSON object a line", report, parse)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:

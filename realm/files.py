@@ -5,15 +5,17 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from realm.errors import UserError
+
+T = TypeVar("T")
 
 COMPRESSED = ("", ".gz", ".zst")
 """Suffixes behind a format's own."""
@@ -69,6 +71,25 @@ def stem(path: Path) -> tuple[str, str]:
     """Name without the suffixes of format and compression, and the format's suffix: `a.jsonl.gz` is `a`, `.jsonl`."""
     plain = path.with_suffix("") if path.suffix in COMPRESSED[1:] else path
     return plain.stem, plain.suffix.lower()
+
+
+def named_format(name: str, formats: Collection[str], path: str) -> str | None:
+    """The format a source names, or None where it leaves it to be told (`auto`). Raises UserError for one that there is not."""
+    if name == "auto":
+        return None
+    if name not in formats:
+        raise UserError(f"unknown format {name!r} of {path}; choose one of {', '.join(formats)}")
+    return name
+
+
+def parsed_lines(path: Path, holds: str, report: BadRecords, parse: Callable[[Place, bytes], T]) -> Iterator[T]:
+    """`parse(place, line)` of every line of a file that `holds` something; lines for which it raises BadRecord are noted in `report`."""
+    check_file(path, holds)
+    for place, line in lines(path, report.add):
+        try:
+            yield parse(place, line)
+        except BadRecord as bad:
+            report.add(place, bad.kind, bad.detail)
 
 
 def check_file(path: Path, holds: str) -> None:

@@ -100,7 +100,7 @@ def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: 
     assert refused.returncode == 2 and "'bm42' is no retriever" in refused.stderr and "Traceback" not in refused.stderr
 
 
-def test_a_sentence_transformers_model_stands_beside_and_agrees_with_our_own_export(finished: Path) -> None:
+def test_a_sentence_transformers_model_stands_beside_and_its_embeddings_are_kept(finished: Path) -> None:
     run = finished / "run"
     model = run / "pretrain" / "model" / "retriever"
     result = realm("evaluate", "--run", run, "--stage", "pretrain", "--compare", model, "--name", "beside")

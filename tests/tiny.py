@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from realm.run import Run
 
 TOWNS = ("Alda", "Brenno", "Calvia", "Dorne", "Elst", "Fenwick", "Garda", "Holm", "Istra", "Jonas", "Kelm", "Lorne")
 RIVERS = ("Ister", "Tamba", "Uller", "Vanda", "Wesser", "Yarrow", "Zenna", "Quill", "Rhomba", "Sarn", "Ouse", "Pell")
@@ -76,3 +80,15 @@ def write_config(folder: Path, **changes: dict) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def prepared_run(folder: Path, **changes: dict) -> "Run":
+    """The tiny run with its corpus prepared and nothing trained."""
+    from realm.config_file import load_config
+    from realm.pipeline import prepare
+    from realm.run import Run
+
+    write_sources(folder)
+    config = load_config(write_config(folder, **changes))
+    prepare(config)
+    return Run.create(config)

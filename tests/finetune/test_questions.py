@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
 from finetune.questions import load_questions
 from realm.config import QuestionSource
-from realm.config_file import load_config
 from realm.errors import UserError
 from realm.files import BadRecords
 from realm.run import Run
-from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
+from tests.tiny import FOUNDERS, TOWNS, prepared_run
 
 SQUAD = {
     "data": [
@@ -141,13 +140,7 @@ def test_any_answers_survive_dprs_table(answers: list[str], data: st.DataObject)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from realm.pipeline import prepare
-
-    folder = tmp_path_factory.mktemp("questions")
-    write_sources(folder)
-    config = load_config(write_config(folder, corpus={"block_tokens": 24}))
-    prepare(config)
-    return Run.create(config)
+    return prepared_run(tmp_path_factory.mktemp("questions"), corpus={"block_tokens": 24})
 
 
 def test_a_question_belongs_to_the_block_of_its_paragraph_that_holds_the_answer(run: Run) -> None:

@@ -6,21 +6,14 @@ import pytest
 from index.frozen import index_for, publish_frozen, start_retriever
 from index.search import PassageIndex
 from index.store import is_held
-from realm.config_file import load_config
 from realm.publish import Version, checksum, start_attempt
 from realm.run import Run
-from tests.tiny import write_config, write_sources
+from tests.tiny import prepared_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from realm.pipeline import prepare
-
-    folder = tmp_path_factory.mktemp("frozen")
-    write_sources(folder)
-    config = load_config(write_config(folder))
-    prepare(config)
-    return Run.create(config)
+    return prepared_run(tmp_path_factory.mktemp("frozen"))
 
 
 def test_built_once_found_again_and_held(run: Run) -> None:

@@ -7,22 +7,15 @@ from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, 
 from pretrain.ict import IctBatches
 from pretrain.reader_warmup import evidence
 from realm.config import IctConfig
-from realm.config_file import load_config
 from realm.model import PairBatch
 from realm.run import Run
 from realm.substitution import replace_span, span_pool
-from tests.tiny import write_config, write_sources
+from tests.tiny import prepared_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from realm.pipeline import prepare
-
-    folder = tmp_path_factory.mktemp("tiny")
-    write_sources(folder)
-    config = load_config(write_config(folder))
-    prepare(config)
-    return Run.create(config)
+    return prepared_run(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,12 @@
-"""Documents about rivers and a tokenizer for them; a module of its own, since other processes import it."""
+"""Documents about rivers, a tokenizer for them, and preparing them; a module of its own, since other processes import it."""
 
 import json
 
 from realm.corpus import PreparedCorpus
+from realm.document_formats import SourceConfig
+from realm.prepare import prepare_corpus
 from realm.tokenizer import TokenizerConfig, train_wordpiece
-from tests.realm.stub_tagger import PLACES
+from tests.realm.stub_tagger import PLACES, StubTagger
 
 
 def make_documents(num_documents):
@@ -27,3 +29,19 @@ def river_tokenizer():
 
 def all_texts(corpus: PreparedCorpus) -> list[str]:
     return [corpus.text(row) for row in range(len(corpus))]
+
+
+def prepare(tmp_path, tokenizer, documents=None, out="out", name="corpus.jsonl", **changes):
+    source = tmp_path / name
+    if documents is not None:
+        write_jsonl(source, documents)
+    options = {"block_tokens": 48, "tagger": StubTagger(), "num_workers": 1} | changes
+    return prepare_corpus([SourceConfig(str(source))], tmp_path / out, tokenizer, **options)
+
+
+FILES = ("blocks.arrow", "manifest.json")
+
+
+def contents(folder):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    return [(folder / name).read_bytes() for name in FILES]

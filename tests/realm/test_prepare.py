@@ -1,13 +1,8 @@
-"""Preparing a corpus: sentences, blocks, spans, order, fingerprint, and kills at any moment."""
+"""Preparing a corpus: sentences, blocks, spans, order, fingerprint, and what is refused."""
 
 import gzip
 import json
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +11,11 @@ import pytest
 import realm.prepare
 from realm.blocks import text_hash
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.errors import UserError
-from realm.prepare import prepare_corpus
 from realm.salient_spans import SPAN_TYPES, SalientSpan
 from realm.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
-from tests.realm.rivers import all_texts, make_documents, river_tokenizer, write_jsonl
+from tests.realm.rivers import all_texts, contents, make_documents, prepare, river_tokenizer, write_jsonl
 from tests.realm.stub_tagger import StubTagger
-
-REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +26,6 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(realm.prepare, "CHUNK_DOCUMENTS", 20)
-
-
-def prepare(tmp_path, tokenizer, documents=None, out="out", name="corpus.jsonl", **changes):
-    source = tmp_path / name
-    if documents is not None:
-        write_jsonl(source, documents)
-    options = {"block_tokens": 48, "tagger": StubTagger(), "num_workers": 1} | changes
-    return prepare_corpus([SourceConfig(str(source))], tmp_path / out, tokenizer, **options)
 
 
 def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
@@ -123,14 +105,6 @@ def test_two_processes_share_the_pages(tmp_path, tokenizer):
         maps = Path("/proc/self/maps").read_text().splitlines()
         mapped = [line.split()[1] for line in maps if line.endswith(str(corpus.path / "blocks.arrow"))]
         assert mapped and all("w" not in permissions for permissions in mapped), "read-only pages of the file are one copy for all"
-
-
-FILES = ("blocks.arrow", "manifest.json")
-
-
-def contents(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
-    return [(folder / name).read_bytes() for name in FILES]
 
 
 def test_progress_counts_documents(tmp_path, tokenizer):
@@ -241,101 +215,6 @@ def test_altered_prepared_files_are_refused(tmp_path, tokenizer):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"blocks": 3}))
     with pytest.raises(UserError, match="rows but its manifest says 3"):
         PreparedCorpus.open(tmp_path / "out")
-
-
-class Interrupted(StubTagger):
-    """Is stopped in the third chunk."""
-
-    chunks = 0
-
-    def tag(self, texts):
-        self.chunks += 1
-        if self.chunks == 3:
-            raise KeyboardInterrupt
-        return super().tag(texts)
-
-
-def shards_of(out):
-    return {path.name: path.stat().st_ino for path in (out / "shards").glob("0*.arrow")}
-
-
-def resume(tmp_path, tokenizer):
-    """Goes on with `killed/out` and checks that what was finished was kept and that the end is that of an uninterrupted run."""
-    prepare(tmp_path, tokenizer, out="whole/out")
-    out = tmp_path / "killed/out"
-    finished, after = shards_of(out), {}
-    prepare(tmp_path, tokenizer, out="killed/out", progress=lambda done, total: after.update(shards_of(out)))
-    assert finished.items() <= after.items(), "finished shards were made again"
-    assert contents(out) == contents(tmp_path / "whole/out")
-    return len(finished), len(after)
-
-
-def test_interrupted_and_started_again_it_goes_on(tmp_path, tokenizer):
-    with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out", tagger=Interrupted())
-    assert resume(tmp_path, tokenizer) == (2, 5)
-
-
-def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeypatch):
-    write = realm.prepare.write_json_atomic
-
-    def interrupted(path, value):
-        if path.name == "manifest.json":
-            raise KeyboardInterrupt
-        write(path, value)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(realm.prepare, "write_json_atomic", interrupted)
-        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out")
-    with pytest.raises(UserError, match="not a finished prepared corpus"):
-        PreparedCorpus.open(tmp_path / "killed/out")
-    assert resume(tmp_path, tokenizer) == (5, 5)
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from realm.document_formats import SourceConfig
-import realm.prepare
-from realm.tokenizer import load_tokenizer
-from tests.realm.rivers import all_texts, make_documents, river_tokenizer, write_jsonl
-from tests.realm.stub_tagger import StubTagger
-if __name__ == "__main__":
-    source, out, tokenizer, log = sys.argv[1:]
-    realm.prepare.CHUNK_DOCUMENTS = 20
-    tagger = StubTagger(delay=0.02, log=log)
-    realm.prepare.prepare_corpus([SourceConfig(source)], Path(out), load_tokenizer(tokenizer), 48, tagger, num_workers=2)
-"""
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_killed_with_its_processes_and_started_again_it_goes_on(tmp_path, tokenizer):
-    source = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    out, log = tmp_path / "killed/out", tmp_path / "log"
-    arguments = [sys.executable, *map(str, (tmp_path / "program.py", source, out, tmp_path / "tokenizer", log))]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    while len(shards_of(out)) < 3:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    workers = set(log.read_text().split())
-    assert str(process.pid) not in workers
-    deadline = time.monotonic() + 30
-    while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "processes outlive their killed parent"
-        time.sleep(0.05)
-    num_finished, num_all = resume(tmp_path, tokenizer)
-    assert 3 <= num_finished < num_all == 10
 
 
 @pytest.mark.real_data
