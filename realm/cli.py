@@ -161,8 +161,13 @@ def _finetune(options: argparse.Namespace) -> None:
     from finetune.train import train_finetune
 
     if options.questions is not None:
-        options.overrides = [*options.overrides, "--data.train", str(options.questions)]
-    train_finetune(_open(options), options.resume)
+        options.overrides = [*options.overrides, "--data.train", options.questions]
+    run = _open(options)
+    if options.questions is not None and run.finished("finetune"):
+        raise UserError(
+            f"run {run.folder} is finetuned already, and not again on {options.questions}; remove {run.stage('finetune')} or copy the run."
+        )
+    train_finetune(run, options.resume)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -69,6 +69,11 @@ def test_a_finished_run_is_not_begun_again_without_resume(finished: Path) -> Non
     assert "exists" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_finetuned_run_is_not_taken_for_one_finetuned_on_other_questions(finished: Path) -> None:
+    result = realm("finetune", "--run", finished / "run", "--questions", finished / "other.json", "--resume")
+    assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
     assert result.returncode == 0, result.stderr
