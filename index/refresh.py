@@ -226,14 +226,19 @@ class _Refresher:
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.
 
-        Without the last condition exports that come faster than an index is built would starve the trainer.
+        Without the last condition exports that come faster than an index is built would starve the trainer. When training has ended there is
+        no trainer left to starve: the last export alone counts.
         """
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
         if not lineage.allows(version, lineage.current):
             raise _Superseded(f"attempt {lineage.current} has abandoned it")
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
-        if latest in (version, *self.refused) or self.dropped_last or share_done >= 0.5:
+        if latest in (version, *self.refused):
+            return
+        if (self.run / TRAINING_ENDED).exists():
+            raise _Superseded(f"training has ended with {latest}")
+        if self.dropped_last or share_done >= 0.5:
             return
         if any(self._is_ours(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
             raise _Superseded(f"{latest} is newer")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from pretrain.data import NULL, BatchMaker
 from pretrain.stage import batch_maker, initial_retriever, save_models
@@ -10,7 +11,7 @@ from realm.corpus import PreparedCorpus
 from realm.engine import Engine, Loop
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, query_input
-from realm.model import IctModel, PairBatch
+from realm.model import DualEncoderModel, PairBatch
 from realm.ranks import is_main, rank, world_size
 from realm.retriever import load_retriever
 from realm.run import Run
@@ -27,7 +28,7 @@ def train_ict(run: Run, resume: bool = False) -> None:
     torch.manual_seed(run.config.seed)
     retriever, _ = load_retriever(initial_retriever(run, STAGE))
     batches = IctBatches(run.passages, batch_maker(run), config, run.config.seed)
-    engine = Engine(IctModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
+    engine = Engine(DualEncoderModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
     loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
     start, state, _ = loop.resume()
     metrics = Metrics(run.folder, STAGE, is_main())
@@ -70,9 +71,11 @@ class IctBatches:
             queries.append(query_input(sentence, words.cls, words.sep, self.maker.max_query))
             blocks.append((self.passages.title_ids(row), ids))
         withheld_B = torch.from_numpy(rng.random(len(rows)) < self.config.null_share)
-        if self.config.null_share:
+        if self.config.null_share:  # the null passage comes last; a block withheld is nobody's candidate
             blocks.append(self.maker.passage(NULL))
-        return PairBatch(*pad_batch(queries, words.pad), *self.maker.passage_inputs(blocks), withheld_B)
+        target_B = torch.where(withheld_B, len(blocks) - 1, torch.arange(len(rows)))
+        excluded_BC = F.pad(withheld_B, (0, len(blocks) - len(rows))).expand(len(rows), -1)
+        return PairBatch(*pad_batch(queries, words.pad), *self.maker.passage_inputs(blocks), target_B, excluded_BC)
 
     def _mask_span(self, row: int, sentence: np.ndarray, offset: int, rng: np.random.Generator) -> None:
         """Mask one salient span of the sentence in place, if it has any."""

@@ -19,7 +19,7 @@ from pretrain.ict import IctBatches
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker
 from realm.engine import Engine
-from realm.model import Batch, IctModel, OpenQaModel, ReaderWarmupModel, RealmModel
+from realm.model import Batch, DualEncoderModel, OpenQaModel, PairBatch, ReaderWarmupModel, RealmModel
 from realm.reader import build_reader
 from realm.retriever import Retriever, build_retriever
 from realm.run import Run
@@ -94,7 +94,7 @@ def _ict(run: Run) -> _Maker:
     def make(step: int, size: int) -> Batch:
         return batches(size)(step)
 
-    return IctModel(build_retriever(run.config.retriever, run.tokenizer)), make
+    return DualEncoderModel(build_retriever(run.config.retriever, run.tokenizer)), make
 
 
 class _Examples:
@@ -149,6 +149,18 @@ class _NoIndex:
         return np.zeros((len(rows), self.dim), np.float32)
 
 
+def _finetune_retriever(run: Run) -> _Maker:
+    config, maker, draw = run.config.finetune_retriever, batch_maker(run), _Examples(run)
+
+    def make(step: int, size: int) -> Batch:
+        examples, rng = draw(step, size)
+        rows = rng.integers(len(run.passages), size=size * (1 + config.negatives))
+        passages = maker.passage_inputs([maker.passage(int(row)) for row in rows])
+        return PairBatch(*maker.queries(examples), *passages, torch.arange(size), torch.zeros(size, len(rows), dtype=torch.bool))
+
+    return DualEncoderModel(build_retriever(run.config.retriever, run.tokenizer)), make
+
+
 def _finetune(run: Run) -> _Maker:
     config = run.config.finetune
     retriever: Retriever = untied(build_retriever(run.config.retriever, run.tokenizer))
@@ -166,7 +178,13 @@ def _finetune(run: Run) -> _Maker:
     return OpenQaModel(retriever, build_reader(run.config.reader, run.tokenizer)[0]), make
 
 
-_STAGES: dict[str, Callable[[Run], _Maker]] = {"ict": _ict, "reader_warmup": _reader_warmup, "pretrain": _pretrain, "finetune": _finetune}
+_STAGES: dict[str, Callable[[Run], _Maker]] = {
+    "ict": _ict,
+    "reader_warmup": _reader_warmup,
+    "pretrain": _pretrain,
+    "finetune_retriever": _finetune_retriever,
+    "finetune": _finetune,
+}
 
 
 @dataclass(frozen=True)

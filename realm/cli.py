@@ -73,14 +73,19 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--with-refresher", action="store_true", help="start a refresher process beside the trainer")
     refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
     refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
-    finetune = add("finetune", _finetune, "finetune on questions", "run")
-    finetune.add_argument("--questions", help="file of questions; default: data.train of the run's config")
-    finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    for name, stage, about in (
+        ("finetune-retriever", "finetune_retriever", "finetune both towers of the retriever on questions with hard negatives"),
+        ("finetune", "finetune", "finetune reader and query tower on questions"),
+    ):
+        finetune = add(name, _finetune, about, "run")
+        finetune.add_argument("--questions", help="file of questions; default: data.train of the run's config")
+        finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        finetune.set_defaults(stage=stage)
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
     evaluate.add_argument("--questions", help="file of questions; default: those of --split")
     evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets")
     evaluate.add_argument("--name", help="name of the result under evaluations/ (default: the file's, or the split's)")
-    evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, ict, reader_warmup, pretrain or finetune (default)")
+    evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, or a training stage (default: finetune)")
     evaluate.add_argument(
         "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models"
     )
@@ -158,16 +163,18 @@ def _refresh(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    from finetune.retriever import train_finetune_retriever
     from finetune.train import train_finetune
 
     if options.questions is not None:
         options.overrides = [*options.overrides, "--data.train", options.questions]
     run = _open(options)
-    if options.questions is not None and run.finished("finetune"):
+    if options.questions is not None and run.finished(options.stage):
         raise UserError(
-            f"run {run.folder} is finetuned already, and not again on {options.questions}; remove {run.stage('finetune')} or copy the run."
+            f"run {run.folder} is finetuned already, and not again on {options.questions}; remove {run.stage(options.stage)} or copy the run."
         )
-    train_finetune(run, options.resume)
+    train = {"finetune": train_finetune, "finetune_retriever": train_finetune_retriever}[options.stage]
+    train(run, options.resume)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -156,6 +156,26 @@ class RefreshConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneRetrieverConfig:
+    """Finetuning of both towers on questions with hard negatives (Karpukhin et al. 2020, section 3); the passages are encoded again after it."""
+
+    steps: int = 0
+    """Updates; 0: the retriever comes to finetuning as pretraining left it."""
+    batch_size: int = 48
+    """Questions per update and process; the passages of the others are each one's negatives."""
+    retrieve: int = 50
+    """Passages retrieved per question, to draw hard negatives from and to look for one with an answer where none is known."""
+    negatives: int = 1
+    """Hard negatives per question."""
+    positives: Literal["answer", "document"] = "answer"
+    """Passages that are no negatives: all that hold an answer, or only those of the question's own document."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+    """Optimiser."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Finetuning on questions (Lee et al. 2019, section 5; Guu et al. 2020, section 4.3).
 
@@ -271,6 +291,8 @@ class RealmConfig:
     """REALM stage."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """Asynchronous index."""
+    finetune_retriever: FinetuneRetrieverConfig = field(default_factory=FinetuneRetrieverConfig)
+    """Retriever finetuning stage."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Finetuning stage."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from realm.objectives import MARGINALS, NEVER, candidate_log_prior, inverse_cloze_loss, open_qa_loss, positive_log_marginal
+from realm.objectives import MARGINALS, NEVER, candidate_log_prior, in_batch_loss, open_qa_loss, positive_log_marginal
 from realm.reader import Reader
 from realm.retriever import Retriever, embed_by_length
 
@@ -30,14 +30,16 @@ class Batch:
 
 @dataclass
 class PairBatch(Batch):
-    """Sentences and the blocks they come from; C = B, or B + 1 with the null passage in the last row."""
+    """B queries and C passages, of which each query has one to find."""
 
     query_ids_BL: Tensor
     query_mask_BL: Tensor
-    block_ids_CL: Tensor
-    block_mask_CL: Tensor
-    withheld_B: Tensor
-    """True where the block is taken away and the null passage is the right choice."""
+    passage_ids_CL: Tensor
+    passage_mask_CL: Tensor
+    target_B: Tensor
+    """Row of the passage each query should find."""
+    excluded_BC: Tensor
+    """True on passages that are none of a query's candidates: neither right nor wrong."""
 
 
 @dataclass
@@ -98,8 +100,8 @@ class WarmupBatch(Batch):
     spans: list[SpanTargets]
 
 
-class IctModel(nn.Module):
-    """Inverse cloze task: find the block a sentence comes from among the batch's blocks."""
+class DualEncoderModel(nn.Module):
+    """Find each query's passage among those of the batch: the inverse cloze task, and finetuning of the retriever on questions."""
 
     def __init__(self, retriever: Retriever) -> None:
         super().__init__()
@@ -107,8 +109,8 @@ class IctModel(nn.Module):
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        block_emb_CD = embed_by_length(self.retriever.embed_passages, batch.block_ids_CL, batch.block_mask_CL)
-        loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_CD, batch.withheld_B, self.retriever.temperature)
+        passage_emb_CD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_CL, batch.passage_mask_CL)
+        loss, accuracy = in_batch_loss(query_emb_BD, passage_emb_CD, batch.target_B, batch.excluded_BC, self.retriever.temperature)
         return {"loss": loss, "accuracy": accuracy}
 
 

@@ -39,16 +39,14 @@ MARGINALS = {"joint": joint_marginal_log_likelihood, "per_token": per_token_marg
 """Marginal likelihoods by the name used in configs."""
 
 
-def inverse_cloze_loss(query_emb_BD: Tensor, block_emb_CD: Tensor, withheld_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """In-batch softmax of the inverse cloze task (Lee et al. 2019, section 4): loss and accuracy, both scalars.
+def in_batch_loss(query_emb_BD: Tensor, passage_emb_CD: Tensor, target_B: Tensor, excluded_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Softmax over the C passages of a batch: loss and accuracy, both scalars.
 
-    Row i of `block_emb_CD` is the block that the sentence of row i came from; the other rows are its negatives. Where `withheld_B` is true
-    the block is nobody's candidate, and the sentence must choose the last row instead: the null passage, which then is one more than B.
+    The inverse cloze task (Lee et al. 2019, section 4) and finetuning on questions with hard negatives (Karpukhin et al. 2020, section 3.2)
+    differ in what the batch holds. Query b should choose passage `target_B[b]`; passages with `excluded_BC` are none of its candidates.
     """
-    score_BC = (query_emb_BD @ block_emb_CD.T).float() / temperature
-    B, C = score_BC.shape
-    score_BC = score_BC.masked_fill(F.pad(withheld_B, (0, C - B)), NEVER)
-    target_B = torch.where(withheld_B, C - 1, torch.arange(B, device=score_BC.device))
+    score_BC = (query_emb_BD @ passage_emb_CD.T).float() / temperature
+    score_BC = score_BC.masked_fill(excluded_BC, NEVER)
     return F.cross_entropy(score_BC, target_B), (score_BC.argmax(-1) == target_B).float().mean()
 
 

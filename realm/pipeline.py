@@ -12,6 +12,7 @@ from finetune.answer import Answerer
 from finetune.ask import print_answer
 from finetune.evaluate import evaluate
 from finetune.questions import load_questions
+from finetune.retriever import train_finetune_retriever
 from finetune.train import STAGE, train_finetune
 from pretrain.data import NULL
 from pretrain.ict import train_ict
@@ -93,6 +94,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
         "ict": lambda: train_ict(run, resume),
         "reader_warmup": lambda: train_reader_warmup(run, resume),
         "pretrain": lambda: train_realm(run, resume, with_refresher=True),
+        "finetune_retriever": lambda: train_finetune_retriever(run, resume),
         "finetune": lambda: train_finetune(run, resume),
     }
     probes: dict[str, dict[str, float]] = {}
@@ -102,7 +104,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
         console.print(f"[bold]{stage}[/bold]")
         programs[stage]()
         stage_times[stage] = float((run.model(stage) / "seconds.txt").read_text())
-        if stage != "finetune":
+        if stage in ("ict", "reader_warmup", "pretrain"):
             probes[stage] = cached(run, f"probe-{stage}", lambda stage=stage: probe_stage(run, stage))  # type: ignore[misc]
     figures: dict[str, float] = {}
     if run.finished("finetune") and run.questions("test"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from realm.publish import versions_in
-from realm.run import Run
+from realm.run import STAGES, Run
 from realm.telemetry import console, format_seconds, print_table, read_metrics
 
 _STAGE_TITLES = {
@@ -11,6 +11,7 @@ _STAGE_TITLES = {
     "ict": "inverse cloze",
     "reader_warmup": "reader warm-up",
     "pretrain": "REALM",
+    "finetune_retriever": "finetune the retriever",
     "finetune": "finetune",
     "evaluate": "evaluate",
 }
@@ -62,7 +63,7 @@ def draw_curves(folder: Path, null: dict[str, list[float]]) -> None:
 
     metrics = read_metrics(folder / "metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    stages = [stage for stage in ("ict", "reader_warmup", "pretrain", "finetune") if stage in metrics]
+    stages = [stage for stage in STAGES if stage in metrics]
     for stage in stages:
         axes[0, 0].plot(*_series(metrics[stage], "loss", share=True), label=_STAGE_TITLES[stage])
     axes[0, 0].set(title="Loss by stage", xlabel="share of the stage's steps", ylabel="loss (nats)", yscale="log")

@@ -27,7 +27,7 @@ from realm.tokenizer import load_tokenizer
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
 
-STAGES = ("ict", "reader_warmup", "pretrain", "finetune")
+STAGES = ("ict", "reader_warmup", "pretrain", "finetune_retriever", "finetune")
 """Training stages in the order in which they build on each other."""
 
 

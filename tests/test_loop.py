@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from realm.config_file import load_config
+from realm.publish import checksum
 from realm.run import Run
 from realm.telemetry import read_metrics
 from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
@@ -49,7 +50,8 @@ def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finish
         assert name in summary
     assert (run / "curves.png").stat().st_size > 10_000
     metrics = read_metrics(run / "metrics.jsonl")
-    assert {stage: len(rows) for stage, rows in metrics.items()} == {"ict": 6, "reader_warmup": 6, "pretrain": 8, "finetune": 6}
+    steps = {"ict": 6, "reader_warmup": 6, "pretrain": 8, "finetune_retriever": 6, "finetune": 6}
+    assert {stage: len(rows) for stage, rows in metrics.items()} == steps
     row = metrics["pretrain"][-1]
     for name in ("loss", "utility", "null_mass", "entropy", "holding", "index", "steps_behind", "seconds/update", "reader_tokens"):
         assert name in row
@@ -165,22 +167,29 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
     np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
 
 
-def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("finetune", "metrics.jsonl"))
-    longer = ["--run", str(run), "--finetune.steps", "60", "--finetune.checkpoint_every", "5"]
-    process = subprocess.Popen([sys.executable, "-m", "realm", "finetune", *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("stage", ["finetune-retriever", "finetune"])
+def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
+    run, name = tmp_path / "run", stage.replace("-", "_")
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns(name, "metrics.jsonl"))
+    longer = ["--run", str(run), f"--{name}.steps", "60", f"--{name}.checkpoint_every", "5"]
+    process = subprocess.Popen([sys.executable, "-m", "realm", stage, *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((run / "finetune" / "checkpoints").glob("step-*")) and process.poll() is None:
+    while time.monotonic() < deadline and not list((run / name / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = losses(run, "finetune")
+    before = losses(run, name)
     assert 5 <= len(before) < 60
-    assert realm("finetune", *longer, "--resume").returncode == 0
-    after = losses(run, "finetune")
-    assert len(after) == 60 and (run / "finetune" / "model" / "reader").exists()
+    assert realm(stage, *longer, "--resume").returncode == 0
+    after = losses(run, name)
+    assert len(after) == 60 and (run / name / "model" / "retriever").exists()
     np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
+
+
+def test_finetuning_answers_from_passages_encoded_by_the_finetuned_retriever(finished: Path) -> None:
+    run = finished / "run"
+    wanted = checksum(run / "finetune_retriever" / "model" / "retriever")
+    assert (run / "frozen" / wanted[:12] / "indexes").exists()
 
 
 def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(finished: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(folder: Path, ca
     config = load_config(write_config(folder, refresh={"every_steps": 1, "max_stale_steps": 3}))
     result = plan(config, passages=50_000_000)
     assert sorted(path.name for path in folder.iterdir() if path.name != "config.yaml") == [name for name in before if name != "config.yaml"]
-    assert set(result.stages) == {"ict", "reader_warmup", "pretrain", "finetune"}
+    assert set(result.stages) == {"ict", "reader_warmup", "pretrain", "finetune_retriever", "finetune"}
     assert all(stage.seconds_per_step > 0 and stage.parameters > 10_000 for stage in result.stages.values())
     assert result.stages["ict"].steps == 6 and result.passages == 50_000_000
     assert result.index_bytes == pytest.approx(50_000_000 * 32 * 4, rel=0.2), "a flat index of 32 dimensions"

@@ -67,6 +67,7 @@ def tiny_tree(folder: Path) -> dict:
         "reader_warmup": {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "optim": optim},
         "pretrain": {"steps": 8, "batch_size": 3, "candidates": 3, "checkpoint_every": 4, "reader_check": 8, "optim": optim},
         "refresh": {"every_steps": 4, "poll_s": 0.05, "grace_s": 0.0, "wait_timeout_s": 120, "lease_expiry_s": 2.0},
+        "finetune_retriever": {"steps": 6, "batch_size": 4, "retrieve": 6, "checkpoint_every": 3, "optim": optim},
         "finetune": {"steps": 6, "batch_size": 4, "retrieve": 6, "read": 2, "checkpoint_every": 3, "optim": optim},
         "evaluate": {"read": 2, "batch_size": 5},
     }

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.ict import IctBatches
@@ -179,12 +180,15 @@ def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_pass
         return [IctBatches(run.passages, maker, IctConfig(batch_size=6, null_share=share), 0)(step) for step in range(40)]
 
     for batch in batches(0.0):
-        assert len(batch.block_ids_CL) == 6 and not batch.withheld_B.any()
+        assert len(batch.passage_ids_CL) == 6 and not batch.excluded_BC.any() and batch.target_B.tolist() == list(range(6))
     withheld = 0
     for batch in batches(0.5):
-        assert batch.block_ids_CL[-1][batch.block_mask_CL[-1].bool()].tolist() == [run.wordpieces.cls, run.wordpieces.sep, run.wordpieces.sep]
-        assert len(batch.block_ids_CL) == 7
-        withheld += int(batch.withheld_B.sum())
+        assert batch.passage_ids_CL[-1][batch.passage_mask_CL[-1].bool()].tolist() == [run.wordpieces.cls, run.wordpieces.sep, run.wordpieces.sep]
+        assert len(batch.passage_ids_CL) == 7
+        away_B = batch.target_B == 6
+        assert torch.equal(batch.target_B[~away_B], torch.arange(6)[~away_B])
+        assert all(row.tolist() == [*away_B.tolist(), False] for row in batch.excluded_BC)
+        withheld += int(away_B.sum())
     assert 0.35 < withheld / 240 < 0.65
 
 

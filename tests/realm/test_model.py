@@ -9,7 +9,7 @@ import torch
 from realm.bert import BertSource
 from realm.inputs import Wordpieces, pad_batch, passage_input, query_input
 from realm.model import (
-    IctModel,
+    DualEncoderModel,
     JointBatch,
     MaskedBatch,
     PairBatch,
@@ -236,11 +236,11 @@ def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_spa
     assert outputs["span_accuracy"].item() == pytest.approx(sum(found) / 2)
 
 
-def test_inverse_cloze_scores_over_the_temperature(retriever):
+def test_a_dual_encoder_scores_over_the_temperature(retriever):
     example = Example()
     queries = pad_batch([query_input(query, CLS, SEP, 20) for query in example.queries], PAD)
     blocks = pad_batch([passage_input(*example.passages[row], CLS, SEP, 40) for row in (1, 2, 3)], PAD)
-    outputs = IctModel(retriever)(PairBatch(*queries, *blocks, torch.zeros(3, dtype=torch.bool)))
+    outputs = DualEncoderModel(retriever)(PairBatch(*queries, *blocks, torch.arange(3), torch.zeros(3, 3, dtype=torch.bool)))
     with torch.no_grad():
         log_p_BB = (retriever.embed_queries(*queries) @ retriever.embed_passages(*blocks).T / 2.0).log_softmax(-1)
     assert outputs["loss"].item() == pytest.approx(-log_p_BB.diagonal().mean().item(), rel=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from realm.objectives import (
     MARGINALS,
     candidate_log_prior,
-    inverse_cloze_loss,
+    in_batch_loss,
     joint_marginal_log_likelihood,
     open_qa_loss,
     per_token_marginal_log_likelihood,
@@ -125,27 +125,34 @@ def test_empty_slots_get_no_probability_and_no_gradient(name):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
-@pytest.mark.parametrize("withheld", [(), (1,), (0, 3), (0, 1, 2, 3, 4)])
-def test_inverse_cloze_loss_is_the_mean_over_sentences(temperature, withheld):
+@pytest.mark.parametrize("excluded", [set(), {(0, 1), (0, 6), (3, 4), (4, 1)}])
+def test_in_batch_loss_is_the_mean_over_queries(temperature, excluded):
     generator = torch.Generator().manual_seed(3)
-    query_emb_BD = torch.randn(5, 4, generator=generator, dtype=torch.float64)
-    num_candidates = 6 if withheld else 5  # the null passage comes last, where it takes part
-    block_emb_CD = torch.randn(num_candidates, 4, generator=generator, dtype=torch.float64)
-    withheld_B = torch.tensor([b in withheld for b in range(5)])
-    loss, accuracy = inverse_cloze_loss(query_emb_BD, block_emb_CD, withheld_B, temperature)
+    query_emb_BD = torch.randn(5, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    passage_emb_CD = torch.randn(7, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    target, excluded_BC = [5, 1, 0, 3, 4 if not excluded else 0], torch.zeros(5, 7, dtype=torch.bool)
+    for place in excluded:
+        excluded_BC[place] = True
+    loss, accuracy = in_batch_loss(query_emb_BD, passage_emb_CD, torch.tensor(target), excluded_BC, temperature)
+    loss.backward()
     losses, right = [], 0
+    gradient_BD = [[0.0] * 4 for _ in range(5)]
     for b in range(5):
         scores = {
-            c: sum(float(q * p) for q, p in zip(query_emb_BD[b], block_emb_CD[c], strict=True)) / temperature
-            for c in range(num_candidates)
-            if c not in withheld
+            c: sum(float(q * p) for q, p in zip(query_emb_BD[b], passage_emb_CD[c], strict=True)) / temperature
+            for c in range(7)
+            if (b, c) not in excluded
         }
-        wanted = 5 if b in withheld else b
-        losses.append(math.log(sum(math.exp(score) for score in scores.values())) - scores[wanted])
-        right += max(scores, key=scores.__getitem__) == wanted
+        total = sum(math.exp(score) for score in scores.values())
+        losses.append(math.log(total) - scores[target[b]])
+        right += max(scores, key=scores.__getitem__) == target[b]
+        for c, score in scores.items():
+            for d in range(4):
+                gradient_BD[b][d] += (math.exp(score) / total - (c == target[b])) * float(passage_emb_CD[c, d]) / temperature / 5
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert accuracy.item() == pytest.approx(right / 5)
-    assert 0 < right < 5 or len(withheld) == 5
+    assert torch.allclose(query_emb_BD.grad, torch.tensor(gradient_BD, dtype=torch.float64), atol=1e-5)
+    assert passage_emb_CD.grad.abs().sum(-1).min() > 0
 
 
 def test_positive_log_marginal_sums_the_positives():
