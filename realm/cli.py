@@ -73,14 +73,14 @@ def _parser() -> argparse.ArgumentParser:
             stage.add_argument("--with-refresher", action="store_true", help="start a refresher process beside the trainer")
     refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
     refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
-    for name, stage, about in (
-        ("finetune-retriever", "finetune_retriever", "finetune both towers of the retriever on questions with hard negatives"),
-        ("finetune", "finetune", "finetune reader and query tower on questions"),
+    for name, about in (
+        ("finetune-retriever", "finetune both towers of the retriever on questions with hard negatives"),
+        ("finetune", "finetune reader and query tower on questions"),
     ):
         finetune = add(name, _finetune, about, "run")
         finetune.add_argument("--questions", help="file of questions; default: data.train of the run's config")
         finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-        finetune.set_defaults(stage=stage)
+        finetune.set_defaults(stage=name.replace("-", "_"))
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
     evaluate.add_argument("--questions", help="file of questions; default: those of --split")
     evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets")

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+from realm.attention.binding import bind_attention
+from realm.attention.dense import DenseAttention
 from realm.bert import BertSource, load_bert
 from realm.errors import UserError
 from realm.tokenizer import load_tokenizer
@@ -53,6 +55,7 @@ class Tower(nn.Module):
 
     def __init__(self, bert: BertModel, pooling: str, projection_dim: int | None, normalize: bool) -> None:
         super().__init__()
+        bind_attention(bert, DenseAttention())
         self.bert = bert
         self.pooling = pooling
         self.normalize = normalize

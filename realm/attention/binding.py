@@ -7,13 +7,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel
 
 from realm.attention import AttentionConfig
-from realm.attention.dense import DenseAttention
+from realm.attention.dense import DenseAttention, dense_attention
 
+_DENSE = "realm_dense"
 _REPLACED = "realm_replaced_module"
 
 
 def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """What transformers hands to replaced modules as mask: the plain (B, L) padding mask instead of a dense (B, 1, L, L)."""
+    """What transformers hands to our attentions as mask: the plain (B, L) padding mask instead of a dense (B, 1, L, L)."""
+    return attention_mask
+
+
+def _padding_mask_if_padded(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
+    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation."""
+    if attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
+        return None
     return attention_mask
 
 
@@ -21,6 +29,8 @@ def _never_called(*_: object, **__: object) -> tuple[Tensor, None]:
     raise AssertionError("a self-attention module that was to be replaced is still in place")
 
 
+AttentionInterface.register(_DENSE, dense_attention)
+AttentionMaskInterface.register(_DENSE, _padding_mask_if_padded)
 AttentionInterface.register(_REPLACED, _never_called)
 AttentionMaskInterface.register(_REPLACED, _padding_mask)
 
@@ -31,7 +41,7 @@ def bind_attention(bert: BertModel, attention: AttentionConfig) -> None:
     Must be called again after a model is built anew: the choice is not saved in transformers' own config.
     """
     if isinstance(attention, DenseAttention):
-        bert.set_attn_implementation("sdpa")
+        bert.set_attn_implementation(_DENSE)
         return
     layers: Any = bert.encoder.layer
     for number, layer in enumerate(layers):
