@@ -247,7 +247,7 @@ class _Refresher:
         lineage = Lineage.load(self.run)
         if lineage.current is not None:
             for version in self.collector.collect(lineage, lineage.current):
-                self.log(f"index {version} deleted")
+                self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
 
     def _remove_work(self, except_for: Version | None) -> None:
         for version in versions_in(self.run / "refresher"):

@@ -93,6 +93,26 @@ def _parser() -> argparse.ArgumentParser:
     ask = add("ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
     ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
+    index = commands.add_parser(
+        "index", help="look after the index versions of a run", description="Index versions of a run: list, show, check, collect."
+    )
+    verbs = index.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command, about in (
+        ("ls", _index_ls, "every version, its age, its size, and who needs it"),
+        ("show", _index_show, "all that one version says of itself"),
+        ("verify", _index_verify, "read every byte of the versions against their manifests"),
+        ("gc", _index_gc, "remove what nobody needs and what crashes left behind"),
+    ):
+        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        verb.add_argument("--run", type=Path, required=True, help="run folder")
+        verb.set_defaults(command=command, takes_overrides=True)
+        if name == "show":
+            verb.add_argument("version", help="such as a01-step-000500-e3")
+        if name == "verify":
+            verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
+        if name == "gc":
+            verb.add_argument("--grace", type=float, metavar="S", help="seconds in which readers may still take one (default: refresh.grace_s)")
+            verb.add_argument("--dry-run", action="store_true", help="say what would go")
     bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks; each prints one table.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
@@ -191,6 +211,54 @@ def _ask(options: argparse.Namespace) -> None:
     from finetune.ask import ask
 
     ask(_open(options), options.question, options.passages)
+
+
+def _index_ls(options: argparse.Namespace) -> None:
+    from index.manage import entries
+    from realm.telemetry import print_table
+
+    rows = [
+        [entry.path.relative_to(options.run).as_posix(), entry.manifest and f"{entry.manifest.count:,}", entry.manifest and entry.manifest.factory,
+         f"{entry.bytes / 2**20:,.1f}", entry.manifest and entry.manifest.created_at, entry.state] for entry in entries(_open(options).folder)
+    ]  # fmt: skip
+    print_table(f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows)
+
+
+def _index_show(options: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from index.manage import entry_named
+
+    entry = entry_named(_open(options).folder, options.version)
+    if entry.manifest is None:
+        raise UserError(f"{entry.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again.")
+    everything = {**asdict(entry.manifest), "bytes": entry.bytes, "state": entry.state, "holders": entry.holders}
+    print(json.dumps(everything, indent=1))
+
+
+def _index_verify(options: argparse.Namespace) -> None:
+    from index.manage import entries, entry_named, verify
+
+    folder = _open(options).folder
+    chosen = [entry_named(folder, name) for name in options.version] or entries(folder)
+    broken = [entry for entry in chosen if verify(entry, print) is not None]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(chosen)} index versions would be refused; readers pass them over; remove them to have them built anew."
+        )
+
+
+def _index_gc(options: argparse.Namespace) -> None:
+    from index.manage import collect_garbage
+
+    run = _open(options)
+    grace_s = run.config.refresh.grace_s if options.grace is None else options.grace
+    removed = collect_garbage(run.folder, run.config.refresh, grace_s, options.dry_run, print)
+    for path in removed:
+        print(f"{'would remove' if options.dry_run else 'removed'} {path}")
+    if not removed:
+        print("nothing to remove")
 
 
 def _bench_spans(options: argparse.Namespace) -> None:
