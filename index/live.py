@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from index.refresh import TRAINING_ENDED, start_refresher
+from index.replay import announce, forget
 from index.search import IndexWatcher, PassageIndex
 from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class LiveIndex:
     """The index in use, and how it follows the refresher. One a trainer; use it as a context manager."""
 
-    def __init__(self, folder: Path, config: RefreshConfig, attempt: int, watcher: IndexWatcher) -> None:
-        self.folder, self.config, self.attempt, self.watcher = folder, config, attempt, watcher
+    def __init__(self, folder: Path, config: RefreshConfig, attempt: int, watcher: IndexWatcher, replay: dict[int, int] | None = None) -> None:
+        self.folder, self.config, self.attempt, self.watcher, self.replay = folder, config, attempt, watcher, replay or {}
         self.swaps = 0
         self.refresher: subprocess.Popen[bytes] | None = None
         self._index: PassageIndex | None = None
@@ -41,12 +42,19 @@ class LiveIndex:
         dim: int,
         parent: int | None,
         step: int,
+        replay: dict[int, int] | None = None,
     ) -> Self:
-        """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`."""
+        """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`.
+
+        `replay`: for each step, the export whose index it must search (see `index.replay`); steps it does not name take what is newest.
+        """
+        replay = {at: export for at, export in (replay or {}).items() if at >= step}
 
         def start() -> int:
             (folder / TRAINING_ENDED).unlink(missing_ok=True)
-            return start_attempt(folder, parent, None if parent is None else step)
+            attempt = start_attempt(folder, parent, None if parent is None else step)
+            announce(folder, replay, step) if replay else forget(folder)
+            return attempt
 
         attempt = on_main(start)
         watcher = IndexWatcher(
@@ -57,9 +65,9 @@ class LiveIndex:
             tokenizer_fingerprint(tokenizer),
             config.poll_s,
             log=lambda line: console.print(f"  {line}"),
-            follow=is_main(),
+            follow=is_main() and not replay,
         )
-        return cls(folder, config, attempt, watcher)
+        return cls(folder, config, attempt, watcher, replay)
 
     @property
     def index(self) -> PassageIndex:
@@ -87,12 +95,28 @@ class LiveIndex:
         self.refresher = start_refresher(self.folder, log)
         console.print(f"  refresher started (process {self.refresher.pid}, output in {log})")
 
-    def wait_for_first(self) -> None:
-        """Wait for the first index, at most `refresh.wait_timeout_s`. Raises UserError naming the remedy when there is none by then."""
-        self._wait(0, "the first index")
+    def wait_for_first(self, step: int = 0) -> None:
+        """Wait for the index that step `step` begins with, at most `refresh.wait_timeout_s`. Raises UserError naming the remedy when there is
+        none by then."""
+        if step in self.replay:
+            self._wait_for_export(self.replay[step])
+        else:
+            self._wait(0, "the first index")
 
     def swap(self, step: int) -> None:
-        """Between two steps: take a newer index if one is ready; apply the staleness policy if it lags too far behind."""
+        """Between two steps: take a newer index if one is ready; apply the staleness policy if it lags too far behind.
+
+        A step that a replay names takes exactly the index it names, and waits for it.
+        """
+        if step in self.replay:
+            self._wait_for_export(self.replay[step])
+            return
+        if self.replay:
+            self.replay = {}
+            if is_main():
+                forget(self.folder)
+                self.watcher.follow = True
+            console.print(f"  the log is followed up to step {step}; from here on the newest index counts")
         self._take()
         limit = self.config.max_stale_steps
         behind = step - self.index.step
@@ -189,6 +213,23 @@ class LiveIndex:
                 time.sleep(0.02)  # opened here, and soon on the other ranks
         if time.monotonic() - began > 0.5:
             console.print(f"  waited {format_seconds(time.monotonic() - began)} for {what}")
+
+    def _wait_for_export(self, export: int) -> None:
+        """Take the index of the export at step `export`; raises UserError, on all ranks, when the time is up."""
+        began = time.monotonic()
+        what = f"the index of step {export}, which the log names"
+        while self._index is None or self._index.step != export:
+            chosen = on_main(lambda: self._indexed(export))
+            if chosen is not None:
+                self.watcher.request(chosen)
+                self._take()
+            if self._index is None or self._index.step != export:
+                on_main(lambda: self._check_wait(time.monotonic() - began, what))
+                time.sleep(min(0.02, self.config.poll_s))
+
+    def _indexed(self, export: int) -> Version | None:
+        usable = newest(self.folder / "indexes", Lineage.load(self.folder), self.attempt)
+        return next((version for version in usable if version.step == export and version.name not in self.watcher.refused), None)
 
     def _check_wait(self, waited: float, what: str) -> None:
         if self.refresher is not None and self.refresher.poll() is not None and self.watcher.ready is None:

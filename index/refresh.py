@@ -24,6 +24,7 @@ import torch
 from index.build import IndexManifest, build_index, empty_index, write_version
 from index.encode import BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
 from index.lease import Lease
+from index.replay import wanted
 from index.store import Collector, process_name, remove_leftovers
 from realm.config import RefreshConfig
 from realm.errors import UserError
@@ -129,11 +130,17 @@ class _Refresher:
         return once or (self.run / TRAINING_ENDED).exists()
 
     def next_version(self) -> Version | None:
-        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus and factory yet."""
+        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus and factory yet; before it, in their order,
+        those that a trainer which follows a log is waiting for."""
         lineage = Lineage.load(self.run)
         if lineage.current is None:
             return None
-        for version in newest(self.run / "encoders", lineage, lineage.current):
+        usable = newest(self.run / "encoders", lineage, lineage.current)
+        for step in wanted(self.run):
+            version = next((version for version in usable if version.step == step), None)
+            if version is not None and version not in self.refused and not self._has_index(version):
+                return version
+        for version in usable:
             if version not in self.refused:
                 return None if self._has_index(version) else version
         return None
@@ -233,6 +240,8 @@ class _Refresher:
         assert lineage.current is not None
         if not lineage.allows(version, lineage.current):
             raise _Superseded(f"attempt {lineage.current} has abandoned it")
+        if version.step in wanted(self.run):
+            return
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
         if latest in (version, *self.refused):
             return

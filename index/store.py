@@ -12,6 +12,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from index.replay import wanted
 from realm.publish import MANIFEST, TEMPORARY, Lineage, PublishError, Version, newest, versions_in
 
 
@@ -84,7 +85,8 @@ class Collector:
 
     def _collect_indexes(self, lineage: Lineage, attempt: int) -> list[Version]:
         indexes = self.run / "indexes"
-        kept = set(newest(indexes, lineage, attempt)[: self.keep_last])
+        usable, replayed = newest(indexes, lineage, attempt), wanted(self.run)
+        kept = {*usable[: self.keep_last], *(version for version in usable if version.step in replayed)}
         others = [version for version in versions_in(indexes) if version not in kept]
         pins = pinned(self.run) if others else set()
         now = time.monotonic()
@@ -103,8 +105,10 @@ class Collector:
         usable = [version.encoder for version in newest(self.run / "indexes", lineage, attempt)]
         if not usable:
             return []
-        removed = []
+        removed, replayed = [], wanted(self.run)
         for version in versions_in(encoders):
+            if version.step in replayed and lineage.allows(version, attempt):
+                continue
             abandoned = not lineage.allows(version, attempt)
             if version not in indexed and (abandoned or (version.step, version.attempt) < (usable[0].step, usable[0].attempt)):
                 shutil.rmtree(encoders / version.name)  # nobody opens it any more; a kill halfway leaves it to the next look

@@ -12,6 +12,7 @@ from torch import nn
 
 from index.frozen import publish_frozen
 from index.live import LiveIndex
+from index.replay import read_replay
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
@@ -32,9 +33,10 @@ from realm.telemetry import Metrics, console
 STAGE = "pretrain"
 
 
-def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) -> None:
+def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, replay: Path | None = None) -> None:
     """Train the stage beside a refresher and write `pretrain/model`.
 
+    `replay`: a run folder, this one or another, whose log says which index each step searches; where it ends, the newest counts again.
     Raises UserError where no index appears within `refresh.wait_timeout_s`, or the staleness policy says stop.
     """
     config = run.config.pretrain
@@ -50,8 +52,9 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
     checkpoint = newest_checkpoint(run.stage(STAGE))
     state = {} if checkpoint is None else read_state(checkpoint)
     start = state.get("step", 0)
+    log = None if replay is None else on_main(lambda: read_replay(replay))
     metrics = Metrics(run.folder, STAGE, is_main())
-    with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start) as live:
+    with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log) as live:
         if live.needs_export():
             if start:
                 raise UserError(f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run.")
@@ -60,7 +63,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False) ->
                 console.print("  the first index is the one that the reader was warmed up with")
         if with_refresher:
             live.start_refresher()
-        live.wait_for_first()
+        live.wait_for_first(start)
         if checkpoint is None and config.reader_check:
             check_reader(run, retriever, reader, live)  # before DeepSpeed takes the parameters apart
         model = RealmModel(retriever, reader, config.marginal)

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
         if name == "pretrain":
             stage.add_argument("--with-refresher", action="store_true", help="start a refresher process beside the trainer")
+            stage.add_argument(
+                "--replay", type=Path, metavar="RUN", help="search at each step the index that this run, or an earlier attempt of the same, searched"
+            )
     refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
     refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
     for name, about in (
@@ -172,7 +175,7 @@ def _reader_warmup(options: argparse.Namespace) -> None:
 def _pretrain(options: argparse.Namespace) -> None:
     from pretrain.train import train_realm
 
-    train_realm(_open(options), options.resume, options.with_refresher)
+    train_realm(_open(options), options.resume, options.with_refresher, options.replay)
 
 
 def _refresh(options: argparse.Namespace) -> None:

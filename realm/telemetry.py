@@ -105,7 +105,11 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             run_folder.mkdir(parents=True, exist_ok=True)
-            self._file = (run_folder / "metrics.jsonl").open("a", buffering=1)
+            path = run_folder / "metrics.jsonl"
+            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("a", buffering=1)
+            if torn:  # by a kill; the next line must stand on its own
+                self._file.write("\n")
             self._board = SummaryWriter(str(run_folder / "tensorboard" / stage))
 
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
