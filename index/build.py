@@ -4,8 +4,8 @@ Shape legend: N passages, D dimension of the embeddings.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class IndexManifest:
     """Time the refresher took, by phase."""
     created_at: str
     """UTC, ISO 8601; for people, nothing is decided by it."""
+    drift: dict[str, Any] = field(default_factory=dict)
+    """How far the encoder has moved since the version named under `against` (see `index.drift`); empty for the first."""
 
     @classmethod
     def read(cls, folder: Path) -> tuple["IndexManifest", dict[str, Any]]:
@@ -49,7 +51,7 @@ class IndexManifest:
         manifest = read_manifest(folder)
         if manifest.get("format") != 1:
             raise PublishError(f"{folder} has index format {manifest.get('format')!r} where this program reads 1; build the index again")
-        return cls(**{field.name: manifest[field.name] for field in fields(cls)}), manifest
+        return cls(**{entry.name: manifest[entry.name] for entry in fields(cls) if entry.name in manifest}), manifest
 
 
 def empty_index(dim: int, factory: str) -> faiss.Index:
@@ -103,9 +105,14 @@ def _sample(shards: list[np.ndarray], num_rows: int, seed: int) -> np.ndarray:
 
 
 def write_version(
-    indexes: Path, version: Version, index: faiss.Index, manifest: IndexManifest, before_publish: Callable[[], None] | None = None
+    indexes: Path,
+    version: Version,
+    index: faiss.Index,
+    manifest: IndexManifest,
+    before_publish: Callable[[], None] | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Publish `index` as `indexes/<version>` and return that folder.
+    """Publish `index` as `indexes/<version>`, `arrays` by file name beside it, and return that folder.
 
     `before_publish` is called when all is written, just before the version appears; what it raises stops the publishing and leaves
     nothing behind.
@@ -113,6 +120,8 @@ def write_version(
     final = indexes / version.name
     with published(final) as folder:
         faiss.write_index(index, str(folder / INDEX_FILE))
+        for name, array in (arrays or {}).items():
+            np.save(folder / name, array, allow_pickle=False)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
         if before_publish is not None:
             before_publish()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from index.build import INDEX_FILE, IndexManifest
+from index.drift import PROBE_FILE
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
 from index.store import Hold
@@ -77,13 +78,14 @@ def publish_frozen(run: Run, retriever: Path, encoder: Version) -> bool:
     index = _find(_store(run, wanted), run.passages, wanted, lambda line: None)
     if index is None:
         return False
-    source = _store(run, wanted) / "indexes" / index.version.name / INDEX_FILE
+    source = _store(run, wanted) / "indexes" / index.version.name
     manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
     with published(run.folder / "indexes" / encoder.with_epoch(0).name) as folder:
-        try:
-            os.link(source, folder / INDEX_FILE)  # published files never change, so two names may share one
-        except OSError:
-            shutil.copyfile(source, folder / INDEX_FILE)
+        for file in (name for name in (INDEX_FILE, PROBE_FILE) if (source / name).exists()):
+            try:
+                os.link(source / file, folder / file)  # published files never change, so two names may share one
+            except OSError:
+                shutil.copyfile(source / file, folder / file)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
     return True
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,11 @@ import numpy as np
 import torch
 
 from index.build import IndexManifest, build_index, empty_index, write_version
+from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
 from index.encode import BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
 from index.lease import Lease
 from index.replay import wanted
+from index.search import IndexRefused, PassageIndex
 from index.store import Collector, process_name, remove_leftovers
 from realm.config import RefreshConfig
 from realm.errors import UserError
@@ -183,6 +185,9 @@ class _Refresher:
         clock.phase("encode")
         index = build_index(shards, self.config.factory)
         clock.phase("build")
+        probe_PD = take_rows(shards, probe_rows(len(self.corpus), self.config.probe_passages))
+        drift = self._drift(version, encoder, index, probe_PD)
+        clock.phase("drift")
         manifest = IndexManifest(
             encoder=version.name,
             encoder_checksum=encoder_checksum,
@@ -193,6 +198,7 @@ class _Refresher:
             factory=self.config.factory,
             seconds=dict(clock.seconds),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            drift=drift,
         )
 
         def before_publish() -> None:
@@ -200,9 +206,24 @@ class _Refresher:
             if self.stop.is_set():
                 raise _Stopped
 
-        name = write_version(self.run / "indexes", version.with_epoch(lease.epoch), index, manifest, before_publish).name
+        final = version.with_epoch(lease.epoch)
+        write_version(self.run / "indexes", final, index, manifest, before_publish, {PROBE_FILE: probe_PD})
         clock.phase("publish")
-        self._report(name, index.ntotal, num_kept, clock.seconds)
+        self._report(final.name, index.ntotal, num_kept, clock.seconds, drift)
+
+    def _drift(self, version: Version, encoder: Encoder, fresh: faiss.Index, probe_PD: np.ndarray) -> dict[str, Any]:
+        """How far the encoder has moved since the newest index before this one; empty where there is none that tells."""
+        lineage = Lineage.load(self.run)
+        assert lineage.current is not None
+        for older in newest(self.run / "indexes", lineage, lineage.current):
+            folder = self.run / "indexes" / older.name
+            if older.step < version.step and self._is_ours(older) and (folder / PROBE_FILE).exists():
+                with suppress(IndexRefused):
+                    stale = PassageIndex.open(folder, self.corpus.fingerprint, dim=fresh.d, threads=self.config.threads)
+                    stale_probe_PD = np.load(folder / PROBE_FILE, allow_pickle=False)
+                    if stale_probe_PD.shape == probe_PD.shape:
+                        return measure_drift(stale, stale_probe_PD, fresh, probe_PD, encoder, self.corpus)
+        return {}
 
     def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease) -> tuple[list[np.ndarray], int]:
         """All passages in shards, mapped from disk, and how many shards an earlier refresher had finished."""
@@ -263,11 +284,13 @@ class _Refresher:
             if version != except_for:
                 shutil.rmtree(self.run / "refresher" / version.name)
 
-    def _report(self, name: str, rows: int, num_kept: int, seconds: dict[str, float]) -> None:
+    def _report(self, name: str, rows: int, num_kept: int, seconds: dict[str, float], drift: dict[str, Any]) -> None:
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
         kept = f" ({num_kept} shards kept from before)" if num_kept else ""
-        self.log(f"index {name} published: {rows} passages, {phases}{kept}")
+        moved = f"; since {drift['against']} embeddings moved by {drift['cosine_change']:.4f} (1 - cosine)" if drift else ""
+        self.log(f"index {name} published: {rows} passages, {phases}{kept}{moved}")
         entry: dict[str, Any] = {"version": name, "rows": rows, "shards_kept": num_kept, "seconds": seconds, "time": time.time(), **peak_memory()}
+        entry |= {"drift": drift}
         with (self.run / "refresher" / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

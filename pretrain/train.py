@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from index.drift import PROBE_FILE, ProbePassages
 from index.frozen import publish_frozen
 from index.live import LiveIndex
 from index.replay import read_replay
@@ -67,18 +68,27 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
         if checkpoint is None and config.reader_check:
             check_reader(run, retriever, reader, live)  # before DeepSpeed takes the parameters apart
         model = RealmModel(retriever, reader, config.marginal)
-        engine = Engine(model, config.optim, run.config.engine, config.steps, config.batch_size, [retriever.query_tower])
+        towers = [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
+        engine = Engine(model, config.optim, run.config.engine, config.steps, config.batch_size, towers)
         loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
         loop.resume()
         candidates = Candidates(run, lambda: engine.whole(retriever.query_tower), live)
+        exports = Exports(run, lambda: engine.whole(retriever.passage_tower))
         if checkpoint is not None:
             candidates.restore(checkpoint, start)
+            exports.restore(checkpoint)
 
         def after_step(step: int) -> dict[str, float | str]:
-            if step % run.config.refresh.every_steps == 0 or step == config.steps:
+            drift = exports.drift(step)
+            if exports.due(step, drift):
                 with engine.gathered(retriever):
                     live.export(step, lambda folder: export_retriever(run, retriever, folder))
-            return candidates.timing | live.telemetry(step)
+                exports.mark()
+            return candidates.timing | live.telemetry(step) | ({} if drift is None else {"drift": drift})
+
+        def save(folder: Path) -> None:
+            candidates.save(folder)
+            exports.save(folder)
 
         seconds = loop.run(
             start,
@@ -90,7 +100,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             ),
             after_step,
             lambda: {"attempt": live.attempt},
-            candidates.save,
+            save,
             state.get("seconds", 0.0),
         )
         candidates.close()
@@ -98,6 +108,48 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
         live.training_ended()
     metrics.close()
+
+
+class Exports:
+    """When the retriever is exported: by period, by drift, or both, and at the end."""
+
+    def __init__(self, run: Run, passage_tower: Callable[[], nn.Module]) -> None:
+        """`passage_tower()` is the tower with the weights of the moment; all ranks must call this and the methods together."""
+        self.config, self.steps, self.passage_tower = run.config.refresh, run.config.pretrain.steps, passage_tower
+        self.probe: ProbePassages | None = None
+        if self.config.max_drift is not None:
+            longest, precision = run.config.retriever.max_passage_tokens, run.config.engine.precision
+            self.probe = ProbePassages(run.passages, run.wordpieces, self.config.probe_passages, longest, precision)
+        self.mark()
+
+    def drift(self, step: int) -> float | None:
+        """How far the passage embeddings have moved since the last export, where it is time to look."""
+        if self.probe is None or step % self.config.drift_every_steps:
+            return None
+        probe, tower = self.probe, self.passage_tower()
+        return on_main(lambda: probe.moved(tower))
+
+    def due(self, step: int, drift: float | None) -> bool:
+        """Whether to export after this step."""
+        by_period = self.config.period > 0 and step % self.config.period == 0
+        by_drift = drift is not None and self.config.max_drift is not None and drift >= self.config.max_drift
+        return by_period or by_drift or step == self.steps
+
+    def mark(self) -> None:
+        """Drift is measured from these weights on."""
+        if self.probe is not None:
+            probe, tower = self.probe, self.passage_tower()
+            on_main(lambda: probe.mark(tower))
+
+    def save(self, checkpoint: Path) -> None:
+        """Add to a checkpoint what drift is measured from."""
+        if self.probe is not None and is_main():
+            np.save(checkpoint / PROBE_FILE, self.probe.marked_PD)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Measure from where the checkpoint's run did; from here where it measured nothing."""
+        if self.probe is not None and is_main() and (checkpoint / PROBE_FILE).exists():
+            self.probe.marked_PD = np.load(checkpoint / PROBE_FILE)
 
 
 class Candidates:

@@ -128,7 +128,15 @@ class RefreshConfig:
     """Asynchronous refresh of the index, and how the trainer takes to it."""
 
     every_steps: int = 500
-    """Steps between exports of the retriever."""
+    """Steps between exports of the retriever; 0: it is exported by drift alone."""
+    max_drift: float | None = None
+    """Export, too, when the embeddings of the probe passages have moved by so much since the last export (mean of 1 − cosine)."""
+    drift_every_steps: int = 50
+    """Steps between looks at the drift, where `max_drift` is set."""
+    probe_passages: int = 256
+    """Passages, the same throughout a run, on which drift is measured, by the trainer and for each index version."""
+    staleness_multiplier: int = 1
+    """Every so many times `every_steps` alone counts: for experiments with stale indexes (Guu et al. 2020, section 4.4)."""
     factory: str = "Flat"
     """FAISS index factory string."""
     shard_rows: int = 50_000
@@ -153,6 +161,11 @@ class RefreshConfig:
     """What happens beyond `max_stale_steps`."""
     wait_timeout_s: float = 120.0
     """Longest wait for an index, at the start and under the policy `wait`; then training stops with a message."""
+
+    @property
+    def period(self) -> int:
+        """Steps between exports; 0 where drift alone decides."""
+        return self.every_steps * self.staleness_multiplier
 
 
 @dataclass(frozen=True)
@@ -306,3 +319,7 @@ class RealmConfig:
             raise ValueError(f"reader.max_tokens ({joint}) leaves no room for a passage beside retriever.max_query_tokens ({query})")
         if self.pretrain.candidates < 2:
             raise ValueError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}")
+        if self.refresh.every_steps == 0 and self.refresh.max_drift is None:
+            raise ValueError("refresh.every_steps is 0 and refresh.max_drift is not set, so that nothing would be exported; set one of them")
+        if self.refresh.staleness_multiplier < 1:
+            raise ValueError(f"refresh.staleness_multiplier must be at least 1, got {self.refresh.staleness_multiplier}")

@@ -65,7 +65,7 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
             dim=rate.dim,
             index_bytes=int(rate.fixed_bytes + count * rate.vector_bytes),
             prepared_bytes=int(count * manifest["bytes"] / manifest["blocks"]),
-            refresh_period_seconds=stages["pretrain"].seconds_per_step * config.refresh.every_steps if "pretrain" in stages else float("inf"),
+            refresh_period_seconds=_period(stages["pretrain"].seconds_per_step, config) if "pretrain" in stages else float("inf"),
         )
     result = _with_refresher(result, config)
     print_plan(result, config)
@@ -83,7 +83,16 @@ def _with_refresher(result: Plan, config: RealmConfig) -> Plan:
     # While it encodes, the trainer's step takes 1/left as long, and the period with it.
     slower = stage.seconds_per_step * (1 - busy + busy / left)
     stages = result.stages | {"pretrain": replace(stage, seconds_per_step=slower)}
-    return replace(result, stages=stages, refresh_period_seconds=slower * config.refresh.every_steps)
+    return replace(result, stages=stages, refresh_period_seconds=_period(slower, config))
+
+
+def _steps_between(config: RealmConfig) -> int:
+    """Steps between two exports; where drift alone decides, nobody knows before, and the looks at it are what a plan can count on."""
+    return config.refresh.period or config.refresh.drift_every_steps
+
+
+def _period(seconds_per_step: float, config: RealmConfig) -> float:
+    return seconds_per_step * _steps_between(config)
 
 
 def print_plan(result: Plan, config: RealmConfig) -> None:
@@ -95,7 +104,7 @@ def print_plan(result: Plan, config: RealmConfig) -> None:
     rows.append(["all stages", "", "", format_seconds(sum(entry.seconds for entry in result.stages.values()))])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print_table(f"Training on one process, {device}", ["stage", "steps", "steps a second", "time"], rows)
-    lag = result.refresh_seconds / result.refresh_period_seconds * config.refresh.every_steps
+    lag = result.refresh_seconds / result.refresh_period_seconds * _steps_between(config)
     print_table(
         f"Refreshing an index of {result.passages:,} passages, {result.dim} dimensions, {config.refresh.threads} threads",
         ["what", "value"],
@@ -103,14 +112,14 @@ def print_plan(result: Plan, config: RealmConfig) -> None:
             ["passages encoded a second", f"{result.passages / result.encode_seconds:,.0f}"],
             ["one refresh", format_seconds(result.refresh_seconds)],
             ["training between two exports", format_seconds(result.refresh_period_seconds)],
-            ["the index is behind by", f"{lag:,.0f} to {lag + max(lag, config.refresh.every_steps):,.0f} steps"],
+            ["the index is behind by", f"{lag:,.0f} to {lag + max(lag, _steps_between(config)):,.0f} steps"],
         ],
     )
     biggest = max(result.stages.values(), key=lambda entry: entry.parameters * 16 + entry.activation_bytes, default=None)
     if biggest is not None:
         model = biggest.parameters * 4
         checkpoints = config.engine.keep_checkpoints * model * 3
-        exports = config.pretrain.steps // config.refresh.every_steps * model // 2
+        exports = config.pretrain.steps // _steps_between(config) * model // 2
         sizes: list[tuple[str, int, int]] = [
             ("parameters", model, 0),
             ("gradients", model, 0),
@@ -133,13 +142,13 @@ def warnings(result: Plan, config: RealmConfig) -> list[str]:
     """What will not go well, each with a remedy."""
     found = []
     if result.refresh_seconds > result.refresh_period_seconds:
-        enough = int(np.ceil(config.refresh.every_steps * result.refresh_seconds / result.refresh_period_seconds / 10) * 10)
+        enough = int(np.ceil(_steps_between(config) * result.refresh_seconds / result.refresh_period_seconds / 10) * 10)
         found.append(
             f"a refresh takes {format_seconds(result.refresh_seconds)}, longer than the {format_seconds(result.refresh_period_seconds)} between two "
             f"exports: some exports get no index; set refresh.every_steps to {enough} or more, or give the refresher more threads or a GPU."
         )
     limit = config.refresh.max_stale_steps
-    lag = config.refresh.every_steps * result.refresh_seconds / result.refresh_period_seconds
+    lag = _steps_between(config) * result.refresh_seconds / result.refresh_period_seconds
     if limit is not None and lag > limit:
         found.append(f"the index will be more than refresh.max_stale_steps = {limit} steps behind; policy: {config.refresh.stale_policy}.")
     return found

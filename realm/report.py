@@ -1,5 +1,6 @@
 """The end of a run as people see it: one table, a picture of the curves, questions answered, what to type next."""
 
+import json
 from pathlib import Path
 
 from realm.publish import versions_in
@@ -36,12 +37,25 @@ def print_summary(
         rows_by_version.setdefault(row_["index"], []).append(row_)
     if rows_by_version:
         kept = {version.name for version in versions_in(run.folder / "indexes")}
-        table = [
-            [name, f"{used[0]['step']}–{used[-1]['step']}", max(row_["steps_behind"] for row_ in used), "kept" if name in kept else "collected"]
-            for name, used in rows_by_version.items()
-        ]
-        print_table("Index versions the trainer used", ["version", "steps", "most steps behind", "now"], table)
+        refreshes = _refreshes(run.folder)
+        table = []
+        for name, used in rows_by_version.items():
+            refresh = refreshes.get(name, {})
+            drift, took = refresh.get("drift", {}), sum(refresh.get("seconds", {}).values())
+            moved, common = drift.get("cosine_change"), drift.get("overlap@8")
+            behind = max(row_["steps_behind"] for row_ in used)
+            row = [name, f"{used[0]['step']}–{used[-1]['step']}", behind, format_seconds(took) if took else None]
+            table.append([*row, moved and f"{moved:.4f}", common and f"{100 * common:.0f}", "kept" if name in kept else "collected"])
+        columns = ["version", "steps", "most steps behind", "refresh took", "moved (1 − cosine)", "top 8 in common, %", "now"]
+        print_table("Index versions the trainer used", columns, table)
     console.print("  " + "  ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+def _refreshes(folder: Path) -> dict[str, dict]:
+    """What the refresher logged of each version."""
+    path = folder / "refresher" / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {entry["version"]: entry for entry in map(json.loads, lines)}
 
 
 def print_next(run: Run) -> None:

@@ -63,6 +63,9 @@ class FakeRetriever(nn.Module):
         weight_BL = mask_BL / (1 + torch.arange(ids_BL.shape[1]))
         return (self.table(ids_BL) * weight_BL[..., None]).sum(1)
 
+    def embed_queries(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return self.embed_passages(ids_BL, mask_BL)
+
 
 def export(run: Path, attempt: int, step: int) -> Path:
     """What the trainer does: publish an encoder, here only the seed of its weights."""

@@ -62,7 +62,7 @@ def test_one_cycle(run: Path, corpus: FakeCorpus) -> None:
     assert_equals_direct_encoding(run, "a01-step-000500-e1", corpus)
     assert len(lines) == 1 and "a01-step-000500-e1 published: 60 passages" in lines[0]
     entry = json.loads((run / "refresher" / "log.jsonl").read_text())
-    assert entry["version"] == "a01-step-000500-e1" and set(entry["seconds"]) == {"load", "encode", "build", "publish"}
+    assert entry["version"] == "a01-step-000500-e1" and set(entry["seconds"]) == {"load", "encode", "build", "drift", "publish"}
     assert not (run / "refresher" / "a01-step-000500").exists()
     assert refresh_once(run, corpus) == [], "what has an index is not indexed again"
 

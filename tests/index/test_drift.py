@@ -1,0 +1,114 @@
+"""Drift: what each version says of the distance to the one before, and exports that wait for it."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_refresher import CONFIG, SPECIAL_IDS, FakeCorpus, direct_embeddings, export, load
+from torch import nn
+
+from index.build import IndexManifest
+from index.drift import PROBE_FILE, ProbePassages, cosine_change, overlap, probe_rows, take_rows
+from index.refresh import refresh
+from realm.config_file import load_config
+from realm.errors import UserError
+from realm.publish import versions_in
+from realm.telemetry import read_metrics
+from tests.test_loop import realm
+from tests.tiny import write_config, write_sources
+
+KEEP = replace(CONFIG, keep_last=10, probe_passages=20)
+
+
+def refresh_once(run: Path, corpus: FakeCorpus, config=KEEP) -> None:
+    refresh(run, config, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
+
+
+def test_each_version_tells_how_far_it_is_from_the_one_before(run: Path, corpus: FakeCorpus) -> None:
+    refresh_once(run, corpus)
+    export(run, 1, 600)
+    (run / "encoders" / "a01-step-000600" / "seed").write_text((run / "encoders" / "a01-step-000500" / "seed").read_text())
+    refresh_once(run, corpus)
+    export(run, 1, 700)
+    refresh_once(run, corpus)
+    first, same, other = (IndexManifest.read(run / "indexes" / version.name)[0].drift for version in versions_in(run / "indexes"))
+    assert first == {}
+    assert same["against"] == "a01-step-000500-e1" and same["cosine_change"] == pytest.approx(0, abs=1e-6) and same["overlap@8"] == 1.0
+    rows = probe_rows(60, 20)
+    before, now = (direct_embeddings(run / "encoders" / f"a01-step-000{step}", corpus)[rows].astype(np.float64) for step in (600, 700))
+    change = 0.0
+    for a, b in zip(before, now, strict=True):
+        change += 1 - sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    assert other["cosine_change"] == pytest.approx(change / 20, rel=1e-4)
+    assert other["against"] == "a01-step-000600-e2" and 0 < other["overlap@8"] < 1
+    log = [json.loads(line) for line in (run / "refresher" / "log.jsonl").read_text().splitlines()]
+    assert [entry["drift"] for entry in log] == [first, same, other] and "drift" in log[0]["seconds"]
+
+
+def test_the_probe_is_exact_in_a_compressed_index_and_the_same_rows_for_all(run: Path, corpus: FakeCorpus) -> None:
+    refresh_once(run, corpus, replace(KEEP, factory="SQ4"))
+    folder = run / "indexes" / versions_in(run / "indexes")[0].name
+    probe = np.load(folder / PROBE_FILE)
+    direct = direct_embeddings(run / "encoders" / "a01-step-000500", corpus)
+    np.testing.assert_allclose(probe, direct[probe_rows(60, 20)], rtol=1e-5, atol=1e-6)
+    assert len(probe_rows(10, 20)) == 10 and np.array_equal(probe_rows(1000, 20), probe_rows(1000, 20))
+
+
+def test_overlap_and_rows_from_shards() -> None:
+    assert overlap(np.array([[1, 2], [3, 4]]), np.array([[2, 1], [4, 5]])) == pytest.approx(0.75)
+    matrix = np.arange(30, dtype=np.float32).reshape(10, 3)
+    rows = np.array([0, 3, 4, 9])
+    assert np.array_equal(take_rows([matrix[:1], matrix[1:4], matrix[4:]], rows), matrix[rows])
+    assert cosine_change(matrix[1:], 2 * matrix[1:]) == pytest.approx(0, abs=1e-6)
+
+
+class Turning(nn.Module):
+    """Embeds every passage as one direction, turned by an angle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angle = nn.Parameter(torch.zeros(()))
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        return torch.stack((self.angle.cos(), self.angle.sin())).expand(len(ids_BL), 2)
+
+
+def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
+    probe, tower = ProbePassages(corpus, SPECIAL_IDS, 20, 16, "fp32"), Turning()  # type: ignore[arg-type]
+    probe.mark(tower)
+    assert probe.moved(tower) == pytest.approx(0)
+    tower.angle.data.fill_(0.5)
+    assert probe.moved(tower) == pytest.approx(1 - math.cos(0.5), rel=1e-5)
+    probe.mark(tower)
+    assert probe.moved(tower) == pytest.approx(0)
+
+
+def exports(folder: Path, **changes: object) -> list[int]:
+    """Steps at which a tiny run of 12 steps exported, without a refresher beside: its first index comes from the warm-up."""
+    write_sources(folder)
+    refresh_ = {"every_steps": 0, "drift_every_steps": 2, "max_drift": 1e-9, "keep_last": 20, **changes}
+    config = write_config(folder, pretrain={"steps": 12, "reader_check": 0}, refresh=refresh_)
+    for command in ("prepare", "ict", "reader-warmup", "pretrain"):
+        result = realm(command, "--config", config)
+        assert result.returncode == 0, result.stderr
+    return [version.step for version in versions_in(folder / "run" / "encoders")]
+
+
+def test_exports_come_by_drift_by_period_or_both_and_always_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "drift").mkdir()
+    assert exports(tmp_path / "drift") == [0, 2, 4, 6, 8, 10, 12], "every look finds a little movement"
+    drifts = [row["drift"] for row in read_metrics(tmp_path / "drift" / "run" / "metrics.jsonl")["pretrain"] if "drift" in row]
+    assert len(drifts) == 6 and all(0 < drift < 1 for drift in drifts)
+    (tmp_path / "never").mkdir()
+    assert exports(tmp_path / "never", max_drift=2.0, every_steps=2, staleness_multiplier=2) == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"every_steps": 0}, "nothing would be exported"), ({"staleness_multiplier": 0}, "at least 1")])
+def test_settings_that_would_export_nothing_are_refused(tmp_path: Path, changes: dict, said: str) -> None:
+    write_sources(tmp_path)
+    with pytest.raises(UserError, match=said):
+        load_config(write_config(tmp_path, refresh=changes))
