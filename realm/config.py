@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from realm.corpus import CorpusConfig
+from realm.errors import UserError
 from realm.reader import ReaderConfig
 from realm.retriever import RetrieverConfig
 from realm.salient_spans import SpanConfig
@@ -316,10 +317,10 @@ class RealmConfig:
     def __post_init__(self) -> None:
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + 16:
-            raise ValueError(f"reader.max_tokens ({joint}) leaves no room for a passage beside retriever.max_query_tokens ({query})")
+            raise UserError(f"reader.max_tokens ({joint}) leaves no room for a passage beside retriever.max_query_tokens ({query}); raise it.")
         if self.pretrain.candidates < 2:
-            raise ValueError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}")
+            raise UserError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}.")
         if self.refresh.every_steps == 0 and self.refresh.max_drift is None:
-            raise ValueError("refresh.every_steps is 0 and refresh.max_drift is not set, so that nothing would be exported; set one of them")
+            raise UserError("refresh.every_steps is 0 and refresh.max_drift is not set, so that nothing would be exported; set one of them.")
         if self.refresh.staleness_multiplier < 1:
-            raise ValueError(f"refresh.staleness_multiplier must be at least 1, got {self.refresh.staleness_multiplier}")
+            raise UserError(f"refresh.staleness_multiplier must be at least 1, got {self.refresh.staleness_multiplier}.")
