@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from index.workers import Workers
 from realm.errors import UserError
 from realm.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
 from realm.publish import write_file_atomic, write_json_atomic
@@ -20,6 +21,8 @@ from realm.publish import write_file_atomic, write_json_atomic
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
     from realm.retriever import Retriever
+
+ALONE = Workers()
 
 
 class BadEncoder(UserError):
@@ -97,29 +100,35 @@ def encode_in_shards(
     plan: dict[str, Any],
     encode: Callable[[np.ndarray], np.ndarray],
     before_shard: Callable[[float], None],
+    workers: Workers = ALONE,
 ) -> tuple[list[np.ndarray], int]:
     """Embed rows 0 … `num_rows` - 1 shard by shard into files of the folder `work`; those an earlier process finished there are kept.
 
     `plan`: all that decides the embeddings; shards made by another plan are thrown away. `encode(rows)` gives (R, D) embeddings;
-    `before_shard` is called before each shard with the share of shards that are done, and may raise. Returns the shards, mapped, and how
-    many were kept.
+    `before_shard` is called, by the first of `workers`, before each round of one shard a worker, with the share of shards that are done, and
+    may raise. Returns the shards, mapped, and how many were kept.
     """
     plan = {**plan, "num_rows": num_rows, "shard_rows": shard_rows}
-    plan_file = work / "plan.json"
-    if not plan_file.exists() or json.loads(plan_file.read_bytes()) != plan:
-        if work.exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True)
-        write_json_atomic(plan_file, plan)
-    starts = range(0, num_rows, shard_rows)
-    shards, num_kept = [], 0
-    for number, start in enumerate(starts):
-        before_shard(number / len(starts))
-        path = work / f"shard-{number:05d}.npy"
-        if path.exists():
-            num_kept += 1
-        else:
-            embeddings_RD = encode(np.arange(start, min(start + shard_rows, num_rows)))
-            write_file_atomic(path, partial(np.save, arr=embeddings_RD, allow_pickle=False))
-        shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
-    return shards, num_kept
+    count = -(-num_rows // shard_rows)
+    path = [work / f"shard-{number:05d}.npy" for number in range(count)]
+
+    def find_missing() -> list[int]:
+        plan_file = work / "plan.json"
+        if not plan_file.exists() or json.loads(plan_file.read_bytes()) != plan:
+            if work.exists():
+                shutil.rmtree(work)
+            work.mkdir(parents=True)
+            write_json_atomic(plan_file, plan)
+        return [number for number in range(count) if not path[number].exists()]
+
+    def encode_shard(number: int) -> None:
+        rows = np.arange(number * shard_rows, min((number + 1) * shard_rows, num_rows))
+        write_file_atomic(path[number], partial(np.save, arr=encode(rows), allow_pickle=False))
+
+    missing = workers.agree(find_missing)
+    for start in range(0, len(missing), workers.size):
+        share_done = (count - len(missing) + start) / count
+        workers.agree(partial(before_shard, share_done))
+        mine = start + workers.rank
+        workers.together(partial(encode_shard, missing[mine]) if mine < len(missing) else lambda: None)
+    return [np.load(file, mmap_mode="r", allow_pickle=False) for file in path], count - len(missing)

@@ -23,11 +23,12 @@ import torch
 
 from index.build import IndexManifest, build_index, empty_index, write_version
 from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
-from index.encode import BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
+from index.encode import ALONE, BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
 from index.lease import Lease
 from index.replay import wanted
 from index.search import IndexRefused, PassageIndex
 from index.store import Collector, process_name, remove_leftovers
+from index.workers import Workers
 from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
@@ -56,6 +57,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
+def _say_nothing(line: str) -> None:
+    pass
+
+
 def refresh(
     run: Path,
     config: RefreshConfig,
@@ -64,11 +69,13 @@ def refresh(
     log: Callable[[str], None] = _say,
     load: Callable[[Path], Encoder] = load_encoder,
     stop: threading.Event | None = None,
+    workers: Workers = ALONE,
 ) -> None:
     """Build an index for the newest exported encoder, again and again, until training has ended and nothing is left to do.
 
     `once`: end as soon as nothing is left to do. `stop`: set it to end early; SIGTERM and SIGINT do the same, when called from the main
-    thread. Waits for its turn while another refresher holds the lease.
+    thread. Waits for its turn while another refresher holds the lease. `workers`: where several processes encode together, this one's place;
+    all call this function with the same arguments, and the first of them holds the lease, builds and publishes.
 
     Raises UserError where no index can be built as configured (factory string, tokenizer), and LeaseLost where another refresher took
     over. An encoder that gives no usable embeddings is reported and passed over; with `once` it raises BadEncoder.
@@ -76,18 +83,10 @@ def refresh(
     torch.set_num_threads(config.threads)
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
-    refresher = _Refresher(run, config, corpus, log, load, stop)
+    refresher = _Refresher(run, config, corpus, log if workers.first else _say_nothing, load, stop, workers)
     with _stopping_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
-        waiting = False
-        while not lease.try_acquire():
-            if stop.is_set() or (refresher.is_over(once) and refresher.next_version() is None):
-                return
-            if not waiting:
-                waiting = True
-                holder, expiry = lease.current_holder(), config.lease_expiry_s
-                log(f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life")
-            stop.wait(min(config.poll_s, config.lease_expiry_s / 4))
-        refresher.run_loop(lease, once)
+        if workers.agree(lambda: refresher.acquire(lease, once)):
+            refresher.run_loop(lease, once)
 
 
 class _Refresher:
@@ -101,6 +100,7 @@ class _Refresher:
         log: Callable[[str], None],
         load: Callable[[Path], Encoder],
         stop: threading.Event,
+        workers: Workers,
     ) -> None:
         self.run = run
         self.config = config
@@ -108,25 +108,49 @@ class _Refresher:
         self.log = log
         self.load = load
         self.stop = stop
+        self.workers = workers
         self.collector = Collector(run, config.keep_last, config.grace_s)
         self.refused: set[Version] = set()
         self.dropped_last = False
 
-    def run_loop(self, lease: Lease, once: bool) -> None:
+    def acquire(self, lease: Lease, once: bool) -> bool:
+        """Wait for the lease; False where there is nothing left to hold it for."""
+        waiting = False
+        while not lease.try_acquire():
+            if self.stop.is_set() or (self.is_over(once) and self.next_version() is None):
+                return False
+            if not waiting:
+                waiting = True
+                holder, expiry = lease.current_holder(), self.config.lease_expiry_s
+                self.log(f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life")
+            self.stop.wait(min(self.config.poll_s, self.config.lease_expiry_s / 4))
         for path in remove_leftovers(self.run):
             self.log(f"removed {path.name}, left over from a crash")
+        return True
+
+    def run_loop(self, lease: Lease, once: bool) -> None:
+        """What the first worker decides, all do: encode for a version, or end."""
+        while True:
+            going_on, version = self.workers.agree(lambda: self._look(lease, once))
+            if not going_on:
+                return
+            if version is not None:
+                self._try_cycle(version, lease, once)
+
+    def _look(self, lease: Lease, once: bool) -> tuple[bool, Version | None]:
+        """The next version to build, waiting for one; (False, None) when there will be none."""
         while not self.stop.is_set():
             lease.check()
             over = self.is_over(once)  # before the look for work: what was exported before training ended is still done
+            self._collect()
             version = self.next_version()
             self._remove_work(except_for=version)
             if version is not None:
-                self._try_cycle(version, lease, once)
-            self._collect()
-            if version is None:
-                if over:
-                    return
-                self.stop.wait(self.config.poll_s)
+                return True, version
+            if over:
+                break
+            self.stop.wait(self.config.poll_s)
+        return False, None
 
     def is_over(self, once: bool) -> bool:
         return once or (self.run / TRAINING_ENDED).exists()
@@ -183,6 +207,18 @@ class _Refresher:
         clock.phase("load")
         shards, num_kept = self._encode(version, encoder, encoder_checksum, lease)
         clock.phase("encode")
+        self.workers.agree(lambda: self._build_and_publish(version, encoder, encoder_checksum, shards, num_kept, lease, clock))
+
+    def _build_and_publish(
+        self,
+        version: Version,
+        encoder: Encoder,
+        encoder_checksum: str,
+        shards: list[np.ndarray],
+        num_kept: int,
+        lease: Lease,
+        clock: "_Clock",
+    ) -> None:
         index = build_index(shards, self.config.factory)
         clock.phase("build")
         probe_PD = take_rows(shards, probe_rows(len(self.corpus), self.config.probe_passages))
@@ -248,8 +284,8 @@ class _Refresher:
 
         plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
         work = self.run / "refresher" / version.name
-        with progress(f"encode {version}", len(self.corpus), unit="passage") as ticker:
-            return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard)
+        with progress(f"encode {version}", len(self.corpus), unit="passage", every_s=10.0 if self.workers.first else float("inf")) as ticker:
+            return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard, self.workers)
 
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.

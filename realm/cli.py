@@ -180,9 +180,12 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _refresh(options: argparse.Namespace) -> None:
     from index.refresh import refresh
+    from index.workers import Workers
+    from realm.run import Run
 
-    run = _open(options)
-    refresh(run.folder, run.config.refresh, run.passages, once=options.once)
+    run, workers = Run.open(options.run, options.overrides), Workers.join()
+    refresh(run.folder, run.config.refresh, run.passages, once=options.once, workers=workers)
+    workers.leave()
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from index.encode import Encoder, encode_passages
 from index.refresh import refresh
+from index.workers import Workers
 from realm.config import RefreshConfig
 from realm.inputs import Wordpieces
 from realm.publish import Version, published
@@ -84,6 +85,18 @@ def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
     return encode_passages(load(folder).retriever, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS)  # type: ignore[arg-type]
 
 
+def program(run: Path, seconds_per_batch: float) -> None:
+    """Refresh until training ends; each worker leaves `batches-RANK`, how many batches it has encoded."""
+    workers, encoders = Workers.join(), []
+
+    def load_and_remember(folder: Path) -> Encoder:
+        encoders.append(load(folder, seconds_per_batch))
+        return encoders[-1]
+
+    refresh(run, CONFIG, FakeCorpus(), load=load_and_remember, workers=workers)  # type: ignore[arg-type]
+    (run / f"batches-{workers.rank}").write_text(str(sum(len(encoder.retriever.batch_shapes) for encoder in encoders)))  # type: ignore[arg-type]
+    workers.leave()
+
+
 if __name__ == "__main__":
-    run_folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
-    refresh(run_folder, CONFIG, FakeCorpus(), load=lambda folder: load(folder, seconds))  # type: ignore[arg-type]
+    program(Path(sys.argv[1]), float(sys.argv[2]))
