@@ -92,13 +92,13 @@ def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
         with progress("look for answers", len(passages), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
 
             def texts():  # type: ignore[no-untyped-def]
-                for row in range(len(passages)):
+                for row in passages.rows.tolist():
                     ticker.update(row + 1)
                     yield passages.text(row)
 
             found[plain] = answers_in_corpus(texts(), [questions[number].answers for number in plain])
     if patterns:
-        every = [passages.text(row) for row in range(len(passages))]
+        every = [passages.text(row) for row in passages.rows.tolist()]
         found[patterns] = patterns_in_corpus(every, [questions[number].pattern for number in patterns])
     return found
 
@@ -117,7 +117,7 @@ def answer_all(answerer: Answerer, retriever: Retrieves, questions: Sequence[Que
             if answerer.model is not None:
                 _read(answerer, batch, retrieved[:, : config.read], rows, config)
                 if floors:
-                    _read(answerer, batch, rng.integers(len(passages), size=(len(batch), 1)), rows, config, "random_passage_")
+                    _read(answerer, batch, rng.choice(passages.rows, (len(batch), 1)), rows, config, "random_passage_")
                     gold = [number for number, question in enumerate(batch) if question.passage is not None]
                     if gold:
                         own = np.array([[batch[number].passage] for number in gold])

@@ -92,7 +92,8 @@ class _Passages:
         first_rows = np.flatnonzero(self.corpus.places == 0)
         for first, end in zip(first_rows.tolist(), [*first_rows[1:].tolist(), len(self.corpus)], strict=True):
             whole = self.corpus.text_hash(first) if end == first + 1 else text_hash("".join(map(self.corpus.text, range(first, end))))
-            rows.setdefault(whole, first)
+            if first not in self.corpus.deleted:
+                rows.setdefault(whole, first)
         return rows
 
     def find(self, record: QuestionRecord) -> int | None:

@@ -31,15 +31,15 @@ class Bm25:
             import bm25s
         except ImportError as error:
             raise UserError("BM25 needs the package bm25s; install it with: pip install 'realm[eval]'") from error
-        console.print(f"  BM25: indexing {len(passages):,} passages")
-        self._bm25s, self.index = bm25s, bm25s.BM25()
-        texts = [f"{passages.title(row)} {passages.text(row)}" for row in range(len(passages))]
+        console.print(f"  BM25: indexing {len(passages.rows):,} passages")
+        self._bm25s, self.index, self.rows = bm25s, bm25s.BM25(), passages.rows
+        texts = [f"{passages.title(row)} {passages.text(row)}" for row in self.rows.tolist()]
         self.index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         tokens = self._bm25s.tokenize([question.text for question in questions], stopwords="en", show_progress=False)
         rows, _ = self.index.retrieve(tokens, k=k, show_progress=False)
-        return np.asarray(rows, dtype=np.int64)
+        return self.rows[np.asarray(rows, dtype=np.int64)]
 
 
 class SentenceTransformerRetriever:
@@ -57,6 +57,7 @@ class SentenceTransformerRetriever:
             self.model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
             raise UserError(f"--compare: {name} is no sentence-transformers model that can be loaded ({str(error).splitlines()[0]})") from error
+        self.rows = run.passages.rows
         embeddings_ND = self._embeddings(name, run)
         self.index = faiss.IndexFlatIP(embeddings_ND.shape[1])
         self.index.add(embeddings_ND)
@@ -68,7 +69,7 @@ class SentenceTransformerRetriever:
             weights.update(parameter.detach().float().cpu().numpy().tobytes())
         folder = run.folder / "frozen" / f"{Path(name).name}-{weights.hexdigest()[:12]}"
         if not folder.exists():
-            texts = [f"{passages.title(row)} {passages.text(row)}" for row in range(len(passages))]
+            texts = [f"{passages.title(row)} {passages.text(row)}" for row in passages.rows.tolist()]
             order = np.argsort([-len(text) for text in texts], kind="stable")
             embeddings_ND = np.empty((len(texts), self.model.get_sentence_embedding_dimension() or 0), dtype=np.float32)
             with progress(f"encode with {Path(name).name}", len(texts), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
@@ -82,7 +83,7 @@ class SentenceTransformerRetriever:
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         embeddings_BD = np.asarray(self.model.encode_query([question.text for question in questions]), dtype=np.float32)
-        return self.index.search(embeddings_BD, k)[1]
+        return self.rows[self.index.search(embeddings_BD, k)[1]]
 
 
 def rival(name: str, run: Run) -> Retrieves:

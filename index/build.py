@@ -16,6 +16,8 @@ from realm.errors import UserError
 from realm.publish import PublishError, Version, published, read_manifest, write_manifest
 
 INDEX_FILE = "passages.index"
+DELETED_FILE = "deleted.npy"
+"""Rows that were taken away from the corpus; without the file none was."""
 
 _ADD_ROWS = 65_536
 
@@ -74,12 +76,17 @@ def build_index(embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "F
     try:
         if not index.is_trained:
             index.train(_sample(shards, min(count, training_rows), seed))
-        for shard in shards:
-            for start in range(0, len(shard), _ADD_ROWS):
-                index.add(np.ascontiguousarray(shard[start : start + _ADD_ROWS], dtype=np.float32))
+        add_rows(index, shards)
     except RuntimeError as error:
         raise UserError(f'index factory "{factory}" cannot take {count} passages ({_reason(error)}); try "Flat"') from error
     return index
+
+
+def add_rows(index: faiss.Index, shards: Sequence[np.ndarray]) -> None:
+    """Add embeddings behind those the index has."""
+    for shard in shards:
+        for start in range(0, len(shard), _ADD_ROWS):
+            index.add(np.ascontiguousarray(shard[start : start + _ADD_ROWS], dtype=np.float32))
 
 
 def index_bytes(index: faiss.Index) -> int:

@@ -47,7 +47,7 @@ def measure_drift(
 ) -> dict[str, Any]:
     """`cosine_change` of the probe passages since `stale`, and `overlap@8` of what the two indexes find for the first words of each, embedded
     by the query tower of today."""
-    rows_P = probe_rows(len(corpus), len(probe_PD))
+    rows_P = probe_rows(corpus.base_rows, len(probe_PD))
     words = encoder.wordpieces
     queries = [query_input(corpus.text_ids(row), words.cls, words.sep, _QUERY_WORDPIECES) for row in rows_P.tolist()]
     ids_PL, mask_PL = pad_batch(queries, words.pad)
@@ -64,7 +64,7 @@ class ProbePassages:
     """The trainer's view: the probe passages' inputs, and how far a tower has moved from where it was marked last."""
 
     def __init__(self, corpus: "PreparedCorpus", words: Wordpieces, count: int, max_tokens: int, precision: str) -> None:
-        rows = probe_rows(len(corpus), count).tolist()
+        rows = probe_rows(corpus.base_rows, count).tolist()
         self.inputs = [passage_input(corpus.title_ids(row), corpus.text_ids(row), words.cls, words.sep, max_tokens) for row in rows]
         self.pad, self.precision = words.pad, precision
         self.marked_PD = np.zeros((0, 0), np.float32)

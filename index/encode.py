@@ -95,21 +95,21 @@ def encode_passages(
 
 def encode_in_shards(
     work: Path,
-    num_rows: int,
+    rows: range,
     shard_rows: int,
     plan: dict[str, Any],
     encode: Callable[[np.ndarray], np.ndarray],
     before_shard: Callable[[float], None],
     workers: Workers = ALONE,
 ) -> tuple[list[np.ndarray], int]:
-    """Embed rows 0 … `num_rows` - 1 shard by shard into files of the folder `work`; those an earlier process finished there are kept.
+    """Embed consecutive rows of the corpus shard by shard into files of the folder `work`; those an earlier process finished there are kept.
 
     `plan`: all that decides the embeddings; shards made by another plan are thrown away. `encode(rows)` gives (R, D) embeddings;
     `before_shard` is called, by the first of `workers`, before each round of one shard a worker, with the share of shards that are done, and
     may raise. Returns the shards, mapped, and how many were kept.
     """
-    plan = {**plan, "num_rows": num_rows, "shard_rows": shard_rows}
-    count = -(-num_rows // shard_rows)
+    plan = {**plan, "rows": [rows.start, rows.stop], "shard_rows": shard_rows}
+    count = -(-len(rows) // shard_rows)
     path = [work / f"shard-{number:05d}.npy" for number in range(count)]
 
     def find_missing() -> list[int]:
@@ -122,8 +122,8 @@ def encode_in_shards(
         return [number for number in range(count) if not path[number].exists()]
 
     def encode_shard(number: int) -> None:
-        rows = np.arange(number * shard_rows, min((number + 1) * shard_rows, num_rows))
-        write_file_atomic(path[number], partial(np.save, arr=encode(rows), allow_pickle=False))
+        part = rows[number * shard_rows : (number + 1) * shard_rows]
+        write_file_atomic(path[number], partial(np.save, arr=encode(np.arange(part.start, part.stop)), allow_pickle=False))
 
     missing = workers.agree(find_missing)
     for start in range(0, len(missing), workers.size):

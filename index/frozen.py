@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from index.build import INDEX_FILE, IndexManifest
+from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
 from index.drift import PROBE_FILE
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
@@ -81,7 +81,7 @@ def publish_frozen(run: Run, retriever: Path, encoder: Version) -> bool:
     source = _store(run, wanted) / "indexes" / index.version.name
     manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
     with published(run.folder / "indexes" / encoder.with_epoch(0).name) as folder:
-        for file in (name for name in (INDEX_FILE, PROBE_FILE) if (source / name).exists()):
+        for file in (name for name in (INDEX_FILE, PROBE_FILE, DELETED_FILE) if (source / name).exists()):
             try:
                 os.link(source / file, folder / file)  # published files never change, so two names may share one
             except OSError:

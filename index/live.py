@@ -1,5 +1,6 @@
 """The trainer's side of the asynchronous index: exports, swaps between two steps, staleness, and a refresher beside if asked for."""
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,13 +13,19 @@ from index.search import IndexWatcher, PassageIndex
 from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
-from realm.publish import Lineage, Version, newest, published, start_attempt
+from realm.publish import TEMPORARY, Lineage, Version, newest, published, start_attempt
 from realm.ranks import all_ranks, any_rank, is_main, on_main, world_size
 from realm.telemetry import console, format_seconds
 from realm.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def remove_export_leftovers(folder: Path) -> None:
+    """Remove exports that a killed trainer left half-written. Only the run's one trainer may call it."""
+    for path in (folder / "encoders").glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path)
 
 
 class LiveIndex:
@@ -52,6 +59,7 @@ class LiveIndex:
 
         def start() -> int:
             (folder / TRAINING_ENDED).unlink(missing_ok=True)
+            remove_export_leftovers(folder)
             attempt = start_attempt(folder, parent, None if parent is None else step)
             announce(folder, replay, step) if replay else forget(folder)
             return attempt

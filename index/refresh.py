@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 import torch
 
-from index.build import IndexManifest, build_index, empty_index, write_version
+from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
 from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
 from index.encode import ALONE, BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
 from index.lease import Lease
@@ -43,6 +43,9 @@ TRAINING_ENDED = "training-ended"
 # What launchers tell their workers; a refresher that inherited it would join the trainer's process group.
 _LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "NODE_RANK"}
 _LAUNCHER_PREFIXES = ("MASTER_", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
+
+
+_TRY_AGAIN_S = 1.0
 
 
 class _Superseded(Exception):
@@ -112,6 +115,8 @@ class _Refresher:
         self.collector = Collector(run, config.keep_last, config.grace_s)
         self.refused: set[Version] = set()
         self.dropped_last = False
+        self.trouble = ""
+        """What the file system answered last; said once."""
 
     def acquire(self, lease: Lease, once: bool) -> bool:
         """Wait for the lease; False where there is nothing left to hold it for."""
@@ -184,7 +189,7 @@ class _Refresher:
     def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
         try:
             self._cycle(version, lease)
-            self.dropped_last = False
+            self.dropped_last, self.trouble = False, ""
         except _Superseded as reason:
             self.dropped_last = True
             self.log(f"index of {version} dropped: {reason}")
@@ -195,6 +200,15 @@ class _Refresher:
                 raise
             self.refused.add(version)
             self.log(f"no index of {version}: {error}")
+        except OSError as error:  # a full disk, a file server that hiccups: what is finished stays, and the rest is tried again
+            if once:
+                raise UserError(
+                    f"no index of {version}: {error}; finished shards are kept, so give the command again when that is mended."
+                ) from error
+            if str(error) != self.trouble:
+                self.trouble = str(error)
+                self.log(f"no index of {version} yet, trying again every {_TRY_AGAIN_S:g} s: {error}")
+            self.workers.agree(lambda: self.stop.wait(_TRY_AGAIN_S))
 
     def _cycle(self, version: Version, lease: Lease) -> None:
         folder = self.run / "encoders" / version.name
@@ -205,23 +219,43 @@ class _Refresher:
         empty_index(encoder.retriever.dim, self.config.factory)  # a factory string that cannot work is found out before encoding
         encoder_checksum = checksum(folder)
         clock.phase("load")
-        shards, num_kept = self._encode(version, encoder, encoder_checksum, lease)
+        ancestor = self.workers.agree(lambda: self._ancestor(version, encoder_checksum))
+        first = 0 if ancestor is None else ancestor[1]
+        shards, num_kept = self._encode(version, encoder, encoder_checksum, lease, first)
         clock.phase("encode")
-        self.workers.agree(lambda: self._build_and_publish(version, encoder, encoder_checksum, shards, num_kept, lease, clock))
+        self.workers.agree(lambda: self._build_and_publish(version, encoder, encoder_checksum, ancestor, shards, num_kept, lease, clock))
+
+    def _ancestor(self, version: Version, encoder_checksum: str) -> tuple[Path, int] | None:
+        """An index of the same encoder over what the corpus was before it grew, and the number of its rows; None where there is none."""
+        for older in reversed(versions_in(self.run / "indexes")):
+            folder = self.run / "indexes" / older.name
+            with suppress(PublishError, IndexRefused):
+                manifest = IndexManifest.read(folder)[0]
+                same = (manifest.encoder_checksum, manifest.factory) == (encoder_checksum, self.config.factory)
+                if older.encoder == version and same and manifest.corpus in self.corpus.ancestors and (folder / PROBE_FILE).exists():
+                    PassageIndex.open(folder, manifest.corpus)  # checked before anything is built on it
+                    return folder, manifest.count
+        return None
 
     def _build_and_publish(
         self,
         version: Version,
         encoder: Encoder,
         encoder_checksum: str,
+        ancestor: tuple[Path, int] | None,
         shards: list[np.ndarray],
         num_kept: int,
         lease: Lease,
         clock: "_Clock",
     ) -> None:
-        index = build_index(shards, self.config.factory)
+        if ancestor is None:
+            index = build_index(shards, self.config.factory)
+            probe_PD = take_rows(shards, probe_rows(self.corpus.base_rows, self.config.probe_passages))
+        else:
+            index = faiss.read_index(str(ancestor[0] / INDEX_FILE))
+            add_rows(index, shards)
+            probe_PD = np.load(ancestor[0] / PROBE_FILE, allow_pickle=False)
         clock.phase("build")
-        probe_PD = take_rows(shards, probe_rows(len(self.corpus), self.config.probe_passages))
         drift = self._drift(version, encoder, index, probe_PD)
         clock.phase("drift")
         manifest = IndexManifest(
@@ -243,7 +277,10 @@ class _Refresher:
                 raise _Stopped
 
         final = version.with_epoch(lease.epoch)
-        write_version(self.run / "indexes", final, index, manifest, before_publish, {PROBE_FILE: probe_PD})
+        arrays = {PROBE_FILE: probe_PD}
+        if self.corpus.deleted:
+            arrays[DELETED_FILE] = np.array(sorted(self.corpus.deleted), dtype=np.int64)
+        write_version(self.run / "indexes", final, index, manifest, before_publish, arrays)
         clock.phase("publish")
         self._report(final.name, index.ntotal, num_kept, clock.seconds, drift)
 
@@ -261,8 +298,8 @@ class _Refresher:
                         return measure_drift(stale, stale_probe_PD, fresh, probe_PD, encoder, self.corpus)
         return {}
 
-    def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease) -> tuple[list[np.ndarray], int]:
-        """All passages in shards, mapped from disk, and how many shards an earlier refresher had finished."""
+    def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease, first: int) -> tuple[list[np.ndarray], int]:
+        """All passages from row `first` on in shards, mapped from disk, and how many shards an earlier refresher had finished."""
 
         def stop_if_asked() -> None:
             if self.stop.is_set():
@@ -285,7 +322,7 @@ class _Refresher:
         plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
         work = self.run / "refresher" / version.name
         with progress(f"encode {version}", len(self.corpus), unit="passage", every_s=10.0 if self.workers.first else float("inf")) as ticker:
-            return encode_in_shards(work, len(self.corpus), self.config.shard_rows, plan, encode, before_shard, self.workers)
+            return encode_in_shards(work, range(first, len(self.corpus)), self.config.shard_rows, plan, encode, before_shard, self.workers)
 
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.

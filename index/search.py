@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from index.build import INDEX_FILE, IndexManifest
+from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
 from index.store import Hold
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, check_files, checksum, newest
@@ -26,8 +26,9 @@ class IndexRefused(UserError):
 class PassageIndex:
     """A checked, memory-mapped index version; row numbers are those of the prepared corpus."""
 
-    def __init__(self, version: Version, manifest: IndexManifest, index: faiss.Index, threads: int | None) -> None:
+    def __init__(self, version: Version, manifest: IndexManifest, index: faiss.Index, threads: int | None, deleted: np.ndarray | None = None) -> None:
         self.version = version
+        self._deleted = np.zeros(0, np.int64) if deleted is None else deleted
         self.manifest = manifest
         self._index = index
         self._threads = threads
@@ -71,7 +72,8 @@ class PassageIndex:
         if (index.ntotal, index.d, index.metric_type) != (manifest.count, manifest.dim, faiss.METRIC_INNER_PRODUCT):
             promise = f"{manifest.count} vectors of {manifest.dim} dimensions under inner product"
             raise IndexRefused(f"{folder} does not hold the {promise} its manifest promises; {rebuild}")
-        return cls(version, manifest, index, threads)
+        deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else None
+        return cls(version, manifest, index, threads, deleted)
 
     @property
     def step(self) -> int:
@@ -84,13 +86,27 @@ class PassageIndex:
     def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k passages with the largest inner products, best first: `scores_BK` float32 and `rows_BK` int64.
 
-        Where an approximate index finds fewer, the rest are row -1. UserError where k exceeds the corpus.
+        Passages that were taken away from the corpus are never found. Where there are fewer, or an approximate index finds fewer, the rest are
+        row -1. UserError where k exceeds the corpus.
         """
         if k > len(self):
             raise UserError(f"k = {k} passages were asked for but the corpus has only {len(self)}; lower k")
         if self._threads is not None:
             faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is set where the search runs
-        return self._index.search(np.ascontiguousarray(query_emb_BD, dtype=np.float32), k)
+        query_emb_BD = np.ascontiguousarray(query_emb_BD, dtype=np.float32)
+        if not len(self._deleted):
+            return self._index.search(query_emb_BD, k)
+        wanted = k + 8
+        while True:
+            wanted = min(wanted, k + len(self._deleted), len(self))
+            score_BK, row_BK = self._index.search(query_emb_BD, wanted)
+            row_BK[np.isin(row_BK, self._deleted)] = -1
+            enough = ((row_BK >= 0).sum(1) >= k).all()
+            if enough or wanted == min(k + len(self._deleted), len(self)):
+                # What is left moves to the front, in its order.
+                order_BK = np.argsort(row_BK < 0, axis=1, kind="stable")[:, :k]
+                return np.take_along_axis(score_BK, order_BK, 1), np.take_along_axis(row_BK, order_BK, 1)
+            wanted *= 2
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Passage embeddings as the index holds them, (len(rows), D) float32: exact in a flat index, approximate in a compressed one."""

@@ -59,8 +59,7 @@ class SpanSampler:
     def __init__(self, corpus: PreparedCorpus, max_span_tokens: int, max_sentence_tokens: int, max_rows: int | None = None) -> None:
         """Of the first `max_rows` blocks of the corpus if given."""
         self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
-        count = len(corpus) if max_rows is None else min(max_rows, len(corpus))
-        self.rows = np.array([row for row in range(count) if len(self._eligible(row)[0])], dtype=np.int64)
+        self.rows = np.array([row for row in corpus.rows[:max_rows].tolist() if len(self._eligible(row)[0])], dtype=np.int64)
         if not len(self.rows):
             raise UserError("the statements hold no salient span that fits a query; check the span pipeline and retriever.max_query_tokens.")
 

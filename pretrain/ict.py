@@ -49,7 +49,7 @@ class IctBatches:
 
     def __init__(self, passages: PreparedCorpus, maker: BatchMaker, config: IctConfig, seed: int) -> None:
         self.passages, self.maker, self.config, self.seed = passages, maker, config, seed
-        self.rows = np.array([row for row in range(len(passages)) if len(passages.sentence_starts(row)) > 1], dtype=np.int64)
+        self.rows = np.array([row for row in passages.rows.tolist() if len(passages.sentence_starts(row)) > 1], dtype=np.int64)
         if len(self.rows) < 2:
             raise UserError("the inverse cloze task needs passages of two sentences or more, and there are none; give longer passages.")
 

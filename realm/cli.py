@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         ("show", _index_show, "all that one version says of itself"),
         ("verify", _index_verify, "read every byte of the versions against their manifests"),
         ("gc", _index_gc, "remove what nobody needs and what crashes left behind"),
+        ("add", _index_add, "add documents to the run's corpus, or take some away, and complete the newest index"),
     ):
         verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         verb.add_argument("--run", type=Path, required=True, help="run folder")
@@ -113,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("version", help="such as a01-step-000500-e3")
         if name == "verify":
             verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
+        if name == "add":
+            verb.add_argument("documents", nargs="*", help="files or folders of documents, as in corpus.passages")
+            verb.add_argument("--format", default="auto", help="format of the documents (default: by name and content)")
+            verb.add_argument("--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line")
+            verb.add_argument("--replace", action="store_true", help="added documents take the place of those of the same id")
+            verb.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
         if name == "gc":
             verb.add_argument("--grace", type=float, metavar="S", help="seconds in which readers may still take one (default: refresh.grace_s)")
             verb.add_argument("--dry-run", action="store_true", help="say what would go")
@@ -120,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
     spans.set_defaults(command=_bench_spans, takes_overrides=True)
+    faults = kinds.add_parser("faults", help="kill -9 at random, flipped bits, frozen lease holders, a full disk: what the index store survives")
+    faults.add_argument("--kills", type=int, default=500, help="kill -9 of refresher and trainer (default: 500)")
+    faults.add_argument("--flips", type=int, default=1000, help="bit flips and cuts in the files of a version (default: 1000)")
+    faults.add_argument("--seed", type=int, default=0)
+    faults.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    faults.set_defaults(command=_bench_faults, takes_overrides=False)
     return parser
 
 
@@ -267,7 +280,27 @@ def _index_gc(options: argparse.Namespace) -> None:
         print("nothing to remove")
 
 
+def _index_add(options: argparse.Namespace) -> None:
+    from realm.document_formats import SourceConfig
+    from realm.files import read_names
+    from realm.pipeline import add_documents
+
+    sources = [SourceConfig(path, options.format) for path in options.documents]
+    delete = [] if options.delete is None else read_names(options.delete)
+    if not sources and not delete:
+        raise UserError("nothing to add and nothing to take away; name files of documents, or a file of ids with --delete.")
+    add_documents(_open(options), sources, delete, options.replace, options.skip_bad)
+
+
 def _bench_spans(options: argparse.Namespace) -> None:
     from realm import bench_spans
 
     bench_spans.main(options.overrides)
+
+
+def _bench_faults(options: argparse.Namespace) -> None:
+    from index.bench_faults import bench_faults
+
+    report = bench_faults(options.kills, options.flips, options.seed, options.json)
+    if report.violations:
+        raise UserError(f"{len(report.violations)} violations.")

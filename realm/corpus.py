@@ -20,6 +20,8 @@ from realm.errors import UserError
 
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"
+ADDITIONS = "additions"
+"""Folder in a prepared corpus of what was added to it later, see `realm.growth`."""
 FORMAT = 1
 """Version of the prepared folder's layout."""
 
@@ -69,9 +71,11 @@ class CorpusConfig:
 class _Batch:
     """One record batch as NumPy views of the mapped file: `lists[name]` is (offsets, values)."""
 
-    def __init__(self, batch: pa.RecordBatch):
+    def __init__(self, batch: pa.RecordBatch, first_document: int):
         self.columns = {name: batch.column(name) for name in ("id", "title", "text")}
         self.document, self.place, self.text_hash = (batch.column(name).to_numpy() for name in ("document", "place", "text_hash"))
+        if first_document:
+            self.document = self.document + first_document
         self.lists = {name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS}
 
     def piece(self, name: str, row: int) -> np.ndarray:
@@ -85,48 +89,64 @@ class PreparedCorpus:
     Rows are numbered as the blocks stand in the input. Arrays are views of the mapped file, int32 unless said otherwise.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], batches: list[_Batch], first_rows: list[int]):
+    def __init__(self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch]):
         self.path = path
         self.manifest = manifest
+        """Of the whole, additions included, but for `inputs`, which tells what the corpus was begun with."""
         self.fingerprint: str = manifest["fingerprint"]
-        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the block size."""
+        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the block size; of a corpus that has grown, over the
+        fingerprint before and what was added and taken away."""
         self.ids: Sequence[str] = _BlockIds(self)
         """Id of every row: the document's own where it is one block, else `document#0`, `document#1` …"""
-        self._batches, self._first_rows = batches, first_rows
+        self.ancestors: dict[str, int] = {self.fingerprint: manifest["blocks"]}
+        """Rows of the corpus under its own fingerprint and under all it had before it grew, oldest first."""
+        self.base_rows: int = manifest["blocks"]
+        """Rows the corpus was begun with."""
+        self.deleted: frozenset[int] = frozenset()
+        """Rows that were taken away: they keep their numbers and are never retrieved, nor trained on."""
+        self.parts: list[str] = []
+        """Names of the additions."""
+        self._batches = [_Batch(batch, 0) for batch in batches]
+        self._first_rows = [0, *accumulate(len(batch) for batch in batches)]
 
     @classmethod
     def open(cls, path: Path | str) -> "PreparedCorpus":
-        """Maps the folder that `realm.prepare.prepare_corpus` wrote. Raises UserError where it is missing, unfinished or altered."""
+        """Maps the folder that `realm.prepare.prepare_corpus` wrote, and what was added to it since.
+
+        Raises UserError where it is missing, unfinished or altered.
+        """
         path = Path(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            state = "is not a finished prepared corpus" if path.exists() else "does not exist"
-            raise UserError(f"{path} {state}; run realm prepare with the same configuration first") from None
-        except ValueError as error:
-            raise UserError(f"{path / MANIFEST} is no JSON ({error}); prepare it again into a new folder") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise UserError(f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder")
-        blocks = path / BLOCKS
-        size = blocks.stat().st_size if blocks.is_file() else 0
-        if size != manifest["bytes"]:
-            raise UserError(f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder")
-        try:
-            reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{blocks} is damaged ({error}); prepare it again into a new folder") from error
-        first_rows = [0, *accumulate(len(batch) for batch in batches)]
-        if first_rows[-1] != manifest["blocks"]:
-            expected = manifest["blocks"]
-            raise UserError(f"{blocks} has {first_rows[-1]} rows but its manifest says {expected}; prepare it again into a new folder")
-        return cls(path, manifest, [_Batch(batch) for batch in batches], first_rows)
+        manifest, batches = _map(path)
+        corpus = cls(path, manifest, batches)
+        for file in sorted((path / ADDITIONS).glob("step-*.json")):
+            corpus._grow(json.loads(file.read_bytes()))
+        return corpus
+
+    def _grow(self, step: dict[str, Any]) -> None:
+        if step["parent"] != self.fingerprint:
+            raise UserError(f"{self.path / ADDITIONS} does not belong to this corpus; remove the folder, or restore it whole.")
+        if step["part"] is not None:
+            manifest, batches = _map(self.path / ADDITIONS / step["part"])
+            self._batches += [_Batch(batch, self.manifest["documents"]) for batch in batches]
+            self._first_rows = [0, *accumulate(len(batch.document) for batch in self._batches)]
+            sums = {name: self.manifest[name] + manifest[name] for name in ("documents", "skipped", "blocks", "spans", "spans_dropped", "bytes")}
+            self.manifest = self.manifest | sums
+            self.parts.append(step["part"])
+        self.deleted |= frozenset(step["deleted"])
+        self.fingerprint = step["fingerprint"]
+        self.manifest = self.manifest | {"fingerprint": self.fingerprint}
+        self.ancestors[self.fingerprint] = len(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedCorpus.open, (self.path,)
 
     def __len__(self) -> int:
         return self._first_rows[-1]
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Rows that were not taken away, int64 ascending."""
+        return np.delete(np.arange(len(self)), sorted(self.deleted))
 
     def title(self, row: int) -> str:
         """Title of the document that row's block stands in."""
@@ -197,6 +217,32 @@ class PreparedCorpus:
             raise IndexError(f"row {row} of a corpus of {self._first_rows[-1]} blocks")
         number = bisect_right(self._first_rows, row) - 1
         return self._batches[number], row - self._first_rows[number]
+
+
+def _map(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
+    """Manifest and mapped blocks of one prepared folder."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        state = "is not a finished prepared corpus" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}; run realm prepare with the same configuration first") from None
+    except ValueError as error:
+        raise UserError(f"{path / MANIFEST} is no JSON ({error}); prepare it again into a new folder") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder")
+    blocks = path / BLOCKS
+    size = blocks.stat().st_size if blocks.is_file() else 0
+    if size != manifest["bytes"]:
+        raise UserError(f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{blocks} is damaged ({error}); prepare it again into a new folder") from error
+    count = sum(map(len, batches))
+    if count != manifest["blocks"]:
+        raise UserError(f"{blocks} has {count} rows but its manifest says {manifest['blocks']}; prepare it again into a new folder")
+    return manifest, batches
 
 
 class _BlockIds(Sequence[str]):

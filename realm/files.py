@@ -125,6 +125,18 @@ def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[t
                 yield place, line
 
 
+def read_names(path: Path) -> list[str]:
+    """The lines of a text file, without the white space at their ends. Raises UserError where there is none, or one is no UTF-8."""
+    report = BadRecords()
+    names = list(parsed_lines(path, "one name a line", report, lambda place, line: line.decode("utf-8", "replace").strip()))
+    if report.total:
+        raise UserError(str(report))
+    broken = next((number for number, name in enumerate(names, 1) if "\ufffd" in name), None)
+    if broken is not None:
+        raise UserError(f"{path}: name {broken} is not UTF-8; save the file as UTF-8.")
+    return names
+
+
 def read_json(path: Path, holds: str) -> Any:
     """The value of a JSON file, plain or compressed. Raises UserError naming the file and what is wrong with it."""
     check_file(path, holds)

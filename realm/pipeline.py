@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from finetune.evaluate import evaluate
 from finetune.questions import load_questions
 from finetune.retriever import train_finetune_retriever
 from finetune.train import STAGE, train_finetune
+from index.frozen import FROZEN
+from index.refresh import refresh
 from pretrain.data import NULL
 from pretrain.ict import train_ict
 from pretrain.probe import load_probe, masked_accuracy, probe_stage, read_retrieved
@@ -21,9 +24,10 @@ from pretrain.reader_warmup import train_reader_warmup
 from pretrain.search import FrozenSearch
 from pretrain.train import train_realm
 from realm.config import RealmConfig
-from realm.document_formats import format_of
+from realm.document_formats import SourceConfig, format_of
 from realm.documents import read_documents
 from realm.errors import UserError
+from realm.growth import grow_corpus
 from realm.prepare import prepare_corpus
 from realm.publish import write_json_atomic
 from realm.reader import load_reader
@@ -71,6 +75,29 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
             f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans "
             f"({tagger.name}), {ready.manifest['skipped']} records skipped"
         )
+
+
+def add_documents(run: Run, sources: Sequence[SourceConfig], delete: Sequence[str], replace_: bool, skip_bad: bool) -> None:
+    """Grow the run's corpus, then complete the newest index of its newest encoder: only what is new is encoded.
+
+    Raises UserError as `realm.growth.grow_corpus` does, and where no encoder was exported yet.
+    """
+    before, config = run.passages, run.config
+    with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
+
+        def update(done: int, total: int | None) -> None:
+            ticker.total = total or done
+            ticker.update(done)
+
+        tagger = SpanTagger.load(config.spans)
+        corpus = grow_corpus(run.prepared / "passages", sources, delete, replace_, run.tokenizer, tagger, config.corpus.num_workers, skip_bad, update)
+    added, gone = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
+    console.print(f"  {added:,} blocks added, {gone:,} taken away; {len(corpus.rows):,} can be found now")
+    stores = [store for store in (run.folder, *(path.parent for path in (run.folder / FROZEN).glob("*/encoders"))) if (store / "encoders").is_dir()]
+    if not stores:
+        console.print("  no encoder was exported yet; the index is built when the first one is")
+    for store in stores:
+        refresh(store, config.refresh, corpus, once=True, log=lambda line: console.print(f"  {line}"))
 
 
 def _smaller(*limits: int | None) -> int | None:

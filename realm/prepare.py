@@ -70,7 +70,7 @@ def prepare_corpus(
         raise UserError(f"num_workers must be 0 (one per CPU) or more, got {num_workers}")
     job = _Job(tuple(sources), out, block_tokens, skip_bad)
     inputs = {
-        "sources": [_identity(source) for source in sources],
+        "sources": [identity(source) for source in sources],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "block_tokens": block_tokens,
         "span_pipeline": tagger.name,
@@ -109,7 +109,7 @@ def prepare_corpus(
     return PreparedCorpus.open(out)
 
 
-def _identity(source: SourceConfig) -> dict[str, Any]:
+def identity(source: SourceConfig) -> dict[str, Any]:
     """What a source is, wherever it lies: its content, and how it is read. Of a hub's data set, its name."""
     digests = [checksum(file) for file in source_files(source)]
     settings = {name: value for name, value in asdict(source).items() if name not in ("path", "format")}

@@ -32,7 +32,9 @@ class FakeCorpus:
         self._titles = [rng.integers(3, 100, rng.integers(0, 4)).astype(np.int32) for _ in range(num_rows)]
         self._texts = [rng.integers(3, 100, rng.integers(1, 20)).astype(np.int32) for _ in range(num_rows)]
         self.lengths = np.array([len(title) + len(text) for title, text in zip(self._titles, self._texts, strict=True)])
+        self.base_rows, self.deleted = num_rows, frozenset[int]()
         self.fingerprint = hashlib.sha256(b"".join(text.tobytes() for text in self._texts)).hexdigest()
+        self.ancestors = {self.fingerprint: num_rows}
 
     def __len__(self) -> int:
         return len(self._texts)
