@@ -55,6 +55,8 @@ class Scene:
     """A tiny run: corpus, untrained retriever, and the phase each process is in."""
 
     run: Path
+    notes: Path
+    """Folder of what the processes tell; never on the disk that runs full."""
     corpus: PreparedCorpus
     retriever: Retriever
     tokenizer: Any
@@ -75,20 +77,20 @@ class Scene:
         bert = BertSource(layers=1, hidden=16, heads=2, intermediate=16, dropout=0.0, max_positions=_LONGEST)
         config = RetrieverConfig(bert, "mean", "none", max_query_tokens=_LONGEST, max_passage_tokens=_LONGEST)
         phase = {kind: multiprocessing.get_context("fork").Value("i", 0) for kind in PHASES}
-        return cls(folder / "run", corpus, build_retriever(config, tokenizer), tokenizer, phase)
+        return cls(folder / "run", folder, corpus, build_retriever(config, tokenizer), tokenizer, phase)
 
     def note(self, name: str, line: object) -> None:
         """Append a line to a file of the scene; short appends are whole whatever kills the writer."""
-        with (self.run.parent / name).open("a") as file:
+        with (self.notes / name).open("a") as file:
             file.write(f"{line}\n")
 
     def noted(self, name: str) -> list[str]:
-        path = self.run.parent / name
+        path = self.notes / name
         return path.read_text().splitlines() if path.exists() else []
 
     def truth(self, version: Version) -> Path:
         """Embeddings of every passage by the encoder of a version, written before it is exported."""
-        return self.run.parent / "truth" / f"{version.encoder.name}.npy"
+        return self.notes / "truth" / f"{version.encoder.name}.npy"
 
 
 def export(scene: Scene, version: Version) -> None:
@@ -320,6 +322,8 @@ class Supervisor:
                         self.report.violations.append(f"a {kind} in {file.name} was served")
                 except IndexRefused:
                     refused[f"{kind}, refused"] += 1
+                except Exception as error:
+                    self.report.violations.append(f"{kind} in {file.name} ended its reader: {type(error).__name__}")
                 file.write_bytes(bytes(content))
         self.report.figures |= dict(refused)
 
@@ -386,7 +390,7 @@ class Supervisor:
             self.report.figures["full disk"] = "not tried: mounting a small file system is not allowed here"
             return
         try:
-            inner = Scene(small / "run", scene.corpus, scene.retriever, scene.tokenizer, scene.phase)
+            inner = Scene(small / "run", scene.notes, scene.corpus, scene.retriever, scene.tokenizer, scene.phase)
             inner.run.mkdir()
             start_attempt(inner.run)
             with suppress(OSError):

@@ -53,8 +53,12 @@ class Lease:
         except FileExistsError:
             return False
         self.epoch = latest + 1
-        (self._path() / "holder").write_text(self.holder + "\n")
-        self._beat(0)
+        try:
+            (self._path() / "holder").write_text(self.holder + "\n")
+            self._beat(0)
+        except OSError:  # a full disk: the epoch is taken and nobody's, and counts as that of a dead holder
+            self.epoch = 0
+            raise
         self._stop.clear()
         self._beating = threading.Thread(target=self._keep_beating, name="lease-heartbeat", daemon=True)
         self._beating.start()

@@ -3,6 +3,7 @@
 It may be started, killed and restarted at any time: finished shards are kept, and one lease decides who writes.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -121,7 +122,7 @@ class _Refresher:
     def acquire(self, lease: Lease, once: bool) -> bool:
         """Wait for the lease; False where there is nothing left to hold it for."""
         waiting = False
-        while not lease.try_acquire():
+        while not self._try_acquire(lease, once):
             if self.stop.is_set() or (self.is_over(once) and self.next_version() is None):
                 return False
             if not waiting:
@@ -132,6 +133,17 @@ class _Refresher:
         for path in remove_leftovers(self.run):
             self.log(f"removed {path.name}, left over from a crash")
         return True
+
+    def _try_acquire(self, lease: Lease, once: bool) -> bool:
+        try:
+            return lease.try_acquire()
+        except OSError as error:
+            if once or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"no lease in {lease.folder}: {error}; mend that and give the command again.") from error
+            if str(error) != self.trouble:
+                self.trouble = str(error)
+                self.log(f"no lease yet, trying again: {error}")
+            return False
 
     def run_loop(self, lease: Lease, once: bool) -> None:
         """What the first worker decides, all do: encode for a version, or end."""

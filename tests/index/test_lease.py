@@ -106,3 +106,17 @@ def test_a_crash_between_the_epoch_and_its_first_heartbeat_blocks_nobody_for_eve
     with Lease(tmp_path, "me", EXPIRY_S) as lease:
         assert acquire(lease) >= EXPIRY_S
         assert lease.epoch == 8
+
+
+def test_a_full_disk_leaves_an_epoch_that_counts_as_a_dead_holders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(path: Path, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    first, second = Lease(tmp_path, "first", EXPIRY_S), Lease(tmp_path, "second", EXPIRY_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", no_room)
+        with pytest.raises(OSError, match="No space"):
+            first.try_acquire()
+        assert first.epoch == 0
+    assert acquire(second) >= EXPIRY_S and second.epoch == 2
+    second.release()

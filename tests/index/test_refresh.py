@@ -245,3 +245,26 @@ def test_the_started_process_inherits_nothing_of_the_launcher(tmp_path: Path, mo
     assert lines[0] == f"-m realm refresh --run {tmp_path / 'run'}"
     assert "KEPT=7" in lines
     assert not [line for line in lines if line.split("=")[0] in launcher]
+
+
+def test_a_full_disk_is_waited_out(run: Path, corpus: FakeCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    import index.encode
+    import index.refresh
+
+    room, write = threading.Event(), index.encode.write_file_atomic
+
+    def write_where_there_is_room(path: Path, content: Callable[..., object]) -> None:
+        if not room.is_set():
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(index.encode, "write_file_atomic", write_where_there_is_room)
+    monkeypatch.setattr(index.refresh, "_TRY_AGAIN_S", 0.05)
+    with pytest.raises(UserError, match="No space left"):
+        refresh_once(run, corpus)
+    (run / TRAINING_ENDED).touch()
+    timer = threading.Timer(0.5, room.set)
+    timer.start()
+    lines = refresh_once(run, corpus, once=False)
+    assert sum("No space left" in line for line in lines) == 1 and "published" in lines[-1], "said once, tried again until it worked"
+    assert_equals_direct_encoding(run, indexes(run)[-1], corpus)

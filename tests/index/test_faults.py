@@ -1,0 +1,34 @@
+"""The fault benchmark, small: it finds nothing wrong here, and it does find what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from index import bench_faults, search
+from index.bench_faults import Scene, Supervisor
+from realm.cli import main
+
+
+def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "faults.json"
+    assert main(["bench", "faults", "--kills", "12", "--flips", "60", "--json", str(report)]) == 0, capsys.readouterr().out
+    content = json.loads(report.read_text())
+    assert content["violations"] == [] and sum(content["kills"].values()) == 14
+    figures = content["figures"]
+    assert figures["left over after collection"] == 0 and figures["versions committed"] > 0
+    assert figures["bit flips, refused"] + figures.get("bit flips, harmless", 0) == 54 and figures["cut short, refused"] == 6
+
+
+def test_a_store_that_does_not_check_its_files_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene.build(tmp_path)
+    scene.run.mkdir()
+    bench_faults.start_attempt(scene.run)
+    bench_faults.export(scene, bench_faults.Version(1, 1))
+    bench_faults.refresh(scene.run, bench_faults.CONFIG, scene.corpus, once=True, log=lambda line: None)
+    supervisor = Supervisor(scene, 0)
+    supervisor.damage(40)
+    assert supervisor.report.violations == []
+    monkeypatch.setattr(search, "check_files", lambda folder, manifest: None)
+    supervisor.damage(200)
+    assert supervisor.report.violations, "without checksums a flipped bit is served"
