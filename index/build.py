@@ -44,6 +44,8 @@ class IndexManifest:
     """Time the refresher took, by phase."""
     created_at: str
     """UTC, ISO 8601; for people, nothing is decided by it."""
+    search_parameters: str = ""
+    """How it is searched, in FAISS's words: `nprobe=32`."""
     drift: dict[str, Any] = field(default_factory=dict)
     """How far the encoder has moved since the version named under `against` (see `index.drift`); empty for the first."""
 
@@ -59,16 +61,33 @@ class IndexManifest:
 def empty_index(dim: int, factory: str) -> faiss.Index:
     """An inner-product index from a FAISS factory string, without vectors. UserError where FAISS cannot make it for `dim` dimensions."""
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(f'FAISS cannot make index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat"') from error
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexFastScan | faiss.IndexIVFFastScan):
+        raise UserError(f'index factory "{factory}" cannot give its vectors back, which finetuning needs; add ",RFlat" to it')
+    return index
 
 
-def build_index(embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "Flat", seed: int = 0, training_rows: int = 500_000) -> faiss.Index:
+def set_search_parameters(index: faiss.Index, parameters: str) -> None:
+    """Set FAISS search parameters such as `nprobe=32` or `efSearch=128,k_factor_rf=4`. UserError for what the index has not."""
+    try:
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]  # FAISS's stubs know one overload
+    except RuntimeError as error:
+        raise UserError(f'search parameters "{parameters}" do not suit the index ({_reason(error)}); mend refresh.search_parameters') from error
+
+
+def build_index(
+    embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "Flat", seed: int = 0, training_rows: int = 500_000, parameters: str = ""
+) -> faiss.Index:
     """Build an inner-product index over (N, D) embeddings, given whole or as shards in row order; row numbers are the ids.
 
-    What needs training gets at most `training_rows` rows, drawn with `seed`. UserError as from `empty_index`, and where the N vectors are
-    too few to train it.
+    What needs training gets at most `training_rows` rows, drawn with `seed`. `parameters`: see `set_search_parameters`. UserError as from
+    `empty_index`, where the parameters do not suit, where the N vectors are too few to train it, and where it could not give them back.
     """
     shards = [embeddings] if isinstance(embeddings, np.ndarray) else list(embeddings)
     count, dim = sum(len(shard) for shard in shards), shards[0].shape[1]
@@ -76,6 +95,10 @@ def build_index(embeddings: np.ndarray | Sequence[np.ndarray], factory: str = "F
     try:
         if not index.is_trained:
             index.train(_sample(shards, min(count, training_rows), seed))
+        set_search_parameters(index, parameters)
+        inverted = faiss.try_extract_index_ivf(index)
+        if inverted is not None:  # otherwise its vectors cannot be read back by their numbers
+            inverted.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]
         add_rows(index, shards)
     except RuntimeError as error:
         raise UserError(f'index factory "{factory}" cannot take {count} passages ({_reason(error)}); try "Flat"') from error

@@ -196,7 +196,11 @@ class _Refresher:
             manifest, _ = IndexManifest.read(self.run / "indexes" / version.name)
         except PublishError:
             return False
-        return (manifest.corpus, manifest.factory) == (self.corpus.fingerprint, self.config.factory)
+        return (manifest.corpus, manifest.factory, manifest.search_parameters) == (
+            self.corpus.fingerprint,
+            self.config.factory,
+            self.config.search_parameters,
+        )
 
     def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
         try:
@@ -261,7 +265,7 @@ class _Refresher:
         clock: "_Clock",
     ) -> None:
         if ancestor is None:
-            index = build_index(shards, self.config.factory)
+            index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
             probe_PD = take_rows(shards, probe_rows(self.corpus.base_rows, self.config.probe_passages))
         else:
             index = faiss.read_index(str(ancestor[0] / INDEX_FILE))
@@ -280,6 +284,7 @@ class _Refresher:
             factory=self.config.factory,
             seconds=dict(clock.seconds),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            search_parameters=self.config.search_parameters,
             drift=drift,
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
+from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
 from index.store import Hold
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, check_files, checksum, newest
@@ -72,6 +72,7 @@ class PassageIndex:
         if (index.ntotal, index.d, index.metric_type) != (manifest.count, manifest.dim, faiss.METRIC_INNER_PRODUCT):
             promise = f"{manifest.count} vectors of {manifest.dim} dimensions under inner product"
             raise IndexRefused(f"{folder} does not hold the {promise} its manifest promises; {rebuild}")
+        set_search_parameters(index, manifest.search_parameters)
         deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else None
         return cls(version, manifest, index, threads, deleted)
 

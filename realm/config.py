@@ -140,6 +140,9 @@ class RefreshConfig:
     """Every so many times `every_steps` alone counts: for experiments with stale indexes (Guu et al. 2020, section 4.4)."""
     factory: str = "Flat"
     """FAISS index factory string."""
+    search_parameters: str = ""
+    """How the index is searched, in FAISS's words: `nprobe=32` (inverted lists), `efSearch=128` (HNSW), `k_factor_rf=4` (refinement), several
+    with commas; part of each index version."""
     shard_rows: int = 50_000
     """Passages per encoding shard, the unit of work a killed refresher repeats."""
     token_budget: int = 4096

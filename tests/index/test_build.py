@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from index.build import IndexManifest, build_index, write_version
+from index.build import IndexManifest, build_index, empty_index, write_version
 from realm.errors import UserError
 from realm.publish import PublishError, Version
 
@@ -85,3 +85,33 @@ def test_a_published_version_is_not_replaced(tmp_path: Path) -> None:
     write_version(tmp_path, Version(1, 500, 1), index, manifest(index))
     with pytest.raises(PublishError, match="never change"):
         write_version(tmp_path, Version(1, 500, 1), index, manifest(index))
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA8,IVF4,SQ8", "IVF4,PQ4x4fs,RFlat"])
+def test_embeddings_are_read_back_by_row_from_the_mapped_file(factory: str, tmp_path: Path) -> None:
+    index = build_index(EMBEDDINGS_ND, factory)
+    faiss.write_index(index, str(tmp_path / "index"))
+    mapped = faiss.read_index(str(tmp_path / "index"), faiss.IO_FLAG_MMAP_IFC)
+    rows = np.array([599, 0, 77])
+    back = mapped.reconstruct_batch(rows)
+    if factory in ("Flat", "HNSW8", "IVF4,Flat", "IVF4,PQ4x4fs,RFlat"):
+        np.testing.assert_array_equal(back, EMBEDDINGS_ND[rows])
+    elif not factory.startswith("PCA"):
+        assert np.abs(back - EMBEDDINGS_ND[rows]).max() < 0.05
+
+
+def test_what_cannot_give_its_vectors_back_is_refused_before_anything_is_encoded() -> None:
+    for factory in ("IVF4,PQ4x4fs", "PQ4x4fs", "PCA8,IVF4,PQ4x4fs"):
+        with pytest.raises(UserError, match="RFlat"):
+            empty_index(16, factory)
+
+
+def test_search_parameters_are_set_and_wrong_ones_refused() -> None:
+    def found(parameters: str) -> float:
+        index = build_index(EMBEDDINGS_ND, "IVF20,Flat", parameters=parameters)
+        exact = build_index(EMBEDDINGS_ND).search(EMBEDDINGS_ND[:50], 5)[1]
+        return float((index.search(EMBEDDINGS_ND[:50], 5)[1] == exact).mean())
+
+    assert found("nprobe=20") == 1.0 > found("nprobe=3") > found("")
+    with pytest.raises(UserError, match="search parameters"):
+        build_index(EMBEDDINGS_ND, "Flat", parameters="nprobe=3")

@@ -268,3 +268,16 @@ def test_a_full_disk_is_waited_out(run: Path, corpus: FakeCorpus, monkeypatch: p
     lines = refresh_once(run, corpus, once=False)
     assert sum("No space left" in line for line in lines) == 1 and "published" in lines[-1], "said once, tried again until it worked"
     assert_equals_direct_encoding(run, indexes(run)[-1], corpus)
+
+
+def test_an_index_is_searched_as_its_refresher_was_told(run: Path, corpus: FakeCorpus) -> None:
+    queries = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+    exact = direct_embeddings(run / "encoders" / "a01-step-000500", corpus)
+    wanted = np.argsort(-(queries @ exact.T), axis=1)[:, :5]
+    shares = []
+    for parameters in ("", "nprobe=6"):
+        refresh_once(run, corpus, replace(CONFIG, factory="IVF6,Flat", search_parameters=parameters, keep_last=10))
+        index = PassageIndex.open(run / "indexes" / indexes(run)[-1], corpus.fingerprint)
+        shares.append(float((index.search(queries, 5)[1] == wanted).mean()))
+        np.testing.assert_allclose(index.embeddings(np.arange(60)), exact, rtol=1e-5, atol=1e-6)
+    assert len(indexes(run)) == 2 and shares[0] < shares[1] == 1.0, "other parameters are another index"
