@@ -127,6 +127,15 @@ def _parser() -> argparse.ArgumentParser:
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
     spans.set_defaults(command=_bench_spans, takes_overrides=True)
+    store = kinds.add_parser("index", help="encoding beside sentence-transformers, approximate search beside exact, opening", allow_abbrev=False)
+    store.add_argument("--run", type=Path, required=True, help="run folder; its newest index and encoder are used")
+    store.add_argument("--passages", type=int, default=2000, help="passages to encode (default: 2000)")
+    store.add_argument("--queries", type=int, default=256, help="queries to search (default: 256)")
+    store.add_argument("--scale", type=int, default=0, metavar="N", help="search N rows, too: the embeddings repeated with jitter")
+    store.add_argument("--synthetic", metavar="NxD", help="build and search an index of random vectors, too, such as 10000000x128")
+    store.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    store.add_argument("--picture", type=Path, metavar="FILE", help="draw recall against speed")
+    store.set_defaults(command=_bench_index, takes_overrides=True)
     faults = kinds.add_parser("faults", help="kill -9 at random, flipped bits, frozen lease holders, a full disk: what the index store survives")
     faults.add_argument("--kills", type=int, default=500, help="kill -9 of refresher and trainer (default: 500)")
     faults.add_argument("--flips", type=int, default=1000, help="bit flips and cuts in the files of a version (default: 1000)")
@@ -296,6 +305,12 @@ def _bench_spans(options: argparse.Namespace) -> None:
     from realm import bench_spans
 
     bench_spans.main(options.overrides)
+
+
+def _bench_index(options: argparse.Namespace) -> None:
+    from index.bench_index import bench_index
+
+    bench_index(_open(options), options.passages, options.queries, options.scale, options.synthetic, options.json, options.picture)
 
 
 def _bench_faults(options: argparse.Namespace) -> None:

@@ -1,0 +1,56 @@
+"""The index benchmark, small: what it measures against, and that it prints and writes what it measured."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from index.bench_index import bench_search, bench_synthetic, jittered
+from index.frozen import index_for, start_retriever
+from realm.cli import main
+from realm.errors import UserError
+from tests.tiny import prepared_run
+
+RNG = np.random.default_rng(0)
+EMBEDDINGS_ND = RNG.standard_normal((2000, 16)).astype(np.float32)
+EMBEDDINGS_ND /= np.linalg.norm(EMBEDDINGS_ND, axis=1, keepdims=True)
+
+
+def test_the_benchmark_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepared_run(tmp_path)
+    assert main(["bench", "index", "--run", str(run.folder)]) == 2 and "no index yet" in capsys.readouterr().err
+    index_for(run, start_retriever(run), lambda line: None).close()
+    report, picture = tmp_path / "report.json", tmp_path / "curve.png"
+    arguments = ["--passages", "8", "--queries", "4", "--scale", "300", "--json", str(report), "--picture", str(picture)]
+    assert main(["bench", "index", "--run", str(run.folder), *arguments]) == 0, capsys.readouterr().err
+    figures = json.loads(report.read_text())
+    ours, theirs = figures["encoding"][1], figures["encoding"][3]
+    assert ours["1 - cosine to fp32, worst"] < 1e-6 and theirs["1 - cosine to fp32, worst"] < 1e-5, "the same inputs and weights"
+    assert theirs["speed of default"] == 1.0 and set(figures["search"]) == {"12", "300"}
+    assert figures["opening"]["of it in memory (PSS), each of two, MiB"] >= 0
+    assert picture.stat().st_size > 10_000 and "Encoding 8 passages" in capsys.readouterr().out
+
+
+def test_recall_is_measured_against_exact_search() -> None:
+    results = bench_search(EMBEDDINGS_ND, EMBEDDINGS_ND[:50], [("IVF32,Flat", ["nprobe=1", "nprobe=32"]), ("SQ8", [""])])
+    by_name = {(result["factory"], result["parameters"]): result for result in results}
+    assert by_name["Flat", ""]["recall@8"] == by_name["IVF32,Flat", "nprobe=32"]["recall@8"] == 1.0
+    assert by_name["IVF32,Flat", "nprobe=1"]["recall@8"] < 0.9 < by_name["SQ8", ""]["recall@8"]
+    assert sum(result.get("best", False) for result in results) == 1 and by_name["Flat", ""]["times exact"] == 1.0
+
+
+def test_jittered_copies_keep_their_length_and_lie_as_far_as_neighbours() -> None:
+    grown = jittered(EMBEDDINGS_ND[:500], 1300)
+    assert grown.shape == (1300, 16) and np.array_equal(grown[:500], EMBEDDINGS_ND[:500])
+    np.testing.assert_allclose(np.linalg.norm(grown, axis=1), 1.0, rtol=1e-5)
+    nearest = [np.sort(np.linalg.norm(EMBEDDINGS_ND[:500] - row, axis=1))[1] for row in EMBEDDINGS_ND[:500]]
+    moved = np.linalg.norm(grown[500:1000] - EMBEDDINGS_ND[:500], axis=1)
+    assert 0.5 * np.median(nearest) < np.median(moved) < 1.2 * np.median(nearest)
+
+
+def test_random_vectors_are_built_written_mapped_and_found() -> None:
+    result = bench_synthetic("5000x16")
+    assert result["own row found first, %"] > 90 and result["GiB on disk"] > 0
+    with pytest.raises(UserError, match="NxD"):
+        bench_synthetic("many")
