@@ -16,7 +16,6 @@ from index.drift import PROBE_FILE
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
 from index.store import Hold
-from realm.corpus import PreparedCorpus
 from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
 from realm.ranks import on_main
 from realm.retriever import build_retriever, save_retriever
@@ -50,7 +49,7 @@ def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> 
     apart = _store(run, wanted)
 
     def find() -> PassageIndex | None:
-        return _find(run.folder, run.passages, wanted, log) or _find(apart, run.passages, wanted, log)
+        return _find(run.folder, run, wanted, log) or _find(apart, run, wanted, log)
 
     def build() -> None:
         if find() is not None:
@@ -75,7 +74,7 @@ def publish_frozen(run: Run, retriever: Path, encoder: Version) -> bool:
     A trainer then starts with the index that its warm-up searched, instead of waiting for a refresher to build the same again.
     """
     wanted = checksum(retriever)
-    index = _find(_store(run, wanted), run.passages, wanted, lambda line: None)
+    index = _find(_store(run, wanted), run, wanted, lambda line: None)
     if index is None:
         return False
     source = _store(run, wanted) / "indexes" / index.version.name
@@ -94,7 +93,7 @@ def _store(run: Run, retriever_checksum: str) -> Path:
     return run.folder / FROZEN / retriever_checksum[:12]
 
 
-def _find(folder: Path, passages: PreparedCorpus, wanted: str, log: Callable[[str], None]) -> PassageIndex | None:
+def _find(folder: Path, run: Run, wanted: str, log: Callable[[str], None]) -> PassageIndex | None:
     lineage = Lineage.load(folder)
     if lineage.current is None:
         return None
@@ -102,7 +101,7 @@ def _find(folder: Path, passages: PreparedCorpus, wanted: str, log: Callable[[st
         hold = Hold(folder, version)  # before the look: a refresher at work may be collecting
         try:
             if IndexManifest.read(folder / "indexes" / version.name)[0].encoder_checksum == wanted:
-                index = PassageIndex.open(folder / "indexes" / version.name, passages.fingerprint)
+                index = PassageIndex.open(folder / "indexes" / version.name, run.passages.fingerprint, search_on=run.config.refresh.search_on)
                 index.keep(hold)
                 return index
         except (IndexRefused, PublishError) as error:

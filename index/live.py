@@ -74,6 +74,7 @@ class LiveIndex:
             config.poll_s,
             log=lambda line: console.print(f"  {line}"),
             follow=is_main() and not replay,
+            search_on=config.search_on,
         )
         return cls(folder, config, attempt, watcher, replay)
 

@@ -14,6 +14,7 @@ import faiss
 import numpy as np
 
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
+from index.gpu import Searcher, on_gpu
 from index.store import Hold
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, check_files, checksum, newest
@@ -26,12 +27,15 @@ class IndexRefused(UserError):
 class PassageIndex:
     """A checked, memory-mapped index version; row numbers are those of the prepared corpus."""
 
-    def __init__(self, version: Version, manifest: IndexManifest, index: faiss.Index, threads: int | None, deleted: np.ndarray | None = None) -> None:
+    def __init__(
+        self, version: Version, manifest: IndexManifest, index: faiss.Index, searcher: Searcher, threads: int | None, deleted: np.ndarray
+    ) -> None:
         self.version = version
-        self._deleted = np.zeros(0, np.int64) if deleted is None else deleted
         self.manifest = manifest
         self._index = index
+        self._searcher = searcher
         self._threads = threads
+        self._deleted = deleted
         self._release: Callable[[], object] = lambda: None
 
     @classmethod
@@ -43,12 +47,13 @@ class PassageIndex:
         tokenizer_fingerprint: str | None = None,
         encoder: Path | None = None,
         threads: int | None = None,
+        search_on: str = "cpu",
     ) -> "PassageIndex":
         """Check `folder` against its manifest and against what the caller has, and map it.
 
         `dim`, `tokenizer_fingerprint`, `encoder` (folder of the encoder version it must come from): compared where given. `threads`: OpenMP
-        threads of a search; None leaves FAISS as it is. Raises IndexRefused for an index that is broken, partial, or of another corpus,
-        tokenizer, dimension or encoder.
+        threads of a search; None leaves FAISS as it is. `search_on`: cpu or gpu (see `index.gpu`). Raises IndexRefused for an index that is
+        broken, partial, or of another corpus, tokenizer, dimension or encoder.
         """
         try:
             version = Version.parse(folder.name)
@@ -73,8 +78,8 @@ class PassageIndex:
             promise = f"{manifest.count} vectors of {manifest.dim} dimensions under inner product"
             raise IndexRefused(f"{folder} does not hold the {promise} its manifest promises; {rebuild}")
         set_search_parameters(index, manifest.search_parameters)
-        deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else None
-        return cls(version, manifest, index, threads, deleted)
+        deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else np.zeros(0, np.int64)
+        return cls(version, manifest, index, on_gpu(index) if search_on == "gpu" else index, threads, deleted)
 
     @property
     def step(self) -> int:
@@ -96,11 +101,11 @@ class PassageIndex:
             faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is set where the search runs
         query_emb_BD = np.ascontiguousarray(query_emb_BD, dtype=np.float32)
         if not len(self._deleted):
-            return self._index.search(query_emb_BD, k)
+            return self._searcher.search(query_emb_BD, k)
         wanted = k + 8
         while True:
             wanted = min(wanted, k + len(self._deleted), len(self))
-            score_BK, row_BK = self._index.search(query_emb_BD, wanted)
+            score_BK, row_BK = self._searcher.search(query_emb_BD, wanted)
             row_BK[np.isin(row_BK, self._deleted)] = -1
             enough = ((row_BK >= 0).sum(1) >= k).all()
             if enough or wanted == min(k + len(self._deleted), len(self)):
@@ -141,6 +146,7 @@ class IndexWatcher:
         threads: int | None = None,
         log: Callable[[str], None] = print,
         follow: bool = True,
+        search_on: str = "cpu",
     ) -> None:
         self.run = run
         self.attempt = attempt
@@ -148,7 +154,12 @@ class IndexWatcher:
         self.refused: dict[str, str] = {}
         """Name of each version refused, and why."""
         self._open_checked = partial(
-            PassageIndex.open, corpus_fingerprint=corpus_fingerprint, dim=dim, tokenizer_fingerprint=tokenizer_fingerprint, threads=threads
+            PassageIndex.open,
+            corpus_fingerprint=corpus_fingerprint,
+            dim=dim,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            threads=threads,
+            search_on=search_on,
         )
         self._poll_s = poll_s
         self._log = log

@@ -143,6 +143,8 @@ class RefreshConfig:
     search_parameters: str = ""
     """How the index is searched, in FAISS's words: `nprobe=32` (inverted lists), `efSearch=128` (HNSW), `k_factor_rf=4` (refinement), several
     with commas; part of each index version."""
+    search_on: Literal["cpu", "gpu"] = "cpu"
+    """Where trainer and evaluation search: on a GPU by FAISS's GPU build, or without it, a flat index exactly through torch."""
     shard_rows: int = 50_000
     """Passages per encoding shard, the unit of work a killed refresher repeats."""
     token_budget: int = 4096

@@ -1,0 +1,48 @@
+"""Exact search in tiles equals FAISS's; what cannot be searched on a GPU is said before anything runs."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from index.build import build_index
+from index.gpu import TiledExact, on_gpu, vectors
+from realm.errors import UserError
+
+RNG = np.random.default_rng(0)
+EMBEDDINGS_ND = RNG.standard_normal((1000, 12)).astype(np.float32)
+QUERIES_BD = RNG.standard_normal((7, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 13, 500, 1000, 5000])
+@pytest.mark.parametrize("k", [1, 5, 40, 1000])
+def test_tiles_find_what_a_flat_index_finds(tile_rows: int, k: int) -> None:
+    if tile_rows == 1 and k > 40:
+        pytest.skip("slow and no different")
+    scores, rows = TiledExact(EMBEDDINGS_ND, torch.device("cpu"), tile_rows).search(QUERIES_BD, k)
+    exact_scores, exact_rows = build_index(EMBEDDINGS_ND).search(QUERIES_BD, k)
+    assert rows.dtype == np.int64 and scores.dtype == np.float32
+    np.testing.assert_array_equal(rows, exact_rows)
+    np.testing.assert_allclose(scores, exact_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_the_vectors_of_a_flat_index_are_not_copied() -> None:
+    index = build_index(EMBEDDINGS_ND)
+    seen = vectors(index)
+    np.testing.assert_array_equal(seen, EMBEDDINGS_ND)
+    assert seen.ctypes.data == int(faiss.downcast_index(index).get_xb())
+    with pytest.raises(UserError, match="search_on to cpu"):
+        vectors(build_index(EMBEDDINGS_ND, "SQ8"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_says_so() -> None:
+    with pytest.raises(UserError, match="this machine has none"):
+        on_gpu(build_index(EMBEDDINGS_ND))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_gpu_finds_what_the_cpu_finds() -> None:
+    index = build_index(EMBEDDINGS_ND)
+    rows = on_gpu(index).search(QUERIES_BD, 5)[1]
+    np.testing.assert_array_equal(rows, index.search(QUERIES_BD, 5)[1])
