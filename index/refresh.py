@@ -4,36 +4,29 @@ It may be started, killed and restarted at any time: finished shards are kept, a
 """
 
 import errno
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import faiss
-import numpy as np
 import torch
 
-from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
-from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
-from index.encode import ALONE, BadEncoder, Encoder, encode_in_shards, encode_passages, load_encoder
+from index.cycle import Cycle, Stopped, Superseded, is_current
+from index.encode import ALONE, BadEncoder, Encoder, load_encoder
 from index.lease import Lease
 from index.replay import wanted
-from index.search import IndexRefused, PassageIndex
 from index.store import Collector, process_name, remove_leftovers
 from index.workers import Workers
 from realm.config import RefreshConfig
 from realm.errors import UserError
-from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
-from realm.telemetry import peak_memory, progress
+from realm.publish import Lineage, Version, newest, versions_in
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
@@ -47,14 +40,6 @@ _LAUNCHER_PREFIXES = ("MASTER_", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "TORCHEL
 
 
 _TRY_AGAIN_S = 1.0
-
-
-class _Superseded(Exception):
-    """A newer export, or a new attempt, makes the running work pointless."""
-
-
-class _Stopped(Exception):
-    """Someone asked the refresher to end."""
 
 
 def _say(line: str) -> None:
@@ -189,27 +174,20 @@ class _Refresher:
         return None
 
     def _has_index(self, encoder: Version) -> bool:
-        return any(version.encoder == encoder and self._is_ours(version) for version in versions_in(self.run / "indexes"))
+        return any(version.encoder == encoder and self._is_current(version) for version in versions_in(self.run / "indexes"))
 
-    def _is_ours(self, version: Version) -> bool:
-        try:
-            manifest, _ = IndexManifest.read(self.run / "indexes" / version.name)
-        except PublishError:
-            return False
-        return (manifest.corpus, manifest.factory, manifest.search_parameters) == (
-            self.corpus.fingerprint,
-            self.config.factory,
-            self.config.search_parameters,
-        )
+    def _is_current(self, version: Version) -> bool:
+        return is_current(self.run / "indexes" / version.name, self.corpus, self.config)
 
     def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
         try:
-            self._cycle(version, lease)
+            cycle = Cycle(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
+            cycle.run_with(self.load, lambda share_done: self._check_superseded(version, share_done))
             self.dropped_last, self.trouble = False, ""
-        except _Superseded as reason:
+        except Superseded as reason:
             self.dropped_last = True
             self.log(f"index of {version} dropped: {reason}")
-        except _Stopped:
+        except Stopped:
             self.log(f"stopped while building the index of {version}; finished shards are kept")
         except BadEncoder as error:
             if once:
@@ -226,121 +204,6 @@ class _Refresher:
                 self.log(f"no index of {version} yet, trying again every {_TRY_AGAIN_S:g} s: {error}")
             self.workers.agree(lambda: self.stop.wait(_TRY_AGAIN_S))
 
-    def _cycle(self, version: Version, lease: Lease) -> None:
-        folder = self.run / "encoders" / version.name
-        clock = _Clock()
-        encoder = self.load(folder)
-        if encoder.tokenizer_fingerprint != self.corpus.manifest["tokenizer"]:
-            raise UserError(f"{folder} has another tokenizer than the corpus; prepare the corpus with the encoder's tokenizer")
-        empty_index(encoder.retriever.dim, self.config.factory)  # a factory string that cannot work is found out before encoding
-        encoder_checksum = checksum(folder)
-        clock.phase("load")
-        ancestor = self.workers.agree(lambda: self._ancestor(version, encoder_checksum))
-        first = 0 if ancestor is None else ancestor[1]
-        shards, num_kept = self._encode(version, encoder, encoder_checksum, lease, first)
-        clock.phase("encode")
-        self.workers.agree(lambda: self._build_and_publish(version, encoder, encoder_checksum, ancestor, shards, num_kept, lease, clock))
-
-    def _ancestor(self, version: Version, encoder_checksum: str) -> tuple[Path, int] | None:
-        """An index of the same encoder over what the corpus was before it grew, and the number of its rows; None where there is none."""
-        for older in reversed(versions_in(self.run / "indexes")):
-            folder = self.run / "indexes" / older.name
-            with suppress(PublishError, IndexRefused):
-                manifest = IndexManifest.read(folder)[0]
-                same = (manifest.encoder_checksum, manifest.factory) == (encoder_checksum, self.config.factory)
-                if older.encoder == version and same and manifest.corpus in self.corpus.ancestors and (folder / PROBE_FILE).exists():
-                    PassageIndex.open(folder, manifest.corpus)  # checked before anything is built on it
-                    return folder, manifest.count
-        return None
-
-    def _build_and_publish(
-        self,
-        version: Version,
-        encoder: Encoder,
-        encoder_checksum: str,
-        ancestor: tuple[Path, int] | None,
-        shards: list[np.ndarray],
-        num_kept: int,
-        lease: Lease,
-        clock: "_Clock",
-    ) -> None:
-        if ancestor is None:
-            index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
-            probe_PD = take_rows(shards, probe_rows(self.corpus.base_rows, self.config.probe_passages))
-        else:
-            index = faiss.read_index(str(ancestor[0] / INDEX_FILE))
-            add_rows(index, shards)
-            probe_PD = np.load(ancestor[0] / PROBE_FILE, allow_pickle=False)
-        clock.phase("build")
-        drift = self._drift(version, encoder, index, probe_PD)
-        clock.phase("drift")
-        manifest = IndexManifest(
-            encoder=version.name,
-            encoder_checksum=encoder_checksum,
-            corpus=self.corpus.fingerprint,
-            tokenizer=encoder.tokenizer_fingerprint,
-            dim=index.d,
-            count=index.ntotal,
-            factory=self.config.factory,
-            seconds=dict(clock.seconds),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            search_parameters=self.config.search_parameters,
-            drift=drift,
-        )
-
-        def before_publish() -> None:
-            lease.check()
-            if self.stop.is_set():
-                raise _Stopped
-
-        final = version.with_epoch(lease.epoch)
-        arrays = {PROBE_FILE: probe_PD}
-        if self.corpus.deleted:
-            arrays[DELETED_FILE] = np.array(sorted(self.corpus.deleted), dtype=np.int64)
-        write_version(self.run / "indexes", final, index, manifest, before_publish, arrays)
-        clock.phase("publish")
-        self._report(final.name, index.ntotal, num_kept, clock.seconds, drift)
-
-    def _drift(self, version: Version, encoder: Encoder, fresh: faiss.Index, probe_PD: np.ndarray) -> dict[str, Any]:
-        """How far the encoder has moved since the newest index before this one; empty where there is none that tells."""
-        lineage = Lineage.load(self.run)
-        assert lineage.current is not None
-        for older in newest(self.run / "indexes", lineage, lineage.current):
-            folder = self.run / "indexes" / older.name
-            if older.step < version.step and self._is_ours(older) and (folder / PROBE_FILE).exists():
-                with suppress(IndexRefused):
-                    stale = PassageIndex.open(folder, self.corpus.fingerprint, dim=fresh.d, threads=self.config.threads)
-                    stale_probe_PD = np.load(folder / PROBE_FILE, allow_pickle=False)
-                    if stale_probe_PD.shape == probe_PD.shape:
-                        return measure_drift(stale, stale_probe_PD, fresh, probe_PD, encoder, self.corpus)
-        return {}
-
-    def _encode(self, version: Version, encoder: Encoder, encoder_checksum: str, lease: Lease, first: int) -> tuple[list[np.ndarray], int]:
-        """All passages from row `first` on in shards, mapped from disk, and how many shards an earlier refresher had finished."""
-
-        def stop_if_asked() -> None:
-            if self.stop.is_set():
-                raise _Stopped
-
-        def encode(rows: np.ndarray) -> np.ndarray:
-            retriever, wordpieces, max_tokens, _ = encoder
-            autocast = torch.bfloat16 if self.config.precision == "bf16" else None
-
-            def after_batch(done: int) -> None:
-                stop_if_asked()
-                ticker.update(int(rows[0]) + done)
-
-            return encode_passages(retriever, self.corpus, rows, wordpieces, max_tokens, self.config.token_budget, autocast, after_batch)
-
-        def before_shard(share_done: float) -> None:
-            lease.check()
-            self._check_superseded(version, share_done)
-
-        plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
-        work = self.run / "refresher" / version.name
-        with progress(f"encode {version}", len(self.corpus), unit="passage", every_s=10.0 if self.workers.first else float("inf")) as ticker:
-            return encode_in_shards(work, range(first, len(self.corpus)), self.config.shard_rows, plan, encode, before_shard, self.workers)
-
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.
 
@@ -350,18 +213,18 @@ class _Refresher:
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
         if not lineage.allows(version, lineage.current):
-            raise _Superseded(f"attempt {lineage.current} has abandoned it")
+            raise Superseded(f"attempt {lineage.current} has abandoned it")
         if version.step in wanted(self.run):
             return
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
         if latest in (version, *self.refused):
             return
         if (self.run / TRAINING_ENDED).exists():
-            raise _Superseded(f"training has ended with {latest}")
+            raise Superseded(f"training has ended with {latest}")
         if self.dropped_last or share_done >= 0.5:
             return
-        if any(self._is_ours(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
-            raise _Superseded(f"{latest} is newer")
+        if any(self._is_current(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
+            raise Superseded(f"{latest} is newer")
 
     def _collect(self) -> None:
         lineage = Lineage.load(self.run)
@@ -373,29 +236,6 @@ class _Refresher:
         for version in versions_in(self.run / "refresher"):
             if version != except_for:
                 shutil.rmtree(self.run / "refresher" / version.name)
-
-    def _report(self, name: str, rows: int, num_kept: int, seconds: dict[str, float], drift: dict[str, Any]) -> None:
-        phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
-        kept = f" ({num_kept} shards kept from before)" if num_kept else ""
-        moved = f"; since {drift['against']} embeddings moved by {drift['cosine_change']:.4f} (1 - cosine)" if drift else ""
-        self.log(f"index {name} published: {rows} passages, {phases}{kept}{moved}")
-        entry: dict[str, Any] = {"version": name, "rows": rows, "shards_kept": num_kept, "seconds": seconds, "time": time.time(), **peak_memory()}
-        entry |= {"drift": drift}
-        with (self.run / "refresher" / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-class _Clock:
-    """Seconds by phase, each since the one before."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def phase(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] = round(now - self._last, 3)
-        self._last = now
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 Shape legend: B queries, K results a query, D dimension of the embeddings.
 """
 
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -220,6 +222,8 @@ class IndexWatcher:
         self.stop()
 
     def _watch(self) -> None:
+        with suppress(OSError, AttributeError):  # reading every byte of a version must not slow the step; Linux knows priorities of threads
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while not self._stop.is_set():
             try:
                 self._look()

@@ -308,13 +308,13 @@ def _bench_spans(options: argparse.Namespace) -> None:
 
 
 def _bench_index(options: argparse.Namespace) -> None:
-    from index.bench_index import bench_index
+    from index.bench.store import bench_index
 
     bench_index(_open(options), options.passages, options.queries, options.scale, options.synthetic, options.json, options.picture)
 
 
 def _bench_faults(options: argparse.Namespace) -> None:
-    from index.bench_faults import bench_faults
+    from index.bench.faults import bench_faults
 
     report = bench_faults(options.kills, options.flips, options.seed, options.json)
     if report.violations:

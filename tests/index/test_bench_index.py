@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.bench_index import bench_search, bench_synthetic, jittered
+from index.bench.searching import bench_search, bench_synthetic, jittered
 from index.frozen import index_for, start_retriever
 from realm.cli import main
 from realm.errors import UserError

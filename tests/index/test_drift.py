@@ -14,12 +14,14 @@ from torch import nn
 from index.build import IndexManifest
 from index.drift import PROBE_FILE, ProbePassages, cosine_change, overlap, probe_rows, take_rows
 from index.refresh import refresh
+from pretrain.train import Exports
 from realm.config_file import load_config
 from realm.errors import UserError
 from realm.publish import versions_in
+from realm.run import Run
 from realm.telemetry import read_metrics
 from tests.test_loop import realm
-from tests.tiny import write_config, write_sources
+from tests.tiny import prepared_run, write_config, write_sources
 
 KEEP = replace(CONFIG, keep_last=10, probe_passages=20)
 
@@ -87,24 +89,51 @@ def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
     assert probe.moved(tower) == pytest.approx(0)
 
 
-def exports(folder: Path, **changes: object) -> list[int]:
-    """Steps at which a tiny run of 12 steps exported, without a refresher beside: its first index comes from the warm-up."""
-    write_sources(folder)
-    refresh_ = {"every_steps": 0, "drift_every_steps": 2, "max_drift": 1e-9, "keep_last": 20, **changes}
-    config = write_config(folder, pretrain={"steps": 12, "reader_check": 0}, refresh=refresh_)
+def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    refresh_ = {"every_steps": 0, "drift_every_steps": 2, "max_drift": 1e-9, "keep_last": 20}
+    config = write_config(tmp_path, pretrain={"steps": 7, "reader_check": 0}, refresh=refresh_)
     for command in ("prepare", "ict", "reader-warmup", "pretrain"):
         result = realm(command, "--config", config)
         assert result.returncode == 0, result.stderr
-    return [version.step for version in versions_in(folder / "run" / "encoders")]
+    exported = [version.step for version in versions_in(tmp_path / "run" / "encoders")]
+    assert exported == [0, 2, 4, 6, 7], "every look finds a little movement"
+    drifts = {row["step"]: row["drift"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")["pretrain"] if "drift" in row}
+    assert list(drifts) == [2, 4, 6] and all(0 < drift < 1 for drift in drifts.values())
 
 
-def test_exports_come_by_drift_by_period_or_both_and_always_at_the_end(tmp_path: Path) -> None:
-    (tmp_path / "drift").mkdir()
-    assert exports(tmp_path / "drift") == [0, 2, 4, 6, 8, 10, 12], "every look finds a little movement"
-    drifts = [row["drift"] for row in read_metrics(tmp_path / "drift" / "run" / "metrics.jsonl")["pretrain"] if "drift" in row]
-    assert len(drifts) == 6 and all(0 < drift < 1 for drift in drifts)
-    (tmp_path / "never").mkdir()
-    assert exports(tmp_path / "never", max_drift=2.0, every_steps=2, staleness_multiplier=2) == [0, 4, 8, 12]
+def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
+    run, tower = prepared_run(tmp_path, pretrain={"steps": 12}), Turning()
+
+    def steps(turn_at: int = 0, **changes: object) -> list[int]:
+        tower.angle.data.zero_()
+        exports = Exports(Run(run.folder, replace(run.config, refresh=replace(run.config.refresh, **changes))), lambda: tower)
+        found = []
+        for step in range(1, 13):
+            if step == turn_at:
+                tower.angle.data += 1.0
+            if exports.due(step, exports.drift(step)):
+                found.append(step)
+                exports.mark()
+        return found
+
+    assert steps(every_steps=5) == [5, 10, 12]
+    assert steps(every_steps=2, staleness_multiplier=4) == [8, 12]
+    assert steps(every_steps=0, max_drift=0.2, drift_every_steps=3) == [12], "nothing moves"
+    assert steps(every_steps=0, max_drift=0.2, drift_every_steps=3, turn_at=4) == [6, 12], "found at the next look, and not again"
+    assert steps(every_steps=5, max_drift=0.2, drift_every_steps=3, turn_at=4) == [5, 10, 12], "the period's export is measured from"
+    assert steps(every_steps=5, max_drift=0.2, drift_every_steps=3, turn_at=8) == [5, 9, 10, 12]
+
+
+def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) -> None:
+    run, tower = prepared_run(tmp_path, refresh={"max_drift": 0.5}), Turning()
+    exports = Exports(run, lambda: tower)
+    tower.angle.data += 1.0
+    exports.save(tmp_path)
+    resumed = Exports(run, lambda: tower)
+    assert resumed.drift(50) == pytest.approx(0)
+    resumed.restore(tmp_path)
+    assert resumed.drift(50) == exports.drift(50) == pytest.approx(1 - math.cos(1.0), rel=1e-4)
 
 
 @pytest.mark.parametrize(("changes", "said"), [({"every_steps": 0}, "nothing would be exported"), ({"staleness_multiplier": 0}, "at least 1")])

@@ -47,7 +47,7 @@ def test_shards_of_another_plan_are_thrown_away(tmp_path: object) -> None:
     work = tmp_path / "work"  # type: ignore[operator]
 
     def run(factor: float, plan: dict) -> tuple[np.ndarray, int]:
-        shards, num_kept = encode_in_shards(work, 10, 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda share: None)
+        shards, num_kept = encode_in_shards(work, range(10), 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda share: None)
         return np.concatenate(shards)[:, 0], num_kept
 
     values, num_kept = run(1.0, {"encoder": "a"})

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from index import bench_faults, search
-from index.bench_faults import Scene, Supervisor
+from index import search
+from index.bench.fault_processes import CONFIG, Scene, export
+from index.bench.faults import Supervisor
+from index.refresh import refresh
 from realm.cli import main
+from realm.publish import Version, start_attempt
 
 
 def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,9 +26,9 @@ def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(tmp_pat
 def test_a_store_that_does_not_check_its_files_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene.build(tmp_path)
     scene.run.mkdir()
-    bench_faults.start_attempt(scene.run)
-    bench_faults.export(scene, bench_faults.Version(1, 1))
-    bench_faults.refresh(scene.run, bench_faults.CONFIG, scene.corpus, once=True, log=lambda line: None)
+    start_attempt(scene.run)
+    export(scene, Version(1, 1))
+    refresh(scene.run, CONFIG, scene.corpus, once=True, log=lambda line: None)
     supervisor = Supervisor(scene, 0)
     supervisor.damage(40)
     assert supervisor.report.violations == []

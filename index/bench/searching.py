@@ -1,163 +1,32 @@
-"""`realm bench index`: encoding, searching and opening, each beside what it is measured against, in one run on a run's own index.
+"""Approximate search beside exact search: recall and queries a second over real embeddings, repeated with jitter, and random ones.
 
 Shape legend: N passages, Q queries, K results a query, D dimension of the embeddings.
 """
 
-import json
-import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import torch
 
-from index.build import INDEX_FILE, build_index, index_bytes, set_search_parameters
-from index.encode import encode_passages, load_encoder
-from index.manage import Entry, entries
-from index.search import PassageIndex
+from index.bench.timing import timed
+from index.build import build_index, index_bytes, set_search_parameters
+from index.encode import load_encoder
+from index.manage import Entry
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import pad_batch, query_input
 from realm.retriever import embed_plain
-from realm.run import Run
 from realm.telemetry import console, peak_memory, print_table
 
 RECALL_AT = 8
 WANTED_RECALL = 0.99
 _QUERY_WORDPIECES = 32
 _REPEATS = 3
-
-
-def bench_index(
-    run: Run, passages: int, queries: int, scale: int, synthetic: str | None, json_file: Path | None, picture: Path | None
-) -> dict[str, Any]:
-    """Measure and print tables; the figures also go to `json_file`, the recall/speed curves to `picture`.
-
-    `passages`: to encode; `queries`: to search; `scale`: rows that the embeddings are repeated to, with jitter; `synthetic`: `NxD` random
-    vectors to build and search an index of. Raises UserError where the run has no index, or its encoder is gone.
-    """
-    usable = [entry for entry in entries(run.folder) if entry.manifest is not None and entry.manifest.corpus == run.passages.fingerprint]
-    usable = [entry for entry in usable if (entry.store / "encoders" / entry.version.encoder.name).is_dir()]
-    if not usable:
-        raise UserError(f"run {run.folder} has no index of its corpus whose encoder is still there; train it, or let a refresher build one.")
-    entry = usable[-1]
-    index = PassageIndex.open(entry.path, run.passages.fingerprint)
-    console.print(f"index {entry.path}, {len(index):,} passages, {torch.get_num_threads()} threads")
-    figures: dict[str, Any] = {"index": entry.version.name, "passages": len(index), "threads": torch.get_num_threads()}
-    figures["encoding"] = bench_encoding(run.passages, entry.store / "encoders" / entry.version.encoder.name, passages)
-    figures["opening"] = bench_opening(entry, run.passages)
-    real_ND = index.embeddings(np.arange(len(index)))
-    query_emb_QD = sample_queries(run.passages, entry, queries)
-    curves = {}
-    for count in sorted({len(real_ND), max(scale, len(real_ND))}):
-        embeddings_ND = real_ND if count == len(real_ND) else jittered(real_ND, count)
-        curves[count] = bench_search(embeddings_ND, query_emb_QD)
-    figures["search"] = {str(count): rows for count, rows in curves.items()}
-    if synthetic is not None:
-        figures["synthetic"] = bench_synthetic(synthetic)
-    if picture is not None:
-        draw(curves, picture)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
-
-
-def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> list[dict[str, Any]]:
-    """Passages a second: ours from prepared tokens, sentence-transformers from text, the same passages, weights and inputs."""
-    from sentence_transformers import SentenceTransformer
-
-    encoder = load_encoder(encoder_folder)
-    rows = np.random.default_rng(0).choice(corpus.rows, min(count, len(corpus.rows)), replace=False)
-    pairs = [(corpus.title(row), corpus.text(row)) for row in rows.tolist()]
-    device = next(encoder.retriever.parameters()).device
-
-    def ours(precision: torch.dtype | None) -> np.ndarray:
-        return encode_passages(encoder.retriever, corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, 4096, precision)
-
-    def theirs(dtype: torch.dtype) -> Callable[[], np.ndarray]:
-        model = SentenceTransformer(str(encoder_folder), device=device.type, model_kwargs={"torch_dtype": dtype}, local_files_only=True)
-        return lambda: model.encode_document(pairs, convert_to_tensor=True, show_progress_bar=False).float().cpu().numpy()
-
-    ways: list[tuple[str, Callable[[], np.ndarray]]] = [
-        ("realm, bf16", lambda: ours(torch.bfloat16)),
-        ("realm, fp32", lambda: ours(None)),
-        ("sentence-transformers, bf16", theirs(torch.bfloat16)),
-        ("sentence-transformers, default (fp32)", theirs(torch.float32)),
-    ]
-    results = []
-    for name, way in ways:
-        console.print(f"  encoding: {name}")
-        way()  # the first pass allocates
-        seconds, embeddings_ND = min((_timed(way) for _ in range(_REPEATS)), key=lambda pair: pair[0])
-        results.append({"what": name, "passages/s": len(rows) / seconds, "embeddings": embeddings_ND})
-    exact = next(result["embeddings"] for result in results if result["what"] == "realm, fp32")
-    for result in results:
-        result["speed of default"] = result["passages/s"] / results[-1]["passages/s"]
-        result["1 - cosine to fp32, worst"] = float(np.max(1 - _cosine(result.pop("embeddings"), exact)))
-    print_table(
-        f"Encoding {len(rows):,} passages",
-        ["what", "passages/s", "times the default", "worst 1 - cosine to fp32"],
-        [[r["what"], r["passages/s"], f"{r['speed of default']:.2f}", f"{r['1 - cosine to fp32, worst']:.1e}"] for r in results],
-    )
-    return results
-
-
-def bench_opening(entry: Entry, corpus: PreparedCorpus) -> dict[str, float]:
-    """Mapping alone, mapping with all checks (which a trainer does on a thread), and what a second process adds to memory."""
-    mapped = min(_timed(lambda: faiss.read_index(str(entry.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0] for _ in range(_REPEATS))
-    checked = min(_timed(lambda: PassageIndex.open(entry.path, corpus.fingerprint))[0] for _ in range(_REPEATS))
-    size = (entry.path / INDEX_FILE).stat().st_size
-    alone, shared = _proportional_bytes(entry.path / INDEX_FILE, 1), _proportional_bytes(entry.path / INDEX_FILE, 2)
-    result = {
-        "mapped, ms": 1000 * mapped,
-        "mapped and checked, ms": 1000 * checked,
-        "index, MiB": size / 2**20,
-        "of it in memory (PSS), one process, MiB": alone[0] / 2**20,
-        "of it in memory (PSS), each of two, MiB": statistics.mean(shared) / 2**20,
-    }
-    print_table("Opening", ["what", "value"], [[name, value] for name, value in result.items()])
-    return result
-
-
-def _proportional_bytes(path: Path, processes: int) -> list[int]:
-    """Proportional set size of the mapped index file in each of some processes that have read all of it."""
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(processes + 1), context.Queue()
-    children = [context.Process(target=_hold_and_measure, args=(str(path), barrier, results)) for _ in range(processes)]
-    for child in children:
-        child.start()
-    barrier.wait(120)  # all have read the file
-    measured = [results.get(timeout=120) for _ in children]
-    barrier.wait(120)
-    for child in children:
-        child.join()
-    return measured
-
-
-def _hold_and_measure(path: str, barrier: Any, results: Any) -> None:
-    faiss.omp_set_num_threads(1)
-    index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
-    index.search(np.zeros((1, index.d), np.float32), 1)
-    barrier.wait(120)
-    results.put(_mapped_pss(path))
-    barrier.wait(120)
-
-
-def _mapped_pss(path: str) -> int:
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split()
-        if "-" in fields[0] and not fields[0].endswith(":"):
-            inside = fields[-1] == path
-        elif inside and fields[0] == "Pss:":
-            total += int(fields[1]) * 1024
-    return total
 
 
 def sample_queries(corpus: PreparedCorpus, entry: Entry, count: int) -> np.ndarray:
@@ -217,7 +86,7 @@ def bench_search(
         if "PQ96" in factory and dim % 96:
             continue
         console.print(f"  {count:,} rows: {factory}")
-        build_seconds, index = _timed(lambda factory=factory: build_index(embeddings_ND, factory))  # type: ignore[misc]
+        build_seconds, index = timed(lambda factory=factory: build_index(embeddings_ND, factory))  # type: ignore[misc]
         size = index_bytes(index)
         for parameters in grid:
             set_search_parameters(index, parameters)
@@ -263,8 +132,8 @@ def _result(factory: str, parameters: str, recall: float, speed: float, build_se
 
 def _search(index: faiss.Index, query_emb_QD: np.ndarray) -> tuple[float, np.ndarray]:
     """Best time of some, and the rows found, (Q, K)."""
-    timed = [_timed(lambda: index.search(query_emb_QD, RECALL_AT)[1]) for _ in range(_REPEATS)]
-    return min(seconds for seconds, _ in timed), timed[0][1]
+    runs = [timed(lambda: index.search(query_emb_QD, RECALL_AT)[1]) for _ in range(_REPEATS)]
+    return min(seconds for seconds, _ in runs), runs[0][1]
 
 
 def bench_synthetic(shape: str) -> dict[str, Any]:
@@ -282,7 +151,7 @@ def bench_synthetic(shape: str) -> dict[str, Any]:
             np.save(Path(folder) / f"{number}.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
             shards.append(np.load(Path(folder) / f"{number}.npy", mmap_mode="r"))
         console.print(f"  {shape}: {factory}")
-        build_seconds, index = _timed(lambda: build_index(shards, factory, parameters="nprobe=64"))
+        build_seconds, index = timed(lambda: build_index(shards, factory, parameters="nprobe=64"))
         began = time.perf_counter()
         faiss.write_index(index, f"{folder}/index")
         write_seconds = time.perf_counter() - began
@@ -321,13 +190,3 @@ def draw(curves: dict[int, list[dict[str, Any]]], picture: Path) -> None:
         panel.legend(fontsize=8)
     figure.savefig(picture, dpi=100)
     plt.close(figure)
-
-
-def _cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    return (a_ND * b_ND).sum(1) / (np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1))
-
-
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
