@@ -136,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     store.add_argument("--picture", type=Path, metavar="FILE", help="draw recall against speed")
     store.set_defaults(command=_bench_index, takes_overrides=True)
+    swaps = kinds.add_parser("swaps", help="step times of a trainer with and without index versions swapped in")
+    swaps.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default: 1,000,000)")
+    swaps.add_argument("--dim", type=int, default=128, help="its dimensions (default: 128)")
+    swaps.add_argument("--steps", type=int, default=1200, help="steps of each kind (default: 1200)")
+    swaps.add_argument("--every", type=int, default=200, help="steps between two versions (default: 200)")
+    swaps.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    swaps.set_defaults(command=_bench_swaps, takes_overrides=False)
     faults = kinds.add_parser("faults", help="kill -9 at random, flipped bits, frozen lease holders, a full disk: what the index store survives")
     faults.add_argument("--kills", type=int, default=500, help="kill -9 of refresher and trainer (default: 500)")
     faults.add_argument("--flips", type=int, default=1000, help="bit flips and cuts in the files of a version (default: 1000)")
@@ -311,6 +318,12 @@ def _bench_index(options: argparse.Namespace) -> None:
     from index.bench.store import bench_index
 
     bench_index(_open(options), options.passages, options.queries, options.scale, options.synthetic, options.json, options.picture)
+
+
+def _bench_swaps(options: argparse.Namespace) -> None:
+    from index.bench.swaps import bench_swaps
+
+    bench_swaps(options.rows, options.dim, options.steps, options.every, options.json)
 
 
 def _bench_faults(options: argparse.Namespace) -> None:

@@ -54,3 +54,11 @@ def test_random_vectors_are_built_written_mapped_and_found() -> None:
     assert result["own row found first, %"] > 90 and result["GiB on disk"] > 0
     with pytest.raises(UserError, match="NxD"):
         bench_synthetic("many")
+
+
+def test_swaps_are_counted_and_paired(tmp_path: Path) -> None:
+    report = tmp_path / "swaps.json"
+    assert main(["bench", "swaps", "--rows", "500", "--dim", "8", "--steps", "60", "--every", "10", "--json", str(report)]) == 0
+    result = json.loads(report.read_text())
+    assert result["with swaps"]["steps"] == result["without swaps"]["steps"] == 60
+    assert result["swaps"] >= 1 and result["p99 with / without"] > 0
