@@ -1,9 +1,11 @@
 """Self-attention variants of the reader, one file each; the registry is the config schema (`attention: {type: …}`).
 
 A variant is a frozen dataclass registered under its name. `replace(attention, layer)` receives each of BERT's self-attention modules and
-returns the module to use in its place. Nothing here imports the rest of the project; `binding` alone touches transformers' internals.
+returns the module to use in its place; a variant whose layers share parameters says `replace_all` instead. Nothing
+here imports the rest of the project; `binding` alone touches transformers' internals.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import draccus
@@ -22,7 +24,11 @@ class AttentionConfig(draccus.ChoiceRegistry):
         """The module that takes the place of BERT's self-attention in layer number `layer` (0 is the lowest)."""
         raise TypeError(f"{type(self).__name__} does not say how it replaces a self-attention module")
 
+    def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+        """The modules that take the place of all layers' self-attention, lowest first."""
+        return [self.replace(attention, layer) for layer, attention in enumerate(attentions)]
 
-from realm.attention import dense, longformer  # noqa: E402  (the variants register themselves on the base above)
 
-__all__ = ["AttentionConfig", "dense", "longformer"]
+from realm.attention import dense, infini, linformer, longformer, performer  # noqa: E402  (the variants register themselves on the base above)
+
+__all__ = ["AttentionConfig", "dense", "infini", "linformer", "longformer", "performer"]

@@ -44,8 +44,8 @@ def bind_attention(bert: BertModel, attention: AttentionConfig) -> None:
         bert.set_attn_implementation(_DENSE)
         return
     layers: Any = bert.encoder.layer
-    for number, layer in enumerate(layers):
-        layer.attention.self = attention.replace(layer.attention.self, number).train(layer.training)
+    for layer, module in zip(layers, attention.replace_all([layer.attention.self for layer in layers]), strict=True):
+        layer.attention.self = module.train(layer.training)
     bert.set_attn_implementation(_REPLACED)
 
 

@@ -112,7 +112,7 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "retriever: {normalize: 3}", ["retriever.normalize", "3"]),
         (BASE + "reader: {max_tokens: 100}", ["reader.max_tokens (100)", "retriever.max_query_tokens (96)"]),
         (BASE + "pretrain: {candidates: 1}", ["pretrain.candidates", "at least 2"]),
-        (BASE + "reader: {attention: {type: spiral}}", ["reader.attention", "'spiral'", "dense, longformer"]),
+        (BASE + "reader: {attention: {type: spiral}}", ["reader.attention", "'spiral'", "dense, infini, linformer, longformer, performer"]),
         (BASE + "reader: {attention: longformer}", ["reader.attention", "mapping", "longformer"]),
         (BASE + "reader: {attention: {window: 3}}", ["reader.attention", "window", "DenseAttention"]),
         (BASE + "reader: {attention: {type: longformer, window: 0}}", ["attention.window", "at least 1", "0"]),

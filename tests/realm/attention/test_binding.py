@@ -11,7 +11,10 @@ from transformers import BertConfig, BertModel
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
+from realm.attention.infini import InfiniAttention
+from realm.attention.linformer import LinformerAttention
 from realm.attention.longformer import LongformerAttention, LongformerSelfAttention
+from realm.attention.performer import PerformerAttention
 from realm.bert import BertSource
 from realm.config_file import load_config
 from realm.errors import UserError
@@ -114,7 +117,18 @@ def test_every_layer_is_replaced_in_its_order():
     assert all(isinstance(layer.attention.self, LongformerSelfAttention) and layer.attention.self.training for layer in bert.encoder.layer)
 
 
-@pytest.mark.parametrize("attention", [DenseAttention(), LongformerAttention(window=3)], ids=["dense", "longformer"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        DenseAttention(),
+        LongformerAttention(window=3),
+        PerformerAttention(8, seed=3),
+        LinformerAttention(9, "layerwise"),
+        LinformerAttention(9, "none"),
+        InfiniAttention(7),
+    ],
+    ids=["dense", "longformer", "performer", "linformer-layerwise", "linformer-none", "infini"],
+)
 def test_saved_readers_compute_the_same(attention, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = ReaderConfig(bert=SOURCE, attention=attention, span_hidden=8, max_tokens=90)

@@ -1,0 +1,95 @@
+"""Keys and values projected along the length to a fixed number, so that attention is linear in it (Wang et al. 2020, "Linformer", section 4).
+
+head = softmax(Q (E K)ᵀ / √D) (F V) with E and F of size k × n (equation 7). The projections start as mean pooling: row j averages the j-th of k
+stretches of the n positions, so that a pretrained model begins with coarse but meaningful keys instead of random mixtures. A row whose
+stretch lies wholly behind the last real token is not attended to; one that is partly filled averages what is there.
+
+Shape legend: B rows, H heads, L tokens, D width of a head, K projected length, n the model's positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from realm.attention import AttentionConfig
+from realm.attention.projected import ProjectedSelfAttention
+from realm.errors import UserError
+
+
+@AttentionConfig.register_subclass("linformer")
+@dataclass(frozen=True)
+class LinformerAttention(AttentionConfig):
+    """Low-rank attention."""
+
+    projected_tokens: int = 256
+    """Projected length K."""
+    sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
+    """Projections for each head, key and value; one E and one F for all heads of a layer; one for both; one for all layers (section 4.3)."""
+
+    def __post_init__(self) -> None:
+        if self.projected_tokens < 1:
+            raise UserError(f"attention.projected_tokens must be at least 1, got {self.projected_tokens}.")
+
+    def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+        modules: list[LinformerSelfAttention] = []
+        for attention in attentions:
+            shared = modules[0].key_projection if modules and self.sharing == "layerwise" else None
+            modules.append(LinformerSelfAttention(attention, self, shared))
+        return list(modules)
+
+
+class LinformerSelfAttention(ProjectedSelfAttention):
+    """Owns its projections, or with `shared` refers to another layer's."""
+
+    def __init__(self, local: nn.Module, config: LinformerAttention, shared: Tensor | None = None) -> None:
+        super().__init__(local)
+        positions: int = local.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+        if config.projected_tokens > positions:
+            raise UserError(f"attention.projected_tokens ({config.projected_tokens}) exceeds the reader's {positions} positions; lower it.")
+        self.config = config
+        heads = self.num_heads if config.sharing == "none" else 1
+        pooling_HKn = mean_pooling(config.projected_tokens, positions).expand(heads, -1, -1)
+        if shared is None:
+            self.key_projection = nn.Parameter(pooling_HKn.clone())
+        else:  # a reference that is no parameter here: it is saved, and counted, once
+            object.__setattr__(self, "key_projection", shared)
+        if config.sharing in ("none", "headwise"):
+            self.value_projection = nn.Parameter(pooling_HKn.clone())
+
+    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
+        L = query_BHLD.shape[2]
+        K, positions = self.key_projection.shape[1:]
+        if positions < L:
+            raise UserError(f"a text of {L} wordpieces exceeds the {positions} positions that the linformer's projections were made for.")
+        key_projection = self.key_projection
+        value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
+        real_BLn = real_BL.to(key_BHLD.dtype)
+        # What a stretch lacks at the end of the text is made up for, so that its mean is one of real tokens.
+        pooling_Kn = mean_pooling(K, positions).to(real_BLn)[:, :L]
+        filled_BK = real_BLn @ pooling_Kn.T
+        factor_BK = torch.where(filled_BK > 0, 1 / filled_BK.clamp(min=1e-6), torch.zeros_like(filled_BK))
+
+        def project(projection_HKn: Tensor, x_BHLD: Tensor) -> Tensor:
+            projection_HKL = projection_HKn[..., :L].to(x_BHLD.dtype)
+            return (projection_HKL @ (x_BHLD * real_BLn[:, None, :, None])) * factor_BK[:, None, :, None]
+
+        return F.scaled_dot_product_attention(
+            query_BHLD,
+            project(key_projection, key_BHLD),
+            project(value_projection, value_BHLD),
+            attn_mask=(filled_BK > 0)[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+
+def mean_pooling(rows: int, positions: int) -> Tensor:
+    """Row j averages the j-th of `rows` stretches of the positions, (rows, positions)."""
+    ends = torch.arange(1, rows + 1) * positions // rows
+    starts = torch.arange(rows) * positions // rows
+    at = torch.arange(positions)
+    inside = (at >= starts[:, None]) & (at < ends[:, None])
+    return inside / inside.sum(1, keepdim=True)

@@ -1,0 +1,39 @@
+"""What variants share that need no more than queries, keys and values: BERT's projections, taken over with their weights.
+
+Shape legend: B rows, H heads, L tokens, D width of a head.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class ProjectedSelfAttention(nn.Module):
+    """Takes the place of a BERT self-attention module; subclasses say what becomes of queries, keys and values in `attend`."""
+
+    def __init__(self, local: nn.Module) -> None:
+        super().__init__()
+        self.num_heads: int = local.num_attention_heads  # type: ignore[assignment]
+        self.query: nn.Linear = local.query  # type: ignore[assignment]
+        self.key: nn.Linear = local.key  # type: ignore[assignment]
+        self.value: nn.Linear = local.value  # type: ignore[assignment]
+        self.dropout: float = local.dropout.p  # type: ignore[union-attr, assignment]
+
+    @property
+    def head_width(self) -> int:
+        """D."""
+        return self.query.out_features // self.num_heads
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
+        """`hidden_states` (B, L, H·D); `attention_mask` (B, L) true on real tokens. Outputs on padding are finite and meaningless."""
+        B, L, width = hidden_states.shape
+        real_BL = torch.ones(B, L, dtype=torch.bool, device=hidden_states.device) if attention_mask is None else attention_mask.bool()
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(B, L, self.num_heads, -1).transpose(1, 2)
+
+        out_BHLD = self.attend(heads(self.query(hidden_states)), heads(self.key(hidden_states)), heads(self.value(hidden_states)), real_BL)
+        return out_BHLD.transpose(1, 2).reshape(B, L, width), None
+
+    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
+        """The attention itself, (B, H, L, D); keys and values where `real_BL` is false must not count."""
+        raise NotImplementedError

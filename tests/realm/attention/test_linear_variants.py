@@ -1,0 +1,319 @@
+"""Performer, linformer and infini-attention against plain loops in double precision: outputs, gradients, padding, lengths, half precision."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+from realm.attention import AttentionConfig
+from realm.attention.infini import InfiniAttention
+from realm.attention.linformer import LinformerAttention, mean_pooling
+from realm.attention.performer import PerformerAttention, draw_projection, features, linear_attention
+from realm.errors import UserError
+
+HEADS, D = 2, 3
+WIDTH, POSITIONS = HEADS * D, 40
+
+Reference = Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]
+"""(module, q, k, v of one text and head as (L, D)) to (L, D); `module` gets an attribute `head`, the number of the head."""
+
+
+def module(attention: AttentionConfig) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, max_position_embeddings=POSITIONS, attention_probs_dropout_prob=0.0)
+    built = attention.replace_all([BertSelfAttention(config) for _ in range(2)])[1].double().eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return built
+
+
+def performer_reference(built, head, query, key, value):
+    kernel, rows = built.config.kernel, built.projection.double()
+    scale = D**-0.25
+
+    def phi(x):
+        x = scale * x
+        if kernel == "relu":
+            return torch.stack([torch.clamp(sum(w[d] * x[d] for d in range(D)), min=0) + 1e-3 for w in rows])
+        norm = sum(x[d] ** 2 for d in range(D)) / 2
+        if kernel == "trigonometric":
+            angles = [sum(w[d] * x[d] for d in range(D)) for w in rows]
+            return torch.stack([norm.exp() * angle.cos() for angle in angles] + [norm.exp() * angle.sin() for angle in angles])
+        return torch.stack([(sum(w[d] * x[d] for d in range(D)) - norm).exp() for w in rows])
+
+    out = []
+    for q in query:
+        weights = [phi(q) @ phi(k) for k in key]
+        out.append(sum(weight * v for weight, v in zip(weights, value, strict=True)) / sum(weights))
+    return torch.stack(out)
+
+
+def linformer_reference(built, head, query, key, value):
+    L, K = len(key), built.key_projection.shape[1]
+    own = head if built.config.sharing == "none" else 0
+    key_rows = built.key_projection[own]
+    value_rows = built.value_projection[own] if built.config.sharing in ("none", "headwise") else key_rows
+    pooling = mean_pooling(K, POSITIONS).double()
+    keys, values = [], []
+    for j in range(K):
+        filled = sum(pooling[j, i] for i in range(L))
+        if filled > 0:
+            keys.append(sum(key_rows[j, i] * key[i] for i in range(L)) / filled)
+            values.append(sum(value_rows[j, i] * value[i] for i in range(L)) / filled)
+    out = []
+    for q in query:
+        weights = torch.stack([(q @ k) / math.sqrt(D) for k in keys]).softmax(0)
+        out.append(sum(weight * v for weight, v in zip(weights, values, strict=True)))
+    return torch.stack(out)
+
+
+def infini_reference(built, head, query, key, value):
+    L, S = len(key), built.config.segment
+    segments = [range(start, min(start + S, L)) for start in range(0, L, S)]
+    elu = torch.nn.functional.elu
+
+    def written(order):
+        """Memory and norm as they stand before each segment of an order, token by token."""
+        memory, norm, states = torch.zeros(D, D, dtype=key.dtype), torch.zeros(D, dtype=key.dtype), {}
+        for n in order:
+            states[n] = memory, norm
+            added, added_norm = torch.zeros_like(memory), torch.zeros_like(norm)
+            for i in segments[n]:
+                k = elu(key[i]) + 1
+                target = value[i]
+                if built.config.update == "delta":
+                    target = target - (k @ memory) / (k @ norm).clamp(min=1e-6)
+                added = added + torch.outer(k, target)
+                added_norm = added_norm + k
+            memory, norm = memory + added, norm + added_norm
+        return states
+
+    left, right = written(range(len(segments))), written(reversed(range(len(segments))))
+    out = []
+    gate = torch.sigmoid(built.gate[head])
+    for n, segment in enumerate(segments):
+        for i in segment:
+            weights = torch.stack([(query[i] @ key[j]) / math.sqrt(D) for j in segment]).softmax(0)
+            local = sum(weight * value[j] for weight, j in zip(weights, segment, strict=True))
+            if len(segments) == 1:
+                out.append(local)
+                continue
+            q = elu(query[i]) + 1
+            read = q @ (left[n][0] + right[n][0]) / (q @ (left[n][1] + right[n][1]))
+            out.append(gate * read + (1 - gate) * local)
+    return torch.stack(out)
+
+
+VARIANTS: dict[str, tuple[AttentionConfig, Reference]] = {
+    **{
+        f"performer-{kernel}": (PerformerAttention(8, kernel, redraw_every=0), performer_reference) for kernel in ("softmax", "trigonometric", "relu")
+    },
+    "performer-iid": (PerformerAttention(7, orthogonal=False, redraw_every=0), performer_reference),
+    **{f"linformer-{sharing}": (LinformerAttention(6, sharing), linformer_reference) for sharing in ("none", "headwise", "key_value", "layerwise")},
+    **{f"infini-{update}": (InfiniAttention(4, update), infini_reference) for update in ("linear", "delta")},
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def naive(built, reference: Reference, hidden_BLW: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Outputs (L, W) of each text alone."""
+    outputs = []
+    for b, length in enumerate(lengths):
+        hidden = hidden_BLW[b, :length]
+        q, k, v = built.query(hidden), built.key(hidden), built.value(hidden)
+        parts = [slice(head * D, (head + 1) * D) for head in range(HEADS)]
+        outputs.append(torch.cat([reference(built, head, q[:, part], k[:, part], v[:, part]) for head, part in enumerate(parts)], dim=1))
+    return outputs
+
+
+def batch(lengths: list[int], padding: int = 0, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    L = max(lengths) + padding
+    return torch.randn(len(lengths), L, WIDTH, generator=generator, dtype=torch.float64), torch.arange(L) < torch.tensor(lengths)[:, None]
+
+
+def gradients(built, out: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    named = [*built.named_parameters(), ("hidden", hidden)]
+    found = torch.autograd.grad((out * weight).sum(), [parameter for _, parameter in named], allow_unused=True)
+    return {name: torch.zeros_like(parameter) if grad is None else grad for (name, parameter), grad in zip(named, found, strict=True)}
+
+
+@every_variant
+def test_outputs_and_gradients_are_those_of_plain_loops(name):
+    attention, reference = VARIANTS[name]
+    built, lengths = module(attention), [11, 4, 1, 8]
+    hidden, real = batch(lengths, padding=2)
+    hidden.requires_grad_()
+    out = built(hidden, real.long())[0][real]
+    expected = torch.cat(naive(built, reference, hidden, lengths))
+    torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-8)
+    ours, theirs = gradients(built, out, hidden), gradients(built, expected, hidden)
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[parameter], atol=1e-10, rtol=1e-7, msg=lambda text, p=parameter: f"{p}: {text}")
+    assert ours["hidden"].abs().max() > 1e-3
+
+
+@every_variant
+@given(lengths=st.lists(st.integers(1, 23), min_size=1, max_size=3), padding=st.integers(0, 9), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_any_length_and_any_padding_give_what_each_text_gives_alone(name, lengths, padding, seed):
+    built = module(VARIANTS[name][0])
+    hidden, real = batch(lengths, padding, seed)
+    out = built(hidden, real.long())[0]
+    assert out.isfinite().all(), "on padding, too"
+    changed = torch.where(real[..., None], hidden, torch.full_like(hidden, 50.0))
+    torch.testing.assert_close(built(changed, real.long())[0][real], out[real], atol=1e-9, rtol=1e-9)
+    for b, length in enumerate(lengths):
+        torch.testing.assert_close(out[b, :length], built(hidden[b : b + 1, :length])[0][0], atol=1e-9, rtol=1e-9)
+
+
+@every_variant
+def test_half_precision_is_near(name):
+    built = module(VARIANTS[name][0])
+    hidden, real = batch([20, 9])
+    exact = built(hidden, real.long())[0][real]
+    half = built.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        near = half(hidden.float(), real.long())[0][real]
+    if "trigonometric" not in name:  # whose denominators may come close to zero
+        assert (near.double() - exact).abs().mean() < 0.06 * exact.abs().mean()
+    assert near.isfinite().all()
+
+
+def test_mean_pooling_rows_are_means_of_the_stretches():
+    pooling = mean_pooling(3, 8)
+    assert pooling.tolist() == [[0.5, 0.5, 0, 0, 0, 0, 0, 0], [0, 0, pytest.approx(1 / 3)] + [pytest.approx(1 / 3)] * 2 + [0, 0, 0],
+                                [0, 0, 0, 0, 0] + [pytest.approx(1 / 3)] * 3]  # fmt: skip
+
+
+def test_layerwise_projections_are_one_parameter_and_saved_once():
+    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, max_position_embeddings=POSITIONS)
+    first, second = LinformerAttention(6, "layerwise").replace_all([BertSelfAttention(config) for _ in range(2)])
+    assert first.key_projection is second.key_projection
+    assert "key_projection" in first.state_dict() and "key_projection" not in second.state_dict()
+    first.double()
+    assert second.key_projection.dtype == torch.float64
+
+
+def test_a_segment_as_long_as_the_text_is_dense_attention():
+    built = module(InfiniAttention(30))
+    hidden, real = batch([17, 30])
+    out = built(hidden, real.long())[0]
+    for b, length in enumerate((17, 30)):
+        q, k, v = (part(hidden[b, :length]).view(length, HEADS, D).transpose(0, 1) for part in (built.query, built.key, built.value))
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(length, WIDTH)
+        torch.testing.assert_close(out[b, :length], dense, atol=1e-10, rtol=1e-8)
+
+
+def test_a_memory_brings_news_from_the_far_end():
+    built = module(InfiniAttention(4))
+    hidden, _ = batch([20])
+    changed = hidden.clone()
+    changed[0, 19] += 1.0
+    assert (built(changed)[0] - built(hidden)[0])[0, 0].abs().max() > 1e-6
+    with torch.no_grad():
+        built.gate.fill_(-1000.0)
+    assert torch.equal(built(changed)[0][0, :16], built(hidden)[0][0, :16]), "a closed gate reads no memory"
+
+
+def draws(kernel: str, orthogonal: bool, number: int, rows: int = 16, size: float = 0.6) -> tuple[Tensor, Tensor]:
+    """Attention outputs of some drawings of features, (number, L, 8), and the exact one; queries and keys of standard deviation `size`."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (scale * torch.randn(1, 1, 24, 8, generator=generator, dtype=torch.float64) for scale in (size, size, 1.0))
+    real = torch.ones(1, 24, dtype=torch.bool)
+    outs = []
+    for _ in range(number):
+        projection = draw_projection(rows // 2 if kernel == "trigonometric" else rows, 8, orthogonal, generator).double()
+        outs.append(linear_attention(*features(q, k, projection, real, kernel), v)[0, 0])
+    return torch.stack(outs), torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
+
+
+def error(kernel: str, orthogonal: bool, **options: float) -> float:
+    """Mean squared error over 300 drawings."""
+    outs, exact = draws(kernel, orthogonal, 300, **options)  # type: ignore[arg-type]
+    return (outs - exact).square().mean().item()
+
+
+def kernel_estimates(kernel: str, orthogonal: bool, number: int) -> tuple[Tensor, Tensor]:
+    """Estimates of exp(q·k) by some drawings, (number,), and its value."""
+    generator = torch.Generator().manual_seed(4)
+    q, k = (0.4 * torch.randn(1, 1, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    scale, found = 8**-0.25, []
+    for _ in range(number):
+        projection = draw_projection(8 if kernel == "trigonometric" else 16, 8, orthogonal, generator).double()
+        if kernel == "softmax":
+            phi = [(projection @ (scale * x[0, 0, 0]) - (scale * x[0, 0, 0]).square().sum() / 2).exp() / 4 for x in (q, k)]
+        else:
+            phi = []
+            for x in (q, k):
+                angle, norm = projection @ (scale * x[0, 0, 0]), (scale * x[0, 0, 0]).square().sum() / 2
+                phi.append(norm.exp() * torch.cat((angle.cos(), angle.sin())) / math.sqrt(8))
+        found.append(phi[0] @ phi[1])
+    return torch.stack(found), (scale**2 * (q * k).sum()).exp()
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+@pytest.mark.parametrize("kernel", ["softmax", "trigonometric"])
+def test_the_kernel_is_estimated_without_bias(kernel, orthogonal):
+    found, exact = kernel_estimates(kernel, orthogonal, 4000)
+    assert abs(found.mean() - exact) < 4 * found.std() / math.sqrt(len(found)) + 1e-9
+
+
+def test_orthogonal_features_err_less_than_independent_ones():
+    assert error("softmax", True) < 0.95 * error("softmax", False)
+
+
+def test_positive_features_err_less_than_trigonometric_ones_where_scores_differ():
+    assert error("softmax", True, size=2.0) < 0.5 * error("trigonometric", True, size=2.0)
+
+
+def test_more_features_and_means_over_drawings_come_closer_to_softmax_attention():
+    assert error("softmax", True, rows=256) < 0.2 * error("softmax", True, rows=16)
+    outs, exact = draws("softmax", True, 300, rows=256)
+    assert (outs.mean(0) - exact).square().mean() < 0.1 * (outs - exact).square().mean()
+
+
+def test_projections_are_redrawn_on_schedule_saved_and_a_function_of_the_step():
+    built = module(PerformerAttention(8, redraw_every=3)).train()
+    hidden, _ = batch([5])
+    seen = []
+    for _ in range(7):
+        built(hidden)
+        seen.append(built.projection.clone())
+    changes = [not torch.equal(a, b) for a, b in pairwise(seen)]
+    assert changes == [False, False, True, False, False, True]
+    resumed = module(PerformerAttention(8, redraw_every=3)).train()
+    resumed.load_state_dict(built.state_dict())
+    built(hidden), built(hidden), built(hidden)
+    resumed(hidden), resumed(hidden), resumed(hidden)
+    assert torch.equal(built.projection, resumed.projection) and not torch.equal(built.projection, seen[-1])
+    before = built.eval().projection.clone()
+    for _ in range(5):
+        built(hidden)
+    assert torch.equal(built.projection, before), "reading draws nothing"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: PerformerAttention(0), "num_features"),
+        (lambda: PerformerAttention(5, "trigonometric"), "even"),
+        (lambda: PerformerAttention(8, redraw_every=-1), "redraw_every"),
+        (lambda: LinformerAttention(0), "projected_tokens"),
+        (lambda: module(LinformerAttention(41)), "40 positions"),
+        (lambda: InfiniAttention(0), "segment"),
+        (lambda: module(LinformerAttention(6))(torch.zeros(1, 41, WIDTH, dtype=torch.float64)), "exceeds the 40 positions"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, said):
+    with pytest.raises(UserError, match=said):
+        make()
