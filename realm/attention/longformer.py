@@ -1,13 +1,15 @@
 """Sliding-window attention with global tokens (Beltagy et al. 2020, "Longformer", sections 3.1 and 3.2).
 
 Every token attends to the tokens at most `window` places away and to the global tokens; a global token attends to every token, through
-query, key and value projections of its own that start as copies of the local ones. Work and memory grow linearly with the length: queries
-are taken in blocks of `window`, each against three blocks of keys, and nothing of size length × length is ever made.
+query, key and value projections of its own that start as copies of the local ones. Windows may differ by layer, small ones below; a head may
+be dilated and see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with the length: queries are taken
+in blocks of `window`, each against three blocks of keys, and nothing of size length × length is ever made.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most, C block, N = ⌈L/C⌉ blocks.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,22 +27,34 @@ class LongformerAttention(AttentionConfig):
 
     window: int = 256
     """Tokens visible on each side (the paper's w is 2 × this)."""
+    layer_windows: tuple[int, ...] = ()
+    """The same layer by layer, lowest first; none: `window` in all."""
+    dilation: tuple[int, ...] = ()
+    """Distance of the tokens visible, head by head; none: 1 in all."""
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UserError(f"attention.window must be at least 1, got {self.window}.")
+        if min((self.window, *self.layer_windows)) < 1:
+            raise UserError(f"attention.window must be at least 1 in every layer, got {min((self.window, *self.layer_windows))}.")
+        if self.dilation and min(self.dilation) < 1:
+            raise UserError(f"attention.dilation must be at least 1 in every head, got {min(self.dilation)}.")
 
-    def replace(self, attention: nn.Module, layer: int) -> nn.Module:
-        return LongformerSelfAttention(attention, self.window)
+    def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
+        if self.layer_windows and len(self.layer_windows) != len(attentions):
+            raise UserError(f"attention.layer_windows names {len(self.layer_windows)} layers where the encoder has {len(attentions)}.")
+        windows = self.layer_windows or (self.window,) * len(attentions)
+        return [LongformerSelfAttention(attention, window, self.dilation) for attention, window in zip(attentions, windows, strict=True)]
 
 
 class LongformerSelfAttention(nn.Module):
     """Takes over the local projections of a BERT self-attention module and adds the global ones."""
 
-    def __init__(self, local: nn.Module, window: int) -> None:
+    def __init__(self, local: nn.Module, window: int, dilation: Sequence[int] = ()) -> None:
         super().__init__()
         self.window = window
         self.num_heads: int = local.num_attention_heads  # type: ignore[assignment]
+        if dilation and len(dilation) != self.num_heads:
+            raise UserError(f"attention.dilation names {len(dilation)} heads where the encoder has {self.num_heads}.")
+        self.dilation = tuple(dilation) or (1,) * self.num_heads
         self.query: nn.Linear = local.query  # type: ignore[assignment]
         self.key: nn.Linear = local.key  # type: ignore[assignment]
         self.value: nn.Linear = local.value  # type: ignore[assignment]
@@ -69,7 +83,16 @@ class LongformerSelfAttention(nn.Module):
 
         at_BG, present_BG = global_positions(global_BL)
         q, k, v = heads(self.query(hidden_states)), heads(self.key(hidden_states)), heads(self.value(hidden_states))
-        out_BHLD = windowed_attention(q, k, v, real_BL, global_BL, at_BG, present_BG, self.window, dropout)
+        shared_k, shared_v = (x.gather(2, at_BG[:, None, :, None].expand(-1, self.num_heads, -1, x.shape[-1])) for x in (k, v))
+        local_BL = real_BL & ~global_BL  # a global key is left to its own slot, so that no window counts it twice
+        strides = sorted(set(self.dilation))
+        parts = []
+        for stride in strides:
+            own = slice(None) if len(strides) == 1 else [head for head, mine in enumerate(self.dilation) if mine == stride]
+            q_, k_, v_, shared_k_, shared_v_ = (x[:, own] for x in (q, k, v, shared_k, shared_v))
+            parts.append(dilated_attention(q_, k_, v_, shared_k_, shared_v_, local_BL, present_BG, self.window, stride, dropout))
+        order = sorted(range(self.num_heads), key=lambda head: self.dilation[head])  # as the parts hold the heads
+        out_BHLD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, torch.tensor(order).argsort().tolist()]
 
         hidden_BGW = hidden_states.gather(1, at_BG[..., None].expand(-1, -1, width))
         global_out_BHGD = F.scaled_dot_product_attention(
@@ -94,10 +117,50 @@ def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:
     return order, global_BL.gather(1, order)
 
 
-def windowed_attention(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, real_BL: Tensor, global_BL: Tensor, at_BG: Tensor, present_BG: Tensor, window: int, dropout: float
+def dilated_attention(
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    shared_k_BHGD: Tensor,
+    shared_v_BHGD: Tensor,
+    local_BL: Tensor,
+    present_BG: Tensor,
+    window: int,
+    stride: int,
+    dropout: float,
 ) -> Tensor:
-    """Attention of every token to its window and to the global tokens: blocks of queries against three blocks of keys; (B, H, L, D)."""
+    """Windowed attention over every `stride`-th token, (B, H, L, D): each residue of the positions is a text of its own."""
+    B, H, L, D = q_BHLD.shape
+    if stride == 1:
+        return windowed_attention(q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG, window, dropout)
+    pad = -L % stride
+    length = (L + pad) // stride
+
+    def texts(x_BHLD: Tensor) -> Tensor:
+        return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, length, stride, D).permute(0, 3, 1, 2, 4).reshape(B * stride, H, length, D)
+
+    local = F.pad(local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length)
+    shared_k, shared_v = (x.repeat_interleave(stride, 0) for x in (shared_k_BHGD, shared_v_BHGD))
+    present = present_BG.repeat_interleave(stride, 0)
+    out = windowed_attention(texts(q_BHLD), texts(k_BHLD), texts(v_BHLD), shared_k, shared_v, local, present, window, dropout)
+    return out.view(B, stride, H, length, D).permute(0, 2, 3, 1, 4).reshape(B, H, length * stride, D)[:, :, :L]
+
+
+def windowed_attention(
+    q_BHLD: Tensor,
+    k_BHLD: Tensor,
+    v_BHLD: Tensor,
+    shared_k_BHGD: Tensor,
+    shared_v_BHGD: Tensor,
+    local_BL: Tensor,
+    present_BG: Tensor,
+    window: int,
+    dropout: float,
+) -> Tensor:
+    """Attention of every token to its window and to shared keys, blocks of queries against three blocks of keys; (B, H, L, D).
+
+    `local_BL`: keys that windows see; `present_BG`: shared keys that count.
+    """
     B, H, L, D = q_BHLD.shape
     C = min(window, L)
     N = -(-L // C)
@@ -106,26 +169,23 @@ def windowed_attention(
     def blocks_of_queries(x_BHLD: Tensor) -> Tensor:
         return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, N, C, D).transpose(1, 2)
 
-    def blocks_of_keys(x_BHLD: Tensor, at: Tensor) -> Tensor:
+    def blocks_of_keys(x_BHLD: Tensor, shared_BHGD: Tensor) -> Tensor:
         around = F.pad(x_BHLD, (0, 0, C, C + pad)).unfold(2, 3 * C, C).permute(0, 2, 1, 4, 3)  # (B, N, H, 3C, D)
-        shared = x_BHLD.gather(2, at[:, None, :, None].expand(-1, H, -1, D))[:, None].expand(-1, N, -1, -1, -1)
-        return torch.cat([around, shared], dim=3)
+        return torch.cat([around, shared_BHGD[:, None].expand(-1, N, -1, -1, -1)], dim=3)
 
-    # A global key is left to its own slot, so that no window counts it twice.
-    local_key_BL = real_BL & ~global_BL
-    key_BN3C = F.pad(local_key_BL, (C, C + pad)).unfold(1, 3 * C, C)
+    key_BN3C = F.pad(local_BL, (C, C + pad)).unfold(1, 3 * C, C)
     offset = torch.arange(3 * C, device=q_BHLD.device)[None, :] - C - torch.arange(C, device=q_BHLD.device)[:, None]
     near_C3C = offset.abs() <= window
     mask_BNC3C = key_BN3C[:, :, None, :] & near_C3C
     mask = torch.cat([mask_BNC3C, present_BG[:, None, None, :].expand(-1, N, C, -1)], dim=-1)
     # A query that sees nothing (padding in a row without global tokens) looks at everything instead of producing NaN.
     mask = mask | ~mask.any(-1, keepdim=True)
-    G = at_BG.shape[1]
+    keys = 3 * C + shared_k_BHGD.shape[2]
     out = F.scaled_dot_product_attention(
         blocks_of_queries(q_BHLD).reshape(B * N, H, C, D),
-        blocks_of_keys(k_BHLD, at_BG).reshape(B * N, H, 3 * C + G, D),
-        blocks_of_keys(v_BHLD, at_BG).reshape(B * N, H, 3 * C + G, D),
-        attn_mask=mask.reshape(B * N, 1, C, 3 * C + G),
+        blocks_of_keys(k_BHLD, shared_k_BHGD).reshape(B * N, H, keys, D),
+        blocks_of_keys(v_BHLD, shared_v_BHGD).reshape(B * N, H, keys, D),
+        attn_mask=mask.reshape(B * N, 1, C, keys),
         dropout_p=dropout,
     )
     return out.view(B, N, H, C, D).transpose(1, 2).reshape(B, H, N * C, D)[:, :, :L]

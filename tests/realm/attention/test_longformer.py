@@ -7,23 +7,29 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BertConfig
+from transformers import BertConfig, BertModel, LongformerConfig, LongformerModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from realm.attention.longformer import LongformerSelfAttention
+from realm.attention.binding import bind_attention
+from realm.attention.longformer import LongformerAttention, LongformerSelfAttention
+from realm.errors import UserError
 
 HEADS, WIDTH = 2, 6
 
 
-def attention(window: int, dropout: float = 0.0) -> LongformerSelfAttention:
+def attention(window: int, dropout: float = 0.0, dilation: tuple[int, ...] = ()) -> LongformerSelfAttention:
     """A module in float64 whose global projections differ from the local ones."""
     torch.manual_seed(0)
     config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, attention_probs_dropout_prob=dropout)
-    module = LongformerSelfAttention(BertSelfAttention(config), window).double()
+    module = LongformerSelfAttention(BertSelfAttention(config), window, dilation).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.4 * torch.randn_like(parameter)
     return module
+
+
+def in_window(i: int, j: int, window: int, stride: int) -> bool:
+    return (i - j) % stride == 0 and abs(i - j) <= window * stride
 
 
 def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, global_BL: Tensor) -> Tensor:
@@ -34,14 +40,14 @@ def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, 
     for b in range(B):
         for i in range(L):
             seeing = bool(global_BL[b, i] and real_BL[b, i])
-            seen = [j for j in range(L) if real_BL[b, j] and (seeing or abs(i - j) <= module.window or global_BL[b, j])]
             if not real_BL[b, i]:
                 rows.append(torch.zeros(width, dtype=hidden_BLW.dtype))
                 continue
             query, key, value = (module.query_global, module.key_global, module.value_global) if seeing else (module.query, module.key, module.value)
-            q_W, k_JW, v_JW = query(hidden_BLW[b, i]), key(hidden_BLW[b, seen]), value(hidden_BLW[b, seen])
             heads = []
-            for h in range(HEADS):
+            for h, stride in enumerate(module.dilation):
+                seen = [j for j in range(L) if real_BL[b, j] and (seeing or in_window(i, j, module.window, stride) or global_BL[b, j])]
+                q_W, k_JW, v_JW = query(hidden_BLW[b, i]), key(hidden_BLW[b, seen]), value(hidden_BLW[b, seen])
                 part = slice(h * D, (h + 1) * D)
                 p_J = (k_JW[:, part] @ q_W[part] / math.sqrt(D)).softmax(0)
                 heads.append(p_J @ v_JW[:, part])
@@ -77,14 +83,15 @@ def outputs_and_gradients(function, module, hidden_BLW, real_BL, global_BL) -> t
     window=st.integers(1, 9),
     padding=st.integers(0, 5),
     num_global=st.integers(0, 4),
+    dilation=st.sampled_from([(), (1, 2), (3, 3), (5, 1)]),
     seed=st.integers(0, 1000),
 )
-@example(lengths=[17, 5], window=4, padding=3, num_global=1, seed=0)
-@example(lengths=[16, 16], window=4, padding=0, num_global=3, seed=0)
-@example(lengths=[9, 1], window=2, padding=2, num_global=0, seed=0)
+@example(lengths=[17, 5], window=4, padding=3, num_global=1, dilation=(), seed=0)
+@example(lengths=[16, 16], window=4, padding=0, num_global=3, dilation=(1, 2), seed=0)
+@example(lengths=[9, 1], window=2, padding=2, num_global=0, dilation=(2, 4), seed=0)
 @settings(max_examples=30, deadline=None)
-def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window, padding, num_global, seed):
-    module = attention(window)
+def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window, padding, num_global, dilation, seed):
+    module = attention(window, dilation=dilation)
     hidden_BLW, real_BL, global_BL = inputs(lengths, padding, num_global, seed)
     fast, fast_gradients = outputs_and_gradients(
         lambda hidden, real, marked: module(hidden, attention_mask=real.long(), global_mask=marked)[0],
@@ -172,3 +179,44 @@ def test_nothing_of_length_squared_is_kept_for_backward():
         return sum(sizes)
 
     assert kept(1024) < 2.1 * kept(512)
+
+
+def test_windows_by_layer_and_dilation_by_head_come_from_the_config():
+    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS)
+    layers = [BertSelfAttention(config) for _ in range(3)]
+    built = LongformerAttention(layer_windows=(4, 8, 16), dilation=(1, 3)).replace_all(layers)
+    assert [module.window for module in built] == [4, 8, 16] and all(module.dilation == (1, 3) for module in built)
+    assert [module.window for module in LongformerAttention(window=5).replace_all(layers)] == [5, 5, 5]
+    for wrong, said in (
+        (LongformerAttention(layer_windows=(4, 8)), "2 layers where the encoder has 3"),
+        (LongformerAttention(dilation=(1, 2, 3)), "3 heads where the encoder has 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            wrong.replace_all(layers)
+    for fields in ({"window": 0}, {"layer_windows": (4, 0)}, {"dilation": (0, 1)}):
+        with pytest.raises(UserError, match="at least 1"):
+            LongformerAttention(**fields)
+
+
+def test_the_whole_model_is_transformers_longformer():
+    """Weights of a `LongformerModel` in a BERT with this attention: the same hidden states."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40, "type_vocab_size": 1}
+    theirs = LongformerModel(
+        LongformerConfig(**sizes, attention_window=[8, 12], max_position_embeddings=66, pad_token_id=1, initializer_range=0.4)
+    ).eval()
+    bert = BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.4), add_pooling_layer=False).eval()
+    bind_attention(bert, LongformerAttention(layer_windows=(4, 6)))
+    state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("pooler.")}
+    state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"][2:]  # theirs begin behind the pad's
+    missing, unexpected = bert.load_state_dict(state, strict=False)
+    assert not missing and all("position_ids" in name for name in unexpected)
+    ids = torch.randint(2, 40, (2, 37), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[1, 29:], mask[1, 29:] = 1, 0
+    global_mask = torch.zeros_like(ids)
+    global_mask[:, 0] = global_mask[0, 7] = 1
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids, attention_mask=mask, global_attention_mask=global_mask).last_hidden_state
+        found = bert(input_ids=ids, attention_mask=mask, global_mask=global_mask).last_hidden_state
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=0)
