@@ -12,15 +12,15 @@ import torch
 from finetune.data import QuestionBatches
 from finetune.questions import Question, load_questions
 from index.frozen import index_for
-from realm.engine import Engine, Loop
+from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, passage_input
 from realm.model import DualEncoderModel, PairBatch
-from realm.publish import published
-from realm.ranks import is_main, rank, world_size
-from realm.retriever import Retriever, embed_plain, load_retriever, save_retriever
+from realm.ranks import rank, world_size
+from realm.retriever import Retriever, embed_plain, load_retriever
 from realm.run import Run
-from realm.telemetry import Metrics, console, progress
+from realm.stage import save_models, train_stage
+from realm.telemetry import console, progress
 
 STAGE = "finetune_retriever"
 
@@ -45,23 +45,15 @@ def train_finetune_retriever(run: Run, resume: bool = False) -> None:
     batches = RetrieverBatches(QuestionBatches(run, index), load_retriever(path)[0], questions)
     retriever, _ = load_retriever(path)
     engine = Engine(DualEncoderModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
-    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
-    start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, is_main())
-    seconds = loop.run(
-        start,
-        lambda step: batches(step).to(engine.device),
-        metrics,
+    seconds = train_stage(
+        run,
+        STAGE,
+        engine,
+        batches,
         lambda values: f"loss {values['loss']:.3f}  in-batch accuracy {values['accuracy']:.2f}",
-        seconds_before=state.get("seconds", 0.0),
     )
-    metrics.close()
     with engine.gathered(retriever):
-        if is_main():
-            with published(run.model(STAGE)) as folder:
-                lengths = run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
-                save_retriever(retriever, run.tokenizer, folder / "retriever", *lengths)
-                (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+        save_models(run, STAGE, seconds, retriever=retriever)
     index.close()
 
 

@@ -10,17 +10,17 @@ from torch import nn
 from finetune.data import QuestionBatches
 from finetune.questions import Question, load_questions
 from index.frozen import index_for
-from realm.engine import Engine, Loop
+from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import OpenQaModel, QuestionBatch
-from realm.publish import published
-from realm.ranks import is_main, rank, world_size
-from realm.reader import load_reader, save_reader
-from realm.retriever import Retriever, embed_plain, load_retriever, save_retriever
+from realm.ranks import rank, world_size
+from realm.reader import load_reader
+from realm.retriever import Retriever, embed_plain, load_retriever
 from realm.run import Run
+from realm.stage import save_models, train_stage
 from realm.substitution import span_pool
-from realm.telemetry import Metrics, console
+from realm.telemetry import console
 
 STAGE = "finetune"
 
@@ -47,25 +47,16 @@ def train_finetune(run: Run, resume: bool = False) -> None:
     for parameter in retriever.passage_tower.parameters():
         parameter.requires_grad_(False)
     engine = Engine(OpenQaModel(retriever, reader), config.optim, run.config.engine, config.steps, config.batch_size, [retriever.query_tower])
-    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
-    start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, is_main())
     batches = FinetuneBatches(run, lambda: engine.whole(retriever.query_tower), QuestionBatches(run, index), questions)
-    seconds = loop.run(
-        start,
-        lambda step: batches(step).to(engine.device),
-        metrics,
+    seconds = train_stage(
+        run,
+        STAGE,
+        engine,
+        batches,
         lambda values: f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  retrieved {values['retriever_rows']:.2f}",
-        seconds_before=state.get("seconds", 0.0),
     )
-    metrics.close()
     with engine.gathered(retriever, reader):
-        if is_main():
-            lengths = run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens
-            with published(run.model(STAGE)) as folder:
-                save_retriever(retriever, run.tokenizer, folder / "retriever", *lengths)
-                save_reader(reader, run.tokenizer, folder / "reader")
-                (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+        save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
     index.close()
 
 

@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data import NULL, BatchMaker
-from pretrain.stage import batch_maker, initial_retriever, save_models
+from pretrain.stage import batch_maker, initial_retriever
 from realm.config import IctConfig
 from realm.corpus import PreparedCorpus
-from realm.engine import Engine, Loop
+from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, query_input
 from realm.model import DualEncoderModel, PairBatch
-from realm.ranks import is_main, rank, world_size
+from realm.ranks import rank, world_size
 from realm.retriever import load_retriever
 from realm.run import Run
-from realm.telemetry import Metrics
+from realm.stage import save_models, train_stage
 
 STAGE = "ict"
 
@@ -29,17 +29,13 @@ def train_ict(run: Run, resume: bool = False) -> None:
     retriever, _ = load_retriever(initial_retriever(run, STAGE))
     batches = IctBatches(run.passages, batch_maker(run), config, run.config.seed)
     engine = Engine(DualEncoderModel(retriever), config.optim, run.config.engine, config.steps, config.batch_size)
-    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
-    start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, is_main())
-    seconds = loop.run(
-        start,
-        lambda step: batches(step).to(engine.device),
-        metrics,
+    seconds = train_stage(
+        run,
+        STAGE,
+        engine,
+        batches,
         lambda values: f"loss {values['loss']:.3f}  in-batch accuracy {values['accuracy']:.2f}",
-        seconds_before=state.get("seconds", 0.0),
     )
-    metrics.close()
     with engine.gathered(retriever):
         save_models(run, STAGE, seconds, retriever=retriever)
 

@@ -9,15 +9,15 @@ import torch
 
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker, initial_reader, initial_retriever, save_models
-from realm.engine import Engine, Loop
+from pretrain.stage import batch_maker, initial_reader, initial_retriever
+from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
 from realm.model import ReaderWarmupModel, WarmupBatch
-from realm.ranks import is_main, rank, world_size
+from realm.ranks import rank, world_size
 from realm.run import Run
+from realm.stage import save_models, train_stage
 from realm.substitution import span_pool
-from realm.telemetry import Metrics
 
 STAGE = "reader_warmup"
 _STEPS_AT_ONCE = 50
@@ -32,17 +32,13 @@ def train_reader_warmup(run: Run, resume: bool = False) -> None:
     reader = initial_reader(run, STAGE)
     engine = Engine(ReaderWarmupModel(reader, config.span_loss), config.optim, run.config.engine, config.steps, config.batch_size)
     batches = WarmupBatches(run)
-    loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
-    start, state, _ = loop.resume()
-    metrics = Metrics(run.folder, STAGE, is_main())
-    seconds = loop.run(
-        start,
-        lambda step: batches(step).to(engine.device),
-        metrics,
+    seconds = train_stage(
+        run,
+        STAGE,
+        engine,
+        batches,
         lambda values: f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  found {values['span_accuracy']:.2f}",
-        seconds_before=state.get("seconds", 0.0),
     )
-    metrics.close()
     with engine.gathered(reader):
         save_models(run, STAGE, seconds, reader=reader)
 

@@ -1,13 +1,10 @@
-"""What the pretraining stages share: opening a run, its models and its batch maker; ending a stage."""
+"""What the pretraining stages share: the models they start from, and their batch maker."""
 
 from pathlib import Path
 
 from index.frozen import start_retriever
 from pretrain.data import BatchMaker
-from realm.publish import published
-from realm.ranks import is_main
-from realm.reader import Reader, build_reader, load_reader, save_reader
-from realm.retriever import Retriever, save_retriever
+from realm.reader import Reader, build_reader, load_reader
 from realm.run import Run
 from realm.telemetry import console
 
@@ -34,20 +31,3 @@ def initial_reader(run: Run, stage: str) -> Reader:
     for line in notes:
         console.print(f"  note: {line}")
     return reader
-
-
-def save_models(run: Run, stage: str, seconds: float, retriever: Retriever | None = None, reader: Reader | None = None) -> None:
-    """Publish the stage's result, all at once: the stage has ended."""
-    if not is_main():
-        return
-    with published(run.model(stage)) as folder:
-        if retriever is not None:
-            export_retriever(run, retriever, folder / "retriever")
-        if reader is not None:
-            save_reader(reader, run.tokenizer, folder / "reader")
-        (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
-
-
-def export_retriever(run: Run, retriever: Retriever, folder: Path) -> None:
-    """Write a retriever with the run's tokenizer and lengths."""
-    save_retriever(retriever, run.tokenizer, folder, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)

@@ -18,7 +18,7 @@ from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
 from pretrain.search import embed_masked
-from pretrain.stage import batch_maker, export_retriever, initial_reader, initial_retriever, save_models
+from pretrain.stage import batch_maker, initial_reader, initial_retriever
 from realm.engine import Engine, Loop, newest_checkpoint, read_state
 from realm.errors import UserError
 from realm.inputs import epoch_rows
@@ -28,6 +28,7 @@ from realm.ranks import is_main, on_main, rank, world_size
 from realm.reader import Reader
 from realm.retriever import Retriever, load_retriever
 from realm.run import Run
+from realm.stage import export_retriever, save_models
 from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
 

@@ -3,11 +3,13 @@
 Shape legend: B rows, H heads, L tokens, D width of a head.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 
-class ProjectedSelfAttention(nn.Module):
+class ProjectedSelfAttention(nn.Module, ABC):
     """Takes the place of a BERT self-attention module; subclasses say what becomes of queries, keys and values in `attend`."""
 
     def __init__(self, local: nn.Module) -> None:
@@ -34,6 +36,6 @@ class ProjectedSelfAttention(nn.Module):
         out_BHLD = self.attend(heads(self.query(hidden_states)), heads(self.key(hidden_states)), heads(self.value(hidden_states)), real_BL)
         return out_BHLD.transpose(1, 2).reshape(B, L, width), None
 
+    @abstractmethod
     def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
         """The attention itself, (B, H, L, D); keys and values where `real_BL` is false must not count."""
-        raise NotImplementedError
