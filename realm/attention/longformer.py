@@ -11,6 +11,7 @@ Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of t
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,8 +90,8 @@ class LongformerSelfAttention(nn.Module):
         parts = []
         for stride in strides:
             own = slice(None) if len(strides) == 1 else [head for head, mine in enumerate(self.dilation) if mine == stride]
-            q_, k_, v_, shared_k_, shared_v_ = (x[:, own] for x in (q, k, v, shared_k, shared_v))
-            parts.append(dilated_attention(q_, k_, v_, shared_k_, shared_v_, local_BL, present_BG, self.window, stride, dropout))
+            inputs = Windowed(*(x[:, own] for x in (q, k, v, shared_k, shared_v)), local_BL, present_BG)
+            parts.append(dilated_attention(inputs, self.window, stride, dropout))
         order = sorted(range(self.num_heads), key=lambda head: self.dilation[head])  # as the parts hold the heads
         out_BHLD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, torch.tensor(order).argsort().tolist()]
 
@@ -117,50 +118,45 @@ def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:
     return order, global_BL.gather(1, order)
 
 
-def dilated_attention(
-    q_BHLD: Tensor,
-    k_BHLD: Tensor,
-    v_BHLD: Tensor,
-    shared_k_BHGD: Tensor,
-    shared_v_BHGD: Tensor,
-    local_BL: Tensor,
-    present_BG: Tensor,
-    window: int,
-    stride: int,
-    dropout: float,
-) -> Tensor:
+class Windowed(NamedTuple):
+    """What windows are laid over."""
+
+    q_BHLD: Tensor
+    k_BHLD: Tensor
+    v_BHLD: Tensor
+    shared_k_BHGD: Tensor
+    """Keys that every token sees beside its window."""
+    shared_v_BHGD: Tensor
+    local_BL: Tensor
+    """True on keys that windows see."""
+    present_BG: Tensor
+    """True on shared keys that count."""
+
+
+def dilated_attention(inputs: Windowed, window: int, stride: int, dropout: float) -> Tensor:
     """Windowed attention over every `stride`-th token, (B, H, L, D): each residue of the positions is a text of its own."""
-    B, H, L, D = q_BHLD.shape
     if stride == 1:
-        return windowed_attention(q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG, window, dropout)
+        return windowed_attention(inputs, window, dropout)
+    B, H, L, D = inputs.q_BHLD.shape
     pad = -L % stride
     length = (L + pad) // stride
 
     def texts(x_BHLD: Tensor) -> Tensor:
         return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, length, stride, D).permute(0, 3, 1, 2, 4).reshape(B * stride, H, length, D)
 
-    local = F.pad(local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length)
-    shared_k, shared_v = (x.repeat_interleave(stride, 0) for x in (shared_k_BHGD, shared_v_BHGD))
-    present = present_BG.repeat_interleave(stride, 0)
-    out = windowed_attention(texts(q_BHLD), texts(k_BHLD), texts(v_BHLD), shared_k, shared_v, local, present, window, dropout)
+    split = Windowed(
+        *(texts(x) for x in (inputs.q_BHLD, inputs.k_BHLD, inputs.v_BHLD)),
+        *(x.repeat_interleave(stride, 0) for x in (inputs.shared_k_BHGD, inputs.shared_v_BHGD)),
+        F.pad(inputs.local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length),
+        inputs.present_BG.repeat_interleave(stride, 0),
+    )
+    out = windowed_attention(split, window, dropout)
     return out.view(B, stride, H, length, D).permute(0, 2, 3, 1, 4).reshape(B, H, length * stride, D)[:, :, :L]
 
 
-def windowed_attention(
-    q_BHLD: Tensor,
-    k_BHLD: Tensor,
-    v_BHLD: Tensor,
-    shared_k_BHGD: Tensor,
-    shared_v_BHGD: Tensor,
-    local_BL: Tensor,
-    present_BG: Tensor,
-    window: int,
-    dropout: float,
-) -> Tensor:
-    """Attention of every token to its window and to shared keys, blocks of queries against three blocks of keys; (B, H, L, D).
-
-    `local_BL`: keys that windows see; `present_BG`: shared keys that count.
-    """
+def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
+    """Attention of every token to its window and to shared keys, blocks of queries against three blocks of keys; (B, H, L, D)."""
+    q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG = inputs
     B, H, L, D = q_BHLD.shape
     C = min(window, L)
     N = -(-L // C)

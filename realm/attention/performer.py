@@ -11,7 +11,7 @@ Shape legend: B rows, H heads, L tokens, D width of a head, M features.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -132,9 +132,3 @@ def _away_from_zero(total: Tensor) -> Tensor:
     """Denominators of positive features only underflow; those of trigonometric ones may be anything."""
     tiny = torch.finfo(total.dtype).tiny * 1e4
     return torch.where(total.abs() < tiny, torch.full_like(total, tiny), total)
-
-
-def approximation_error(attention: Any, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor) -> Tensor:
-    """Mean squared error of `attention(query, key, value)` against softmax attention, a scalar."""
-    exact = F.scaled_dot_product_attention(query_BHLD, key_BHLD, value_BHLD)
-    return (attention(query_BHLD, key_BHLD, value_BHLD) - exact).square().mean()
