@@ -90,7 +90,7 @@ class LongformerSelfAttention(nn.Module):
         parts = []
         for stride in strides:
             own = slice(None) if len(strides) == 1 else [head for head, mine in enumerate(self.dilation) if mine == stride]
-            inputs = Windowed(*(x[:, own] for x in (q, k, v, shared_k, shared_v)), local_BL, present_BG)
+            inputs = Windowed(q[:, own], k[:, own], v[:, own], shared_k[:, own], shared_v[:, own], local_BL, present_BG)
             parts.append(dilated_attention(inputs, self.window, stride, dropout))
         order = sorted(range(self.num_heads), key=lambda head: self.dilation[head])  # as the parts hold the heads
         out_BHLD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, torch.tensor(order).argsort().tolist()]
@@ -144,12 +144,10 @@ def dilated_attention(inputs: Windowed, window: int, stride: int, dropout: float
     def texts(x_BHLD: Tensor) -> Tensor:
         return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, length, stride, D).permute(0, 3, 1, 2, 4).reshape(B * stride, H, length, D)
 
-    split = Windowed(
-        *(texts(x) for x in (inputs.q_BHLD, inputs.k_BHLD, inputs.v_BHLD)),
-        *(x.repeat_interleave(stride, 0) for x in (inputs.shared_k_BHGD, inputs.shared_v_BHGD)),
-        F.pad(inputs.local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length),
-        inputs.present_BG.repeat_interleave(stride, 0),
-    )
+    shared_k, shared_v = (x.repeat_interleave(stride, 0) for x in (inputs.shared_k_BHGD, inputs.shared_v_BHGD))
+    local_BL = F.pad(inputs.local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length)
+    present_BG = inputs.present_BG.repeat_interleave(stride, 0)
+    split = Windowed(texts(inputs.q_BHLD), texts(inputs.k_BHLD), texts(inputs.v_BHLD), shared_k, shared_v, local_BL, present_BG)
     out = windowed_attention(split, window, dropout)
     return out.view(B, stride, H, length, D).permute(0, 2, 3, 1, 4).reshape(B, H, length * stride, D)[:, :, :L]
 
