@@ -28,11 +28,14 @@ STAGE = "finetune_retriever"
 def train_finetune_retriever(run: Run, resume: bool = False) -> None:
     """Train the stage and write `finetune_retriever/model/retriever`.
 
-    Raises UserError where no retriever was trained yet, no training questions are given, or none of them has a passage to find.
+    Raises UserError where finetuning has ended already, no retriever was trained yet, no training questions are given, or none of them has a
+    passage to find.
     """
     config = run.config.finetune_retriever
     if not run.begin(STAGE, resume):
         return
+    if run.finished("finetune"):
+        raise UserError(f"run {run.folder} is finetuned already, with the retriever as it was; remove {run.stage('finetune')} or copy the run.")
     source = run.questions("train")
     if source is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")

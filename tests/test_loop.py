@@ -76,6 +76,13 @@ def test_a_finetuned_run_is_not_taken_for_one_finetuned_on_other_questions(finis
     assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_finetuned_run_keeps_the_retriever_it_was_finetuned_with(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns("finetune_retriever"))
+    result = realm("finetune-retriever", "--run", tmp_path / "run")
+    assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "finetune_retriever").exists()
+
+
 def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
     assert result.returncode == 0, result.stderr
@@ -170,7 +177,8 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
 @pytest.mark.parametrize("stage", ["finetune-retriever", "finetune"])
 def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
     run, name = tmp_path / "run", stage.replace("-", "_")
-    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns(name, "metrics.jsonl"))
+    later = ("finetune", "finetune_retriever") if stage == "finetune-retriever" else ("finetune",)
+    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns(*later, "metrics.jsonl"))
     longer = ["--run", str(run), f"--{name}.steps", "60", f"--{name}.checkpoint_every", "5"]
     process = subprocess.Popen([sys.executable, "-m", "realm", stage, *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -139,7 +139,7 @@ def test_in_batch_loss_is_the_mean_over_queries(temperature, excluded):
     gradient_BD = [[0.0] * 4 for _ in range(5)]
     for b in range(5):
         scores = {
-            c: sum(float(q * p) for q, p in zip(query_emb_BD[b], passage_emb_CD[c], strict=True)) / temperature
+            c: sum(q * p for q, p in zip(query_emb_BD[b].tolist(), passage_emb_CD[c].tolist(), strict=True)) / temperature
             for c in range(7)
             if (b, c) not in excluded
         }
@@ -148,7 +148,7 @@ def test_in_batch_loss_is_the_mean_over_queries(temperature, excluded):
         right += max(scores, key=scores.__getitem__) == target[b]
         for c, score in scores.items():
             for d in range(4):
-                gradient_BD[b][d] += (math.exp(score) / total - (c == target[b])) * float(passage_emb_CD[c, d]) / temperature / 5
+                gradient_BD[b][d] += (math.exp(score) / total - (c == target[b])) * passage_emb_CD[c, d].item() / temperature / 5
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert accuracy.item() == pytest.approx(right / 5)
     assert torch.allclose(query_emb_BD.grad, torch.tensor(gradient_BD, dtype=torch.float64), atol=1e-5)
