@@ -8,7 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("realm", "index", "pretrain", "finetune")
 MODULES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-COMPOSE = {Path("realm/cli.py"), Path("realm/pipeline.py"), Path("realm/plan.py"), Path("realm/calibrate.py")}
+COMPOSE = {path for path in MODULES if path.is_relative_to("realm/cli")} | {
+    Path("realm/pipeline.py"),
+    Path("realm/plan.py"),
+    Path("realm/calibrate.py"),
+}
 """The modules that put the packages together."""
 
 FORBIDDEN = {

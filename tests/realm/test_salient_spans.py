@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spacy.pipeline import EntityRuler
 
-from realm.bench_spans import bench_spans, main, read_conll
+from realm.bench.spans import bench_spans, main, read_conll
 from realm.errors import UserError
 from realm.salient_spans import SPAN_TYPES, SalientSpan, SpanCache, SpanConfig, SpanTagger
 from realm.span_rules import builtin_spans

@@ -1,0 +1,63 @@
+"""`realm bench …`: each benchmark prints one table, with ratios taken in one run."""
+
+import argparse
+from pathlib import Path
+
+from realm.cli.common import open_run
+from realm.errors import UserError
+
+
+def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommands and their options."""
+    bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks; each prints one table.")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
+    spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
+    spans.set_defaults(command=_spans, takes_overrides=True)
+    store = kinds.add_parser("index", help="encoding beside sentence-transformers, approximate search beside exact, opening", allow_abbrev=False)
+    store.add_argument("--run", type=Path, required=True, help="run folder; its newest index and encoder are used")
+    store.add_argument("--passages", type=int, default=2000, help="passages to encode (default: 2000)")
+    store.add_argument("--queries", type=int, default=256, help="queries to search (default: 256)")
+    store.add_argument("--scale", type=int, default=0, metavar="N", help="search N rows, too: the embeddings repeated with jitter")
+    store.add_argument("--synthetic", metavar="NxD", help="build and search an index of random vectors, too, such as 10000000x128")
+    store.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    store.add_argument("--picture", type=Path, metavar="FILE", help="draw recall against speed")
+    store.set_defaults(command=_index, takes_overrides=True)
+    swaps = kinds.add_parser("swaps", help="step times of a trainer with and without index versions swapped in")
+    swaps.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default: 1,000,000)")
+    swaps.add_argument("--dim", type=int, default=128, help="its dimensions (default: 128)")
+    swaps.add_argument("--steps", type=int, default=1200, help="steps of each kind (default: 1200)")
+    swaps.add_argument("--every", type=int, default=200, help="steps between two versions (default: 200)")
+    swaps.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    swaps.set_defaults(command=_swaps, takes_overrides=False)
+    faults = kinds.add_parser("faults", help="kill -9 at random, flipped bits, frozen lease holders, a full disk: what the index store survives")
+    faults.add_argument("--kills", type=int, default=500, help="kill -9 of refresher and trainer (default: 500)")
+    faults.add_argument("--flips", type=int, default=1000, help="bit flips and cuts in the files of a version (default: 1000)")
+    faults.add_argument("--seed", type=int, default=0)
+    faults.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    faults.set_defaults(command=_faults, takes_overrides=False)
+
+
+def _spans(options: argparse.Namespace) -> None:
+    from realm.bench.spans import main
+
+    main(options.overrides)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from index.bench.store import bench_index
+
+    bench_index(open_run(options), options.passages, options.queries, options.scale, options.synthetic, options.json, options.picture)
+
+
+def _swaps(options: argparse.Namespace) -> None:
+    from index.bench.swaps import bench_swaps
+
+    bench_swaps(options.rows, options.dim, options.steps, options.every, options.json)
+
+
+def _faults(options: argparse.Namespace) -> None:
+    from index.bench.faults import bench_faults
+
+    report = bench_faults(options.kills, options.flips, options.seed, options.json)
+    if report.violations:
+        raise UserError(f"{len(report.violations)} violations.")
