@@ -1,8 +1,10 @@
 """Retriever, index and reader of a run at work: passages for a question, and the best span in them."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class Answerer:
         self.index = index_for(run, source, lambda line: console.print(f"  {line}"))
         self.retriever = retriever.to(self.device)
         reader = run.latest("reader", until=stage) if stage in STAGES else None
-        self.model = None if reader is None else OpenQaModel(self.retriever, load_reader(reader)).eval().to(self.device)
+        self.model = None if reader is None else OpenQaModel(self.retriever, load_reader(reader, run.config.reader)).eval().to(self.device)
         self.batches = QuestionBatches(run, self.index)
 
     def _retriever(self) -> tuple[Any, Path]:
@@ -76,11 +78,9 @@ class Answerer:
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
         """The best span over the given passages, (B, N) rows, -1 where there is none."""
         assert self.model is not None
-        B, N = rows.shape
-        batch = self.batches.batch(questions, self.batches.queries(questions), rows, np.maximum(rows, 0)).to(self.device)
+        batch = self.batches.batch(questions, self.batches.queries(questions), rows, rows).to(self.device)
         with torch.inference_mode(), self._arithmetic():
             query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-            read_score_BN = self.retriever.score(query_emb_BD, batch.read_emb_BND).masked_fill(~batch.valid_BK, NEVER)
             span_score_QLW = torch.full(batch.allowed_QLW.shape, NEVER, device=self.device)
             lengths = batch.mask_QL.sum(1)
             for part in token_budget_batches(lengths.cpu().numpy(), self.run.config.evaluate.token_budget):
@@ -88,7 +88,7 @@ class Answerer:
                 longest = int(lengths[at].max())
                 hidden = self.model.reader(batch.ids_QL[at, :longest], batch.mask_QL[at, :longest], batch.type_QL[at, :longest])
                 span_score_QLW[at, :longest] = self.model.reader.span_scores(hidden)
-            score_BNS = span_score_QLW.masked_fill(~batch.allowed_QLW, NEVER).view(B, N, -1) + read_score_BN[..., None]
+            score_BNS, read_score_BN = self.model.scored(batch, span_score_QLW.masked_fill(~batch.allowed_QLW, NEVER), query_emb_BD)
         return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
 
     def _arithmetic(self) -> AbstractContextManager[object]:
@@ -97,21 +97,28 @@ class Answerer:
 
     def _best(self, batch: QuestionBatch, score_BNS: torch.Tensor, p_z_BN: torch.Tensor, rows: np.ndarray) -> list[Answer]:
         B, N, S = score_BNS.shape
-        W = self.batches.width
-        texts, places = [], []
+        number_of = {row: q for q, row in enumerate(batch.row_Q.tolist())}
+        answers = []
         for b, best in enumerate(score_BNS.view(B, -1).argmax(-1).tolist()):
             n, span = divmod(best, S)
-            start, width = divmod(span, W)
-            places.append((b, n, int(rows[b, n]), start, start + width))
-            texts += [self.run.passages.title(int(rows[b, n])), self.run.passages.text(int(rows[b, n]))]
-        offsets = [offsets for _, offsets in encode_plain(self.run.tokenizer, texts)]
-        answers = []
-        for number, (b, n, row, start, end) in enumerate(places):
-            ids_L, type_L = batch.ids_QL[b * N + n].cpu(), batch.type_QL[b * N + n].cpu()
-            text_at = int((ids_L == self.run.wordpieces.sep).nonzero()[1]) + 1  # behind the second [SEP]
-            in_text = start >= text_at
-            first = text_at if in_text else int((type_L == 0).int().cumprod(0).sum())
-            spots, source = offsets[2 * number + in_text], texts[2 * number + in_text]
-            begin, finish = int(spots[start - first, 0]), int(spots[end - first, 1])
-            answers.append(Answer(source[begin:finish], row, begin if in_text else -1, float(p_z_BN[b, n])))
+            start, width = divmod(span, self.batches.width)
+            q = number_of[b * N + n]
+            text, row, begin = self._cut_out(batch.ids_QL[q].cpu(), batch.type_QL[q].cpu(), int(rows[b, n]), start, start + width)
+            answers.append(Answer(text, row, begin, float(p_z_BN[b, n])))
         return answers
+
+    def _cut_out(self, ids_L: torch.Tensor, type_L: torch.Tensor, row: int, start: int, end: int) -> tuple[str, int, int]:
+        """Wordpieces `start` to `end` (inclusive) of the joint input of a passage as they stand in its text, the block they begin in, and where."""
+        passages = self.run.passages
+        text_at = int((ids_L == self.run.wordpieces.sep).nonzero()[1]) + 1  # behind the second [SEP]
+        if start < text_at:
+            title, title_at = passages.title(row), int((type_L == 0).int().cumprod(0).sum())
+            spots = encode_plain(self.run.tokenizer, [title])[0][1]
+            return title[spots[start - title_at, 0] : spots[end - title_at, 1]], row, -1
+        context = self.run.contexts.around(row)
+        texts = [passages.text(other) for other in context.rows]
+        characters = [0, *accumulate(map(len, texts))]
+        spots = np.concatenate([spots + at for (_, spots), at in zip(encode_plain(self.run.tokenizer, texts), characters, strict=False)])
+        begin, finish = int(spots[start - text_at, 0]), int(spots[end - text_at, 1])
+        block = bisect_right(characters, begin) - 1
+        return "".join(texts)[begin:finish], context.rows[block], begin - characters[block]

@@ -77,21 +77,28 @@ class QuestionBatches:
         read: np.ndarray,
         substitutes: Sequence[Substitute | None] | None = None,
     ) -> QuestionBatch:
-        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, their texts changed by `substitutes`."""
+        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, their texts changed by `substitutes`; rows below
+        0 are no passages."""
         limit = self.run.config.reader.max_tokens
+        reading_BN = np.array([self.run.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
+        row_Q = np.flatnonzero(reading_BN == np.arange(read.shape[1]))
         joints, spots = [], []
-        for question, rows, change in zip(questions, read, substitutes or [None] * len(questions), strict=True):
-            for row in map(int, rows):
-                text_ids = self.passages.text_ids(row)
-                if change is not None:
-                    text_ids = replace_span(text_ids, *change, self.words)
-                    places = self._occurrences((change[1],), text_ids)
-                else:
-                    places = self.positions(question, row)
-                query_ids = question.ids[: self.run.config.retriever.max_query_tokens - 2]
-                ids, first, text_at = joint_input(query_ids, self.passages.title_ids(row), text_ids, self.words.cls, self.words.sep, limit)
-                joints.append((ids, first))
-                spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
+        for place in row_Q.tolist():
+            b, n = divmod(place, read.shape[1])
+            question, row = questions[b], int(read[b, n])
+            change = None if substitutes is None else substitutes[b]
+            context = self.run.contexts.around(row)
+            text_ids = context.text_ids
+            if change is not None:
+                text_ids = replace_span(text_ids, change[0], change[1], self.words)
+                places = self._occurrences((change[1],), text_ids)
+            else:
+                blocks = zip(context.rows, context.starts, strict=True)
+                places = [(begin + start, length) for other, begin in blocks for start, length in self.positions(question, other)]
+            query_ids = question.ids[: self.run.config.retriever.max_query_tokens - 2]
+            ids, first, text_at = joint_input(query_ids, self.passages.title_ids(row), text_ids, self.words.cls, self.words.sep, limit)
+            joints.append((ids, first))
+            spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
         is_answer_QLW, allowed_QLW = span_targets(spots, ids_QL, mask_QL, type_QL, self.words, self.width)
         return QuestionBatch(
@@ -100,6 +107,8 @@ class QuestionBatches:
             torch.from_numpy(self.relevant(questions, retrieved)),
             torch.from_numpy(retrieved >= 0),
             self.embeddings(read),
+            torch.from_numpy(reading_BN),
+            torch.from_numpy(row_Q),
             ids_QL,
             mask_QL,
             type_QL,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from realm.context import Contexts
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
@@ -104,23 +105,26 @@ def choose_candidates(
     retrieved_rows: Sequence[int] | np.ndarray,
     example: MaskedSentence,
     count: int,
-    passages: PreparedCorpus,
+    contexts: Contexts,
     statements: PreparedCorpus,
     wordpieces: Wordpieces,
 ) -> list[int]:
     """The first `count` retrieved passages that are not trivial, filled up with EMPTY.
 
-    Trivial is the block the sentence comes from, any copy of that block's text, any passage in which the whole sentence stands, and a
-    second copy of a passage already chosen (Guu et al. 2020, section 3.4). What was dropped is never put back.
+    Trivial is the block the sentence comes from, any copy of that block's text, any passage with which the whole sentence would be read, and
+    a second copy of a passage already chosen (Guu et al. 2020, section 3.4); where more than the block is read, its whole document. What was
+    dropped is never put back.
     """
+    passages = contexts.corpus
     same_corpus = passages.fingerprint == statements.fingerprint
+    own_document = statements.document(example.row) if same_corpus and contexts.context_tokens else None
     source_hash = statements.text_hash(example.row)
     chosen: list[int] = []
     seen = {source_hash}
     for row in map(int, retrieved_rows):
         text_hash = passages.text_hash(row)
-        trivial = text_hash in seen or (same_corpus and row == example.row) or bool(wordpieces.find(passages.text_ids(row), example.sentence_ids))
-        if not trivial:
+        own = (same_corpus and row == example.row) or (own_document is not None and passages.document(row) == own_document)
+        if not (own or text_hash in seen or wordpieces.find(contexts.around(row).text_ids, example.sentence_ids)):
             seen.add(text_hash)
             chosen.append(row)
         if len(chosen) == count:
@@ -131,8 +135,8 @@ def choose_candidates(
 class BatchMaker:
     """Turns masked sentences and passage rows into padded batches."""
 
-    def __init__(self, passages: PreparedCorpus, wordpieces: Wordpieces, max_query: int, max_passage: int, max_joint: int, num_buckets: int) -> None:
-        self.passages, self.wordpieces = passages, wordpieces
+    def __init__(self, contexts: Contexts, wordpieces: Wordpieces, max_query: int, max_passage: int, max_joint: int, num_buckets: int) -> None:
+        self.contexts, self.passages, self.wordpieces = contexts, contexts.corpus, wordpieces
         self.max_query, self.max_passage, self.max_joint, self.num_buckets = max_query, max_passage, max_joint, num_buckets
 
     def passage(self, row: int) -> tuple[IntArray, IntArray]:
@@ -141,29 +145,41 @@ class BatchMaker:
             return _NO_IDS, _NO_IDS
         return self.passages.title_ids(row), self.passages.text_ids(row)
 
+    def reading(self, row: int) -> tuple[IntArray, IntArray]:
+        """What is read for a passage: its title, and its text with what stands around it."""
+        title, text = self.passage(row)
+        return title, text if row < 0 else self.contexts.around(row).text_ids
+
     def queries(self, examples: Sequence[MaskedSentence]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of the masked sentences: ids and mask, (B, L)."""
         words = self.wordpieces
         return pad_batch([query_input(e.masked_ids(words.mask), words.cls, words.sep, self.max_query) for e in examples], words.pad)
 
     def holds(self, row: int, span_ids: IntArray) -> bool:
-        """Whether the span stands in the passage's text or in its title, which the reader reads too."""
-        return any(self.wordpieces.find(part, span_ids) for part in self.passage(row))
+        """Whether the span stands in what is read for a passage: the text or the title."""
+        return any(self.wordpieces.find(part, span_ids) for part in self.reading(row))
 
     def passage_inputs(self, parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of passages given as (title, text)."""
         words = self.wordpieces
         return pad_batch([passage_input(title, text, words.cls, words.sep, self.max_passage) for title, text in parts], words.pad)
 
-    def masked(self, examples: Sequence[MaskedSentence], passages: Sequence[Sequence[tuple[IntArray, IntArray]]]) -> MaskedBatch:
-        """The reader's view: every example with each of its passages, sorted by length into a fixed number of buckets."""
-        words = self.wordpieces
-        joints = [
-            joint_input(example.masked_ids(words.mask), title, text, words.cls, words.sep, self.max_joint)
-            for example, parts in zip(examples, passages, strict=True)
-            for title, text in parts
-        ]
-        order = np.argsort([-len(ids) for ids, _, _ in joints], kind="stable")
+    def masked(
+        self, examples: Sequence[MaskedSentence], passages: Sequence[Sequence[tuple[IntArray, IntArray]]], reading_BN: np.ndarray | None = None
+    ) -> MaskedBatch:
+        """The reader's view: every example with each of its passages, sorted by length into a fixed number of buckets.
+
+        `reading_BN` names for each passage the one it is read with; without it each is read on its own.
+        """
+        words, count = self.wordpieces, len(passages[0])
+        reading_BN = np.tile(np.arange(count), (len(examples), 1)) if reading_BN is None else reading_BN
+        joints = {
+            b * count + n: joint_input(example.masked_ids(words.mask), title, text, words.cls, words.sep, self.max_joint)
+            for b, (example, parts) in enumerate(zip(examples, passages, strict=True))
+            for n, (title, text) in enumerate(parts)
+            if reading_BN[b, n] == n
+        }
+        order = np.array(sorted(joints, key=lambda row: -len(joints[row][0])), dtype=np.int64)
         buckets = []
         for rows in np.array_split(order, min(self.num_buckets, len(order))):
             tensors = pad_joint([joints[i][0] for i in rows], [joints[i][1] for i in rows], words.pad)
@@ -171,7 +187,7 @@ class BatchMaker:
         positions = [np.arange(example.start, example.end) + 1 for example in examples]
         position_BM, token_BM = pad_batch(positions, 0)
         target_BM, _ = pad_batch([example.span_ids for example in examples], 0)
-        return MaskedBatch(buckets, position_BM, target_BM, token_BM.bool())
+        return MaskedBatch(buckets, position_BM, target_BM, token_BM.bool(), torch.from_numpy(reading_BN))
 
     def warmup(self, examples: Sequence[MaskedSentence], passages: Sequence[tuple[IntArray, IntArray]], max_span_tokens: int) -> WarmupBatch:
         """The reader's view of examples with one passage each, and where the span stands in its title and text."""
@@ -197,8 +213,10 @@ class BatchMaker:
     ) -> RealmBatch:
         """A pretraining batch; `candidates` (B, N − 1) are passage rows or EMPTY. A share `rate` of examples is substituted."""
         parts, read_examples, holds = [], [], []
-        for example, rows in zip(examples, candidates, strict=True):
-            chosen = [self.passage(NULL), *(self.passage(int(row)) for row in rows)]
+        reading = np.zeros((len(examples), candidates.shape[1] + 1), dtype=np.int64)
+        for b, (example, rows) in enumerate(zip(examples, candidates, strict=True)):
+            reading[b, 1:] = 1 + np.array(self.contexts.share(rows))  # what holds nothing (-1) is read with the null passage
+            chosen = [self.reading(NULL), *(self.reading(int(row)) for row in rows)]
             holds.append([False, *(self.holds(int(row), example.span_ids) for row in rows)])
             if pool is not None and rng.random() < rate:
                 example, texts = substitute(example, [part for both in chosen for part in both], pool, self.wordpieces, rng)
@@ -214,5 +232,5 @@ class BatchMaker:
         valid_BN = torch.ones_like(index_BN, dtype=torch.bool)
         valid_BN[:, 1:] = torch.from_numpy(candidates >= 0)
         query_ids, query_mask = self.queries(examples)
-        masked = self.masked(read_examples, parts)
+        masked = self.masked(read_examples, parts, reading)
         return RealmBatch(query_ids, query_mask, passage_ids, passage_mask, index_BN, valid_BN, torch.tensor(holds), masked)

@@ -80,9 +80,9 @@ def masked_accuracy(reader: Reader, run: Run, examples: list[MaskedSentence], ro
     reader.eval()
     with torch.inference_mode():
         for start in range(0, len(examples), batch_size):
-            parts = [[maker.passage(row)] for row in rows[start : start + batch_size]]
+            parts = [[maker.reading(row)] for row in rows[start : start + batch_size]]
             batch = maker.masked(examples[start : start + batch_size], parts).to(device)
-            right += int(read_masked(reader, batch, 1).right_BN.sum())
+            right += int(read_masked(reader, batch).right_BN.sum())
     reader.train(training)
     return 100.0 * right / len(examples)
 
@@ -137,7 +137,7 @@ def read_retrieved(
             query_emb_BD = retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             passage_emb_UD = retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
             log_p_z_BN = candidate_log_prior(retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN]), batch.valid_BN)
-            reading = read_masked(reader, batch.masked, width + 1)
+            reading = read_masked(reader, batch.masked)
             best_B1 = (log_p_z_BN + reading.best_log_p_BN).argmax(-1, keepdim=True)
             rights.append(reading.right_BN.gather(1, best_B1)[:, 0].cpu().numpy())
             nulls.append(log_p_z_BN[:, 0].exp().cpu().numpy())

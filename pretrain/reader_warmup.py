@@ -69,7 +69,7 @@ class WarmupBatches:
         examples, passages = [], []
         for i in range(at, at + size):
             example, row = self._found[i % len(self._found)]
-            title, text = self._holding_sentence(row, example) if step < self.config.sentence_steps else self.maker.passage(row)
+            title, text = self._holding_sentence(row, example) if step < self.config.sentence_steps else self.maker.reading(row)
             if rng.random() < self.config.null_share:
                 title, text = self.maker.passage(NULL)
             if rng.random() < self.config.substitution:
@@ -79,12 +79,14 @@ class WarmupBatches:
         return self.maker.warmup(examples, passages, self.run.config.reader.max_span_tokens)
 
     def _holding_sentence(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray]:
-        """The first sentence of the passage that holds the span, without a title; the title in its place where only that holds it."""
-        title, ids = self.maker.passage(row)
+        """The first sentence read for the passage that holds the span, without a title; the title in its place where only that holds it."""
+        title, ids = self.maker.reading(row)
         places = self.maker.wordpieces.find(ids, example.span_ids)
         if not places:
             return ids[:0], title
-        starts = np.append(self.run.passages.sentence_starts(row), len(ids))
+        context = self.run.contexts.around(row)
+        block_starts = [self.run.passages.sentence_starts(other) + start for other, start in zip(context.rows, context.starts, strict=True)]
+        starts = np.append(np.concatenate(block_starts), len(ids))
         number = np.searchsorted(starts, places[0], side="right")
         return ids[:0], ids[starts[number - 1] : starts[number]]
 
@@ -119,7 +121,7 @@ def evidence(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: Ba
     """
     for row in map(int, retrieved):
         if maker.holds(row, example.span_ids) and (not example.others or any(maker.holds(row, other) for other in example.others)):
-            (kept,) = choose_candidates([row], example, 1, run.passages, run.statements, run.wordpieces)
+            (kept,) = choose_candidates([row], example, 1, run.contexts, run.statements, run.wordpieces)
             if kept != EMPTY:
                 return kept
     return None

@@ -13,7 +13,7 @@ def batch_maker(run: Run) -> BatchMaker:
     """Batches as the run's config says."""
     retriever, reader = run.config.retriever, run.config.reader
     return BatchMaker(
-        run.passages, run.wordpieces, retriever.max_query_tokens, retriever.max_passage_tokens, reader.max_tokens, run.config.pretrain.reader_buckets
+        run.contexts, run.wordpieces, retriever.max_query_tokens, retriever.max_passage_tokens, reader.max_tokens, run.config.pretrain.reader_buckets
     )
 
 
@@ -26,7 +26,7 @@ def initial_reader(run: Run, stage: str) -> Reader:
     """The reader that stage `stage` starts from."""
     path = run.latest("reader", before=stage)
     if path:
-        return load_reader(path)
+        return load_reader(path, run.config.reader)
     reader, notes = build_reader(run.config.reader, run.tokenizer)
     for line in notes:
         console.print(f"  note: {line}")

@@ -205,7 +205,7 @@ class Candidates:
         wanted = min(count + self.config.extra_retrieved, len(index))
         _, retrieved = index.search(query_emb_BD, wanted)
         chosen = [
-            choose_candidates(rows[rows >= 0], example, count, self.run.passages, self.run.statements, self.run.wordpieces)
+            choose_candidates(rows[rows >= 0], example, count, self.run.contexts, self.run.statements, self.run.wordpieces)
             for example, rows in zip(examples, retrieved, strict=True)
         ]
         return np.array(chosen, dtype=np.int64)

@@ -118,7 +118,7 @@ def _reader_warmup(run: Run) -> _Maker:
     def make(step: int, size: int) -> Batch:
         examples, rng = draw(step, size)
         rows = rng.integers(len(run.passages), size=size)
-        parts = [maker.passage(int(row)) for row in rows]
+        parts = [maker.reading(int(row)) for row in rows]
         if rng.random() < sentence_share:
             parts = [(title[:0], text[: len(example.sentence_ids)]) for (title, text), example in zip(parts, examples, strict=True)]
         return maker.warmup(examples, parts, run.config.reader.max_span_tokens)

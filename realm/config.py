@@ -323,6 +323,12 @@ class RealmConfig:
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + 16:
             raise UserError(f"reader.max_tokens ({joint}) leaves no room for a passage beside retriever.max_query_tokens ({query}); raise it.")
+        context, block = self.reader.context_tokens, self.corpus.block_tokens
+        if context and not block <= context <= joint - query:
+            raise UserError(
+                f"reader.context_tokens ({context}) must be 0 or lie between corpus.block_tokens ({block}) and reader.max_tokens less "
+                f"retriever.max_query_tokens ({joint - query}); change it, or raise reader.max_tokens."
+            )
         if self.pretrain.candidates < 2:
             raise UserError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}.")
         if self.refresh.every_steps == 0 and self.refresh.max_drift is None:

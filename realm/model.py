@@ -11,7 +11,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from realm.objectives import MARGINALS, NEVER, candidate_log_prior, in_batch_loss, open_qa_loss, positive_log_marginal
+from realm.objectives import MARGINALS, NEVER, candidate_log_prior, in_batch_loss, open_qa_loss, positive_log_marginal, reading_scores
 from realm.reader import Reader
 from realm.retriever import Retriever, embed_by_length
 
@@ -54,7 +54,7 @@ class JointBatch(Batch):
 
 @dataclass
 class MaskedBatch(Batch):
-    """Joint inputs with the masked wordpieces of their x."""
+    """Joint inputs with the masked wordpieces of their x; candidates that are read together have one."""
 
     joint: list[JointBatch]
     position_BM: Tensor
@@ -63,6 +63,8 @@ class MaskedBatch(Batch):
     """The wordpieces under the masks."""
     token_BM: Tensor
     """False on padding of the two above."""
+    reading_BN: Tensor
+    """Candidate whose joint input stands for each candidate: its own number, or that of the one it is read with."""
 
 
 @dataclass
@@ -130,10 +132,9 @@ def read_joint(reader: Reader, batch: MaskedBatch) -> list[Tensor]:
     return [reader(joint.ids_RL, joint.mask_RL, joint.type_RL) for joint in batch.joint]
 
 
-def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor], num_candidates: int) -> Reading:
+def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor]) -> Reading:
     """Predict the masked wordpieces from the hidden states of each bucket."""
-    B, M = batch.position_BM.shape
-    N = num_candidates
+    B, N = batch.reading_BN.shape
     log_ps, rights, bests, rows = [], [], [], []
     for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
         query_R = joint.row_R // N
@@ -144,13 +145,15 @@ def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor],
         rights.append(((choice_RM == target_RM) | ~token_RM).all(-1))
         bests.append((best_RM * token_RM).sum(-1))
         rows.append(joint.row_R)
-    order = torch.cat(rows).argsort()
-    return Reading(torch.cat(log_ps)[order].view(B, N, M), torch.cat(rights)[order].view(B, N), torch.cat(bests)[order].view(B, N))
+    row_R, first_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.reading_BN.device)[:, None]
+    number_BN = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(0, row_R, torch.arange(len(row_R), device=row_R.device))
+    at_BN = number_BN[first_B1 + batch.reading_BN]
+    return Reading(torch.cat(log_ps)[at_BN], torch.cat(rights)[at_BN], torch.cat(bests)[at_BN])
 
 
-def read_masked(reader: Reader, batch: MaskedBatch, num_candidates: int) -> Reading:
+def read_masked(reader: Reader, batch: MaskedBatch) -> Reading:
     """Read every joint input of the batch and predict the masked wordpieces."""
-    return predict_masked(reader, batch, read_joint(reader, batch), num_candidates)
+    return predict_masked(reader, batch, read_joint(reader, batch))
 
 
 class ReaderWarmupModel(nn.Module):
@@ -163,7 +166,7 @@ class ReaderWarmupModel(nn.Module):
 
     def forward(self, batch: WarmupBatch) -> dict[str, Tensor]:
         hidden = read_joint(self.reader, batch.masked)
-        reading = predict_masked(self.reader, batch.masked, hidden, 1)
+        reading = predict_masked(self.reader, batch.masked, hidden)
         masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_BM).sum(-1).mean()
         log_p, placed, right = [], [], []
         for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
@@ -201,8 +204,8 @@ class RealmModel(nn.Module):
         retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
         log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
 
-        # Read: every candidate on its own.
-        reading = read_masked(self.reader, batch.masked, batch.candidate_BN.shape[1])
+        # Read: every candidate on its own; blocks of one document that are read together share p(y|z,x), so that their p(z|x) add up.
+        reading = read_masked(self.reader, batch.masked)
 
         # Marginalise.
         token_BM = batch.masked.token_BM
@@ -239,7 +242,7 @@ def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor
 class QuestionBatch(Batch):
     """Questions with K retrieved passages, of which the first choice N are read.
 
-    Shape legend: Q = B·N joint inputs in flat order, W span widths.
+    Shape legend: Q joint inputs, one for each passage read on its own, W span widths.
     """
 
     query_ids_BL: Tensor
@@ -250,6 +253,10 @@ class QuestionBatch(Batch):
     valid_BK: Tensor
     read_emb_BND: Tensor
     """Embeddings of the passages read."""
+    reading_BN: Tensor
+    """Place (0 … N − 1) at which each of them is read: its own, or that of the one it is read with; -1 where there is none."""
+    row_Q: Tensor
+    """Place of each joint input in the flat (B·N) order."""
     ids_QL: Tensor
     mask_QL: Tensor
     type_QL: Tensor
@@ -257,6 +264,12 @@ class QuestionBatch(Batch):
     """True on spans that are an accepted answer."""
     allowed_QLW: Tensor
     """True on spans inside the passage."""
+
+    def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
+        """Values of spans by place, (B, N, L·W); `fill` where nothing is read."""
+        B, N = self.reading_BN.shape
+        flat = value_QLW.flatten(1)
+        return flat.new_full((B * N, flat.shape[1]), fill).index_copy(0, self.row_Q, flat).view(B, N, -1)
 
 
 class OpenQaModel(nn.Module):
@@ -268,20 +281,18 @@ class OpenQaModel(nn.Module):
         self.reader = reader
 
     def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
-        B, N, _ = batch.read_emb_BND.shape
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD)
-        span_score_BNS, _ = self.span_scores(batch, query_emb_BD)
-        is_answer_BNS, allowed_BNS = batch.is_answer_QLW.view(B, N, -1), batch.allowed_QLW.view(B, N, -1)
+        span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
+        span_score_BNS, _ = self.scored(batch, span_score_QLW, query_emb_BD)
+        is_answer_BNS, allowed_BNS = batch.by_passage(batch.is_answer_QLW, False), batch.by_passage(batch.allowed_QLW, False)
         losses = open_qa_loss(retrieval_score_BK, batch.has_answer_BK, batch.valid_BK, span_score_BNS, is_answer_BNS, allowed_BNS)
         with torch.no_grad():
             best_B = span_score_BNS.masked_fill(~allowed_BNS, NEVER).flatten(1).argmax(-1, keepdim=True)
             losses["accuracy"] = is_answer_BNS.flatten(1).gather(1, best_B).float().mean()
         return losses
 
-    def span_scores(self, batch: QuestionBatch, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the spans of each passage read, its retrieval score added, (B, N, L·W); and the retrieval scores (B, N)."""
-        B, N, _ = batch.read_emb_BND.shape
-        read_score_BN = self.retriever.score(query_emb_BD, batch.read_emb_BND)
-        span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
-        return span_score_QLW.view(B, N, -1) + read_score_BN[..., None], read_score_BN
+    def scored(self, batch: QuestionBatch, span_score_QLW: Tensor, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the spans by passage read, the relevance score of what is read added, (B, N, L·W); and the relevance scores (B, N)."""
+        read_score_BN = reading_scores(self.retriever.score(query_emb_BD, batch.read_emb_BND), batch.reading_BN)
+        return batch.by_passage(span_score_QLW, NEVER) + read_score_BN[..., None], read_score_BN

@@ -50,6 +50,15 @@ def in_batch_loss(query_emb_BD: Tensor, passage_emb_CD: Tensor, target_B: Tensor
     return F.cross_entropy(score_BC, target_B), (score_BC.argmax(-1) == target_B).float().mean()
 
 
+def reading_scores(score_BN: Tensor, reading_BN: Tensor) -> Tensor:
+    """Relevance score of what is read, (B, N): log Σ exp of the scores of all passages read at that place, NEVER where none is.
+
+    `reading_BN` is the place at which each passage is read: its own, or that of a passage of the same document; -1 where there is no passage.
+    """
+    member_BNN = reading_BN[:, None, :] == torch.arange(reading_BN.shape[1], device=reading_BN.device)[:, None]
+    return torch.logsumexp(score_BN[:, None, :].masked_fill(~member_BNN, NEVER), dim=-1)
+
+
 def positive_log_marginal(log_p: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """log Σ p over the positives of the last axis, and whether there is any; both with the last axis gone (Lee et al. 2019, equation 6).
 

@@ -43,6 +43,8 @@ class ReaderConfig:
     """Longest answer span W in wordpieces."""
     max_tokens: int = 384
     """Longest joint input; positions are extended when the encoder has fewer."""
+    context_tokens: int = 0
+    """Wordpieces of a block with what stands around it in its document, title and special tokens included; 0: read the block alone."""
 
 
 class Reader(nn.Module):
@@ -50,9 +52,9 @@ class Reader(nn.Module):
 
     def __init__(self, bert: BertModel, config: ReaderConfig) -> None:
         super().__init__()
-        self.config = config
         extend_positions(bert, config.max_tokens)
         bind_attention(bert, config.attention)
+        self.config = config
         self.bert = bert
         hidden = bert.config.hidden_size
         if config.mlm_head == "transform":
@@ -64,6 +66,24 @@ class Reader(nn.Module):
         self.span_end = nn.Linear(hidden, config.span_hidden)
         self.span_norm = nn.LayerNorm(config.span_hidden)
         self.span_score = nn.Linear(config.span_hidden, 1)
+
+    def adapt(self, config: ReaderConfig) -> None:
+        """Read as `config` says from now on: longer inputs, and another attention in the place of dense attention.
+
+        Raises UserError where what was trained cannot be carried over: from one variant to another, or to another span length.
+        """
+        old = self.config
+        for name in ("mlm_head", "span_hidden", "max_span_tokens"):
+            if getattr(config, name) != getattr(old, name):
+                raise UserError(f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with {getattr(old, name)!r}; keep that.")
+        extend_positions(self.bert, config.max_tokens)
+        if config.attention != old.attention:
+            if not isinstance(old.attention, DenseAttention):
+                raise UserError(
+                    f"reader.attention differs from what the reader was trained with ({old.attention}); only a reader of dense attention can change."
+                )
+            bind_attention(self.bert, config.attention)
+        self.config = config
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor) -> Tensor:
         """Hidden states (B, L, H)."""
@@ -169,12 +189,14 @@ def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) 
     tokenizer.save_pretrained(path)
 
 
-def load_reader(path: Path) -> Reader:
-    """Read what `save_reader` wrote, parameters of the attention variant included, in evaluation mode."""
+def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
+    """Read what `save_reader` wrote, parameters of the attention variant included, in evaluation mode; with `config` see `Reader.adapt`."""
     try:
-        config = draccus.decode(ReaderConfig, json.loads((path / "reader.json").read_text()))
+        saved = draccus.decode(ReaderConfig, json.loads((path / "reader.json").read_text()))
     except OSError as error:
         raise UserError(f"{path} is no saved reader (no reader.json); give a model folder of a run's stage.") from error
-    reader = Reader(BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False), config)
+    reader = Reader(BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False), saved)
     reader.load_state_dict(load_file(path / "model.safetensors"))
+    if config is not None:
+        reader.adapt(config)
     return reader.eval()

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from realm.config import QuestionSource, RealmConfig
 from realm.config_file import dump_config, load_config
+from realm.context import Contexts
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.inputs import Wordpieces
@@ -118,6 +119,11 @@ class Run:
     def passages(self) -> PreparedCorpus:
         """The passages to retrieve from."""
         return PreparedCorpus.open(self.prepared / "passages")
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """What the reader reads for a passage."""
+        return Contexts(self.passages, self.config.reader.context_tokens)
 
     @cached_property
     def statements(self) -> PreparedCorpus:

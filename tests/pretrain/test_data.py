@@ -8,6 +8,7 @@ from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, 
 from pretrain.ict import IctBatches
 from pretrain.reader_warmup import evidence
 from realm.config import IctConfig
+from realm.context import Contexts
 from realm.model import PairBatch
 from realm.run import Run
 from realm.substitution import replace_span, span_pool
@@ -21,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def maker(run: Run) -> BatchMaker:
-    return BatchMaker(run.passages, run.wordpieces, 32, 80, 96, 2)
+    return BatchMaker(run.contexts, run.wordpieces, 32, 80, 96, 2)
 
 
 def test_drawn_spans_are_tagged_spans_of_their_sentence(run: Run) -> None:
@@ -48,7 +49,7 @@ def test_spans_longer_than_the_limit_are_never_drawn(run: Run) -> None:
 def test_the_passage_a_sentence_comes_from_is_never_its_candidate(run: Run) -> None:
     sampler = SpanSampler(run.passages, 10, 30)
     example = sampler.draw(3, np.random.default_rng(0))
-    chosen = choose_candidates([3, 1, 2], example, 3, run.passages, run.passages, run.wordpieces)
+    chosen = choose_candidates([3, 1, 2], example, 3, run.contexts, run.passages, run.wordpieces)
     assert chosen == [1, 2, EMPTY], "dropped, and not put back to fill up"
 
 
@@ -79,14 +80,14 @@ def test_copies_and_passages_that_hold_the_whole_sentence_are_dropped(run: Run) 
     sentence = np.array([a, b, c], np.int32)
     passages = Copies([[d, e], [d, e], [d, a, b, c, e], [e], [a, b, c]], [1, 1, 2, 3, 99])
     example = MaskedSentence(0, sentence, 1, 2, 0)
-    chosen = choose_candidates([4, 2, 0, 1, 3], example, 4, passages, Statements(), run.wordpieces)  # type: ignore[arg-type]
+    chosen = choose_candidates([4, 2, 0, 1, 3], example, 4, Contexts(passages, 0), Statements(), run.wordpieces)  # type: ignore[arg-type]
     assert chosen == [0, 3, EMPTY, EMPTY]
 
 
 def test_candidates_are_cut_at_the_count_in_order(run: Run) -> None:
     example = MaskedSentence(0, np.array([7], np.int32), 0, 1, 0)
     passages = Copies([[60], [61], [62]], [1, 2, 3])
-    assert choose_candidates([2, 0, 1], example, 2, passages, Statements(), run.wordpieces) == [2, 0]  # type: ignore[arg-type]
+    assert choose_candidates([2, 0, 1], example, 2, Contexts(passages, 0), Statements(), run.wordpieces) == [2, 0]  # type: ignore[arg-type]
 
 
 def test_substitution_changes_target_and_passage_alike(run: Run) -> None:
@@ -128,7 +129,8 @@ def test_null_passage_stands_first_and_empty_slots_are_invalid(run: Run, maker: 
     assert batch.valid_BN.tolist() == [[True, True, True], [True, True, False]]
     assert batch.candidate_BN[0, 1] == batch.candidate_BN[1, 1], "a passage shared by two queries is embedded once"
     rows = torch_rows(batch)
-    assert rows == list(range(6)), "every joint input stands in exactly one bucket"
+    assert rows == list(range(5)), "every joint input stands in exactly one bucket, and nothing is read for the empty slot"
+    assert batch.masked.reading_BN.tolist() == [[0, 1, 2], [0, 1, 0]]
 
 
 def torch_rows(batch: object) -> list[int]:

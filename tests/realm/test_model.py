@@ -66,7 +66,7 @@ class Example:
             for rows in np.array_split(np.array(order), num_buckets)
         ]
         position_BM, token_BM = pad_batch([np.arange(start, end) + 1 for start, end in SPANS], 0)
-        return MaskedBatch(joint, position_BM, pad_batch(self.targets, 0)[0], token_BM.bool())
+        return MaskedBatch(joint, position_BM, pad_batch(self.targets, 0)[0], token_BM.bool(), torch.arange(len(self.joints) // B).expand(B, -1))
 
     def realm(self):
         queries = pad_batch([query_input(query, CLS, SEP, 20) for query in self.queries], PAD)
@@ -95,7 +95,7 @@ def read_alone(reader, example):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_reading_in_buckets_is_reading_each_input_alone(num_buckets, seed, reader):
     example = Example()
-    reading = read_masked(reader, example.masked(np.random.default_rng(seed).permutation(B * N), num_buckets), N)
+    reading = read_masked(reader, example.masked(np.random.default_rng(seed).permutation(B * N), num_buckets))
     log_ps, rights, bests = read_alone(reader, example)
     assert reading.token_log_p_BNM.shape == (B, N, 3)
     for i, log_p_M in enumerate(log_ps):
@@ -111,9 +111,9 @@ def test_right_means_every_wordpiece_and_padding_does_not_count(reader):
     with torch.no_grad():
         choice = reader.mlm_logits(reader(joint.ids_RL, joint.mask_RL, joint.type_RL), batch.position_BM[joint.row_R // N]).argmax(-1)
     batch.target_BM = torch.where(batch.token_BM, choice.view(B, N, -1)[:, 0], 7)
-    assert read_masked(reader, batch, N).right_BN[:, 0].all()
+    assert read_masked(reader, batch).right_BN[:, 0].all()
     batch.target_BM[2, 2] = (batch.target_BM[2, 2] + 1) % 50
-    assert read_masked(reader, batch, N).right_BN[:, 0].tolist() == [True, True, False]
+    assert read_masked(reader, batch).right_BN[:, 0].tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("marginal", ["joint", "per_token"])

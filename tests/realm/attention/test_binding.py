@@ -1,7 +1,7 @@
 """Attention variants inside BERT: what takes the place of self-attention, positions, saving, the config's choice."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -177,3 +177,36 @@ def test_the_config_names_the_variant(tmp_path):
     with pytest.raises(UserError, match="spiral") as caught:
         load_config(path)
     assert str(path) in str(caught.value) and "attention" in str(caught.value)
+
+
+def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = ReaderConfig(bert=SOURCE, span_hidden=8, max_tokens=64)
+    reader = build_reader(config, tokenizer)[0].eval()
+    save_reader(reader, tokenizer, tmp_path / "reader")
+    longer = replace(config, attention=LongformerAttention(window=64), max_tokens=90)
+    loaded = load_reader(tmp_path / "reader", longer)
+    assert loaded.config == longer and loaded.bert.config.max_position_embeddings == 90
+    batch = pad_joint([torch.randint(5, len(tokenizer), (length,)).numpy() for length in (60, 33)], [7, 12], 0)
+    with torch.no_grad():  # a window as long as the text is dense attention, and the global projections start as copies
+        real = batch[1].bool()
+        torch.testing.assert_close(loaded(*batch)[real], reader(*batch)[real])
+        assert loaded(*pad_joint([torch.randint(5, len(tokenizer), (90,)).numpy()], [7], 0)).shape == (1, 90, 16)
+    save_reader(loaded, tokenizer, tmp_path / "longer")
+    assert load_reader(tmp_path / "longer", longer).config == longer
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "message"),
+    [
+        ({"attention": PerformerAttention(8)}, {"attention": LongformerAttention(5)}, "reader.attention differs"),
+        ({}, {"span_hidden": 16}, "reader.span_hidden is 16, but the reader was trained with 8"),
+        ({}, {"max_span_tokens": 4}, "reader.max_span_tokens is 4"),
+    ],
+    ids=["attention", "span head", "span length"],
+)
+def test_what_cannot_be_carried_over_is_refused(saved, wanted, message, tokenizer, tmp_path):
+    config = ReaderConfig(bert=SOURCE, span_hidden=8, max_tokens=64)
+    save_reader(build_reader(replace(config, **saved), tokenizer)[0], tokenizer, tmp_path / "reader")
+    with pytest.raises(UserError, match=message):
+        load_reader(tmp_path / "reader", replace(config, **{**saved, **wanted}))
