@@ -13,6 +13,17 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser("spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second")
     spans.set_defaults(command=_spans, takes_overrides=True)
+    attention = kinds.add_parser("attention", help="time and memory of every attention variant by length, beside other implementations")
+    attention.add_argument("--variants", nargs="+", metavar="TYPE", help="names, or '{type: longformer, window: 128}' (default: all)")
+    attention.add_argument("--lengths", nargs="+", type=int, metavar="L", help="tokens (default: 512, doubled up to 32768)")
+    attention.add_argument("--heads", type=int, default=6, help="attention heads (default: 6)")
+    attention.add_argument("--head-width", type=int, default=64, help="width of a head (default: 64)")
+    attention.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)")
+    attention.add_argument("--no-peers", action="store_true", help="our variants alone")
+    attention.add_argument("--limit", type=float, default=60.0, metavar="S", help="leave out lengths likely to take longer a pass (default: 60)")
+    attention.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    attention.add_argument("--picture", type=Path, metavar="FILE", help="draw time, memory and approximation error")
+    attention.set_defaults(command=_attention, takes_overrides=False)
     store = kinds.add_parser("index", help="encoding beside sentence-transformers, approximate search beside exact, opening", allow_abbrev=False)
     store.add_argument("--run", type=Path, required=True, help="run folder; its newest index and encoder are used")
     store.add_argument("--passages", type=int, default=2000, help="passages to encode (default: 2000)")
@@ -41,6 +52,13 @@ def _spans(options: argparse.Namespace) -> None:
     from realm.bench.spans import main
 
     main(options.overrides)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    from realm.bench.attention import LENGTHS, bench_attention
+
+    size = (options.heads, options.head_width, options.precision)
+    bench_attention(options.variants, options.lengths or LENGTHS, *size, not options.no_peers, options.limit, options.json, options.picture)
 
 
 def _index(options: argparse.Namespace) -> None:

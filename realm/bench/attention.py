@@ -1,0 +1,243 @@
+"""`realm bench attention`: time and memory of every attention variant over growing lengths, beside other implementations, in one run.
+
+Each variant runs in a process of its own, length after length, so that the process's peak memory is that of the longest text so far. Times are
+the best of a few repetitions of the module alone; memory is what the peak adds to the process before its first forward pass.
+
+Shape legend: B rows, H heads, L tokens, D width of a head, M features.
+"""
+
+import math
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realm.attention import AttentionConfig
+from realm.attention.performer import draw_projection, features, linear_attention
+from realm.bench.attention_cases import RIVAL_OF, Shape, build_call, every_variant, installed_peers, parse_variant
+from realm.errors import UserError
+from realm.publish import write_json_atomic
+from realm.telemetry import console, peak_memory, print_table, progress
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+_REPEATS, _SECONDS_EACH = 5, 1.5
+_GROWTH_FROM = 4096
+_FEATURES = (16, 32, 64, 128, 256, 512)
+_DRAWS = 20
+
+Row = dict[str, Any]
+
+
+def bench_attention(
+    variants: Sequence[str] | None,
+    lengths: Sequence[int],
+    heads: int,
+    head_width: int,
+    precision: str,
+    peers: bool,
+    limit_s: float,
+    json_file: Path | None,
+    picture: Path | None,
+) -> list[Row]:
+    """Measure, print one table, and write rows and picture where asked; returns a row for each variant and length."""
+    if min(lengths) < 64:
+        raise UserError(f"--lengths {min(lengths)}: give at least 64 tokens.")
+    cases: dict[str, AttentionConfig | str] = dict(every_variant() if variants is None else {text: parse_variant(text) for text in variants})
+    if peers:
+        names, missing = installed_peers(None if variants is None else [RIVAL_OF[text] for text in variants if text in RIVAL_OF])
+        cases |= {name: name for name in names}
+        for name, reason in missing.items():
+            console.print(f"  {name} is left out ({reason})")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console.print(f"  {device}, {precision}, {heads} heads of {head_width}, one row, forward and backward of the self-attention module")
+    rows: list[Row] = []
+    with progress("attention", len(cases) * len(lengths), unit="measurement", every_s=20) as ticker:
+        for name, case in cases.items():
+            for row in measured(case, sorted(lengths), heads, head_width, precision, device, limit_s):
+                rows.append({"what": name, "peer": isinstance(case, str), **row})
+            ticker.update(len(lengths) * (1 + list(cases).index(name)))
+    errors = approximation_errors(head_width)
+    report(rows, sorted(lengths))
+    report_errors(errors)
+    if json_file is not None:
+        setting = {"device": device, "precision": precision, "heads": heads, "head_width": head_width, "threads": torch.get_num_threads()}
+        write_json_atomic(json_file, {"setting": setting, "rows": rows, "approximation": errors})
+    if picture is not None:
+        draw(rows, errors, picture)
+    return rows
+
+
+def measured(
+    case: AttentionConfig | str, lengths: Sequence[int], heads: int, head_width: int, precision: str, device: str, limit_s: float
+) -> list[Row]:
+    """A row for each length, shortest first, up to the first that failed or would take longer than `limit_s` a pass."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(theirs, case, lengths, heads, head_width, precision, device, limit_s))
+    process.start()
+    theirs.close()
+    rows: list[Row] = []
+    try:
+        while True:
+            rows.append(ours.recv())
+    except EOFError:
+        pass
+    process.join()
+    if len(rows) < len(lengths) and process.exitcode != 0:
+        rows.append({"tokens": lengths[len(rows)], "failed": f"the process ended with {process.exitcode}"})
+    return rows
+
+
+def _measure(
+    pipe: Any, case: AttentionConfig | str, lengths: Sequence[int], heads: int, head_width: int, precision: str, device: str, limit_s: float
+) -> None:
+    torch.manual_seed(0)
+    warm = torch.randn(1, 256, 64, requires_grad=True)
+    (warm @ warm.transpose(1, 2)).sum().backward()  # threads and buffers of the matrix library are no variant's memory
+    before, slowest = _memory(device), 0.0
+    for length in lengths:
+        if slowest * 2 > limit_s:
+            break
+        shape = Shape(heads, head_width, length)
+        try:
+            call = build_call(case, shape, device)
+            forward_s, total_s = _times(call, torch.randn(1, length, shape.width, device=device, requires_grad=True), precision, device)
+        except (RuntimeError, ValueError, TypeError, MemoryError, UserError) as error:  # of other packages, too: the row says what it was
+            pipe.send({"tokens": length, "failed": str(error).splitlines()[0][:200]})
+            break
+        slowest = total_s
+        pipe.send({"tokens": length, "forward_s": forward_s, "seconds": total_s, "mib": (_memory(device) - before) * 1024})
+    pipe.close()
+
+
+def _times(call: Any, hidden_BLW: torch.Tensor, precision: str, device: str) -> tuple[float, float]:
+    """Best seconds of a forward pass, and of forward and backward."""
+    gradient = torch.randn_like(hidden_BLW)
+    forward, total, began = math.inf, math.inf, time.perf_counter()
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            out_BLW = call(hidden_BLW)
+        _wait(device)
+        middle = time.perf_counter()
+        out_BLW.backward(gradient.to(out_BLW.dtype))
+        _wait(device)
+        end = time.perf_counter()
+        forward, total = min(forward, middle - start), min(total, end - start)
+        if end - began > _SECONDS_EACH and total < math.inf:
+            break
+    return forward, total
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory(device: str) -> float:
+    """Peak GiB so far."""
+    return peak_memory()["peak_gpu_gib" if device == "cuda" else "peak_gib"]
+
+
+def approximation_errors(head_width: int, length: int = 512) -> list[Row]:
+    """Relative error of random features for softmax attention by kind and number, median over drawings.
+
+    Entries of queries and keys have a deviation of one half, those of values of one (compare Choromanski et al. 2021, figure 4).
+    """
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, length, head_width, generator=generator, dtype=torch.float64) for _ in range(3))
+    query, key = query / 2, key / 2
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    real_BL = torch.ones(1, length, dtype=torch.bool)
+    rows: list[Row] = []
+    for kernel in ("softmax", "trigonometric"):
+        for orthogonal in (True, False):
+            for count in _FEATURES:
+                errors = []
+                for _ in range(_DRAWS):
+                    projection_MD = draw_projection(count // 2 if kernel == "trigonometric" else count, head_width, orthogonal, generator).double()
+                    out = linear_attention(*features(query, key, projection_MD, real_BL, kernel), value)
+                    errors.append(float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt()))
+                median = sorted(errors)[len(errors) // 2]
+                kind = f"{'positive' if kernel == 'softmax' else 'trigonometric'}, {'orthogonal' if orthogonal else 'independent'}"
+                rows.append({"features": kind, "count": count, "error": median})
+    return rows
+
+
+def growth(rows: Sequence[Row], key: str) -> float | None:
+    """Factor by which `key` grows per doubling of the length, from 4,096 tokens to the longest measured."""
+    inside = [row for row in rows if key in row and row["tokens"] >= _GROWTH_FROM]
+    if len(inside) < 2 or inside[0][key] <= 0:
+        return None
+    return float((inside[-1][key] / inside[0][key]) ** (1 / math.log2(inside[-1]["tokens"] / inside[0]["tokens"])))
+
+
+def report(rows: Sequence[Row], lengths: Sequence[int]) -> None:
+    """The table: seconds by length, memory at the longest, growth, and speed beside dense attention and beside the peer of the same name."""
+    by_name: dict[str, list[Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["what"], []).append(row)
+
+    def seconds(name: str, length: int) -> float | None:
+        return next((row.get("seconds") for row in by_name.get(name, []) if row["tokens"] == length), None)
+
+    compared = max((length for length in lengths if seconds("dense", length)), default=None)
+    table = []
+    for name, mine in by_name.items():
+        rival = RIVAL_OF.get(name)
+        cells: list[object] = [name, *(None if (s := seconds(name, length)) is None else f"{s:.3g}" for length in lengths)]
+        last = [row for row in mine if "mib" in row][-1:]
+        cells.append(f"{last[0]['mib']:,.0f}" if last else None)
+        cells += [None if (g := growth(mine, key)) is None else f"{g:.2f}" for key in ("seconds", "mib")]
+        for other, at in (("dense", min(compared or 0, 8192)), (rival, 8192 if 8192 in lengths else max(lengths))):
+            a, b = seconds(other, at) if other else None, seconds(name, at)
+            cells.append(None if a is None or b is None else f"{a / b:.1f}")
+        table.append(cells)
+        table += [[f"  {row['tokens']:,} tokens: {row['failed']}", *[None] * (len(cells) - 1)] for row in mine if "failed" in row]
+    columns = ["forward and backward, s", *(f"{length:,}" for length in lengths), "MiB at the longest", "time x2", "MiB x2"]
+    print_table("Self-attention by length", [*columns, f"vs dense at {min(compared or 0, 8192):,}", "vs its peer"], table)
+
+
+def report_errors(errors: Sequence[Row]) -> None:
+    """The table of `approximation_errors`."""
+    kinds = list(dict.fromkeys(row["features"] for row in errors))
+    found = {(row["features"], row["count"]): row["error"] for row in errors}
+    table = [[kind, *(f"{found[kind, count]:.3g}" for count in _FEATURES)] for kind in kinds]
+    print_table("Random features: relative error of attention, median of drawings", ["features", *map(str, _FEATURES)], table)
+
+
+def draw(rows: Sequence[Row], errors: Sequence[Row], picture: Path) -> None:
+    """Time and memory over length, and the error of random features over their number."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(19, 5.5), constrained_layout=True)
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in names if name not in RIVAL_OF.values())}
+    colours |= {rival: colours[name] for name, rival in RIVAL_OF.items() if name in colours}
+    for panel, key, title in ((panels[0], "seconds", "forward and backward, seconds"), (panels[1], "mib", "peak memory, MiB")):
+        for name in names:
+            mine = [row for row in rows if row["what"] == name and row.get(key, 0) > 0]
+            style = "--" if any(row["peer"] for row in mine) else "-"
+            panel.plot([row["tokens"] for row in mine], [row[key] for row in mine], style + "o", markersize=3, color=colours.get(name), label=name)
+        panel.set(title=title, xlabel="tokens", xscale="log", yscale="log")
+        lengths = sorted({row["tokens"] for row in rows})
+        panel.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    for kind in dict.fromkeys(row["features"] for row in errors):
+        mine = [row for row in errors if row["features"] == kind]
+        panels[2].plot([row["count"] for row in mine], [row["error"] for row in mine], marker="o", markersize=3, label=kind)
+    panels[2].set(title="performer: relative error of softmax attention", xlabel="random features", xscale="log", yscale="log")
+    panels[2].set_xticks(_FEATURES, list(map(str, _FEATURES)))
+    panels[2].minorticks_off()
+    panels[2].grid(alpha=0.3)
+    panels[2].legend(fontsize=8)
+    figure.savefig(picture, dpi=90)
+    plt.close(figure)

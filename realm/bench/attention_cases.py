@@ -1,0 +1,196 @@
+"""What `realm bench attention` measures: a self-attention module, projections included, of every variant, and of peers where installed.
+
+All have the same heads and widths and see [CLS] and a question of 32 tokens as global where they know global tokens. Peers' output projection,
+which BERT has outside its self-attention, is taken off. Windows, features and projected lengths are equal where both have them.
+
+Shape legend: B rows (1), L tokens, W hidden width.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import draccus
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from realm.attention import AttentionConfig
+from realm.attention.binding import bind_attention
+from realm.errors import UserError
+
+NUM_GLOBAL = 32
+_WINDOW, _FEATURES, _SEGMENT = 256, 256, 512
+"""Tokens seen on each side, random features or projected tokens, and segment: the variants' defaults, given to peers likewise."""
+
+Call = Callable[[Tensor], Tensor]
+"""Hidden states (1, L, W) to outputs of that shape."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the module."""
+
+    heads: int
+    head_width: int
+    length: int
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.heads * self.head_width
+
+
+def parse_variant(text: str) -> AttentionConfig:
+    """A variant by its name, or as in a config: `{type: longformer, window: 128}`. Raises UserError where there is none such."""
+    known = sorted(AttentionConfig.get_known_choices())
+    tree = yaml.safe_load(text)
+    tree = {"type": tree} if isinstance(tree, str) else tree
+    if not isinstance(tree, dict) or tree.get("type") not in known:
+        raise UserError(f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'.")
+    try:
+        return draccus.decode(AttentionConfig, tree)
+    except draccus.utils.DecodingError as error:
+        raise UserError(f"{text!r}: {str(error).splitlines()[0]}") from error
+
+
+def every_variant() -> dict[str, AttentionConfig]:
+    """All that are registered, with their defaults."""
+    return {name: parse_variant(name) for name in sorted(AttentionConfig.get_known_choices(), key=lambda name: (name != "dense", name))}
+
+
+def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
+    """The variant's module as it stands in a BERT layer of this size."""
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        max_position_embeddings=shape.length,
+        attention_probs_dropout_prob=0.0,
+    )
+    bert = BertModel(config, add_pooling_layer=False)
+    bind_attention(bert, attention)
+    layers: Any = bert.encoder.layer
+    return layers[0].attention.self
+
+
+def global_mask(length: int, device: torch.device | str = "cpu") -> Tensor:
+    """True on the tokens that see all and are seen by all, (1, L)."""
+    return torch.arange(length, device=device)[None] < NUM_GLOBAL
+
+
+def call_variant(attention: AttentionConfig, shape: Shape, device: str) -> Call:
+    """A variant, ready to be called."""
+    module, mask_BL = build_variant(attention, shape).to(device), global_mask(shape.length, device)
+    extra = {"global_mask": mask_BL} if "global_mask" in inspect.signature(module.forward).parameters else {}
+    return lambda hidden_BLW: module(hidden_BLW, None, **extra)[0]
+
+
+def _transformers_longformer(shape: Shape, device: str) -> Call:
+    from transformers import LongformerConfig
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+    config = LongformerConfig(
+        hidden_size=shape.width, num_attention_heads=shape.heads, attention_window=[2 * _WINDOW], attention_probs_dropout_prob=0.0
+    )
+    module, length = LongformerSelfAttention(config, 0).to(device), -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW
+    is_global = global_mask(length, device)
+    arguments = {
+        "attention_mask": torch.where(is_global, 10000.0, 0.0),
+        "is_index_masked": torch.zeros_like(is_global),
+        "is_index_global_attn": is_global,
+        "is_global_attn": True,
+    }
+    return lambda hidden_BLW: module(nn.functional.pad(hidden_BLW, (0, 0, 0, length - shape.length)), **arguments)[0][:, : shape.length]
+
+
+def _transformers_bigbird(shape: Shape, device: str) -> Call:
+    from transformers import BigBirdConfig
+    from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+
+    config = BigBirdConfig(
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=shape.length,
+        attention_probs_dropout_prob=0.0,
+    )
+    module = BigBirdBlockSparseAttention(config, seed=0).to(device)
+    masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, shape.length, device=device), config.block_size)
+    blocked, band, from_mask, to_mask = masks
+    return lambda hidden_BLW: module(hidden_BLW, band, from_mask, to_mask, blocked, blocked)[0]
+
+
+def _performer_pytorch(shape: Shape, device: str) -> Call:
+    from performer_pytorch import SelfAttention
+
+    module = SelfAttention(shape.width, heads=shape.heads, dim_head=shape.head_width, nb_features=_FEATURES)
+    module.to_out = nn.Identity()
+    return module.to(device)
+
+
+def _linformer(shape: Shape, device: str) -> Call:
+    from linformer import LinformerSelfAttention
+
+    module = LinformerSelfAttention(shape.width, shape.length, k=_FEATURES, heads=shape.heads)
+    module.to_out = nn.Identity()
+    return module.to(device)
+
+
+def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
+    """Its attention is causal: one memory, half of the scores; segment by segment as its own model calls it."""
+    from infini_transformer_pytorch.infini_transformer import CausalAttention
+
+    module = CausalAttention(shape.width, dim_head=shape.head_width, heads=shape.heads, use_mem_delta_rule=True)
+    module.to_out = nn.Identity()
+    module.to(device)
+
+    def call(hidden_BLW: Tensor) -> Tensor:
+        parts, memories = [], None
+        for segment in hidden_BLW.split(_SEGMENT, 1):
+            out, _, memories = module(segment, past_memories=memories, return_new_memories=True)
+            parts.append(out)
+        return torch.cat(parts, 1)
+
+    return call
+
+
+PEERS: dict[str, tuple[str, Callable[[Shape, str], Call]]] = {
+    "transformers Longformer": ("transformers", _transformers_longformer),
+    "transformers BigBird": ("transformers", _transformers_bigbird),
+    "performer-pytorch": ("performer_pytorch", _performer_pytorch),
+    "linformer": ("linformer", _linformer),
+    "infini-transformer-pytorch (causal)": ("infini_transformer_pytorch", _infini_transformer_pytorch),
+}
+"""Other implementations: the package each needs, and how it is called."""
+
+RIVAL_OF = {
+    "longformer": "transformers Longformer",
+    "performer": "performer-pytorch",
+    "linformer": "linformer",
+    "infini": "infini-transformer-pytorch (causal)",
+}
+"""The peer of a variant's own name."""
+
+
+def installed_peers(wanted: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """Names of the peers that can be imported, and why the others cannot."""
+    there, missing = [], {}
+    for name, (package, _) in PEERS.items():
+        if wanted is not None and name not in wanted:
+            continue
+        try:
+            importlib.import_module(package)
+            there.append(name)
+        except Exception as error:  # whatever a foreign package raises while it is imported
+            missing[name] = f"{type(error).__name__}: {error}"
+    return there, missing
+
+
+def build_call(case: AttentionConfig | str, shape: Shape, device: str) -> Any:
+    """The variant, or the peer of this name, ready to be called."""
+    return PEERS[case][1](shape, device) if isinstance(case, str) else call_variant(case, shape, device)

@@ -1,0 +1,42 @@
+"""The attention benchmark: a row for each variant and length, the files it writes, and what it refuses."""
+
+import json
+
+import pytest
+
+from realm.attention.longformer import LongformerAttention
+from realm.bench.attention import approximation_errors, bench_attention, growth
+from realm.bench.attention_cases import every_variant, parse_variant
+from realm.errors import UserError
+
+
+def test_variants_are_measured_and_written(tmp_path):
+    rows = bench_attention(["dense", "{type: longformer, window: 16}"], [64, 128], 2, 8, "fp32", False, 60.0, tmp_path / "a.json", tmp_path / "a.png")
+    expected = [(name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)]
+    assert [(row["what"], row["tokens"]) for row in rows] == expected
+        (name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)
+    ]
+    assert all(0 < row["forward_s"] < row["seconds"] and row["mib"] >= 0 for row in rows)
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_length_that_cannot_be_read_says_why(tmp_path):
+    (row,) = bench_attention(["linformer"], [64], 2, 8, "fp32", False, 60.0, None, None)
+    assert "projected_tokens (256) exceeds" in row["failed"]
+
+
+def test_growth_is_per_doubling():
+    rows = [{"tokens": 4096, "seconds": 1.0}, {"tokens": 8192, "seconds": 3.0}, {"tokens": 16384, "seconds": 9.0}, {"tokens": 512, "seconds": 7.0}]
+    assert growth(sorted(rows, key=lambda row: row["tokens"]), "seconds") == pytest.approx(3.0)
+
+
+def test_more_features_approximate_better():
+    errors = {(row["features"], row["count"]): row["error"] for row in approximation_errors(16, 128)}
+    assert all(errors[kind, 512] < errors[kind, 16] for kind, _ in errors)
+
+
+def test_variants_by_name_or_as_in_a_config():
+    assert parse_variant("{type: longformer, window: 7}") == LongformerAttention(window=7)
+    assert next(iter(every_variant())) == "dense"
+    with pytest.raises(UserError, match="'nonsense' is no attention variant; name one of dense"):
+        parse_variant("nonsense")
