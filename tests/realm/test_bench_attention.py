@@ -14,8 +14,6 @@ def test_variants_are_measured_and_written(tmp_path):
     rows = bench_attention(["dense", "{type: longformer, window: 16}"], [64, 128], 2, 8, "fp32", False, 60.0, tmp_path / "a.json", tmp_path / "a.png")
     expected = [(name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)]
     assert [(row["what"], row["tokens"]) for row in rows] == expected
-        (name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)
-    ]
     assert all(0 < row["forward_s"] < row["seconds"] and row["mib"] >= 0 for row in rows)
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows and (tmp_path / "a.png").stat().st_size > 10_000
 
