@@ -220,11 +220,19 @@ def draw(rows: Sequence[Row], errors: Sequence[Row], picture: Path) -> None:
     names = list(dict.fromkeys(row["what"] for row in rows))
     colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in names if name not in RIVAL_OF.values())}
     colours |= {rival: colours[name] for name, rival in RIVAL_OF.items() if name in colours}
-    for panel, key, title in ((panels[0], "seconds", "forward and backward, seconds"), (panels[1], "mib", "peak memory, MiB")):
+    for panel, key, title in ((panels[0], "seconds", "forward and backward, seconds"), (panels[1], "mib", "peak memory, MiB (1 where less)")):
+        floor = 1.0 if key == "mib" else 0.0  # what is less than the memory in use before does not show, and a logarithm needs something
         for name in names:
-            mine = [row for row in rows if row["what"] == name and row.get(key, 0) > 0]
+            mine = [row for row in rows if row["what"] == name and key in row]
             style = "--" if any(row["peer"] for row in mine) else "-"
-            panel.plot([row["tokens"] for row in mine], [row[key] for row in mine], style + "o", markersize=3, color=colours.get(name), label=name)
+            panel.plot(
+                [row["tokens"] for row in mine],
+                [max(row[key], floor) for row in mine],
+                style + "o",
+                markersize=3,
+                color=colours.get(name),
+                label=name,
+            )
         panel.set(title=title, xlabel="tokens", xscale="log", yscale="log")
         lengths = sorted({row["tokens"] for row in rows})
         panel.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
