@@ -35,12 +35,16 @@ class Answer:
 
     text: str
     """The answer as it stands in the passage."""
-    passage: int
-    """Row of the passage it was read from."""
+    passage: int | None
+    """Row of the passage it was read from; None where there was none to read."""
     start: int
     """First character of the answer in the passage's text; -1 where it was read from the title."""
     probability: float
     """p(z|x) of that passage among those read."""
+
+
+NO_ANSWER = Answer("", None, -1, 0.0)
+"""The answer to a question for which nothing was retrieved, as an index of inverted lists may do."""
 
 
 class Answerer:
@@ -78,6 +82,8 @@ class Answerer:
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
         """The best span over the given passages, (B, N) rows, -1 where there is none."""
         assert self.model is not None
+        if (rows < 0).all():
+            return [NO_ANSWER] * len(questions)
         batch = self.batches.batch(questions, self.batches.queries(questions), rows, rows).to(self.device)
         with torch.inference_mode(), self._arithmetic():
             query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
@@ -100,6 +106,9 @@ class Answerer:
         number_of = {row: q for q, row in enumerate(batch.row_Q.tolist())}
         answers = []
         for b, best in enumerate(score_BNS.view(B, -1).argmax(-1).tolist()):
+            if (rows[b] < 0).all():
+                answers.append(NO_ANSWER)
+                continue
             n, span = divmod(best, S)
             start, width = divmod(span, self.batches.width)
             q = number_of[b * N + n]

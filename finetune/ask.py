@@ -26,6 +26,11 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
     answer = answerer.read([question], rows)[0]
     corpus = answerer.run.passages
+    if answer.passage is None:
+        console.print(
+            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index with --refresh.search_parameters, such as nprobe=64"
+        )
+        return
     console.print(f"[bold]{escape(text)}[/bold]")
     console.print(f"  [bold green]{escape(answer.text)}[/bold green]   (p(z|x) = {answer.probability:.2f})")
     body = corpus.text(answer.passage)

@@ -158,7 +158,8 @@ def _read(
         if not kind:
             if not question.is_pattern:
                 record["f1"] = f1(answer.text, question.answers, config.normalize_nfd)
-            record |= {"prediction": answer.text, "passage": answerer.run.passages.ids[answer.passage], "p_passage": round(answer.probability, 4)}
+            passage = None if answer.passage is None else answerer.run.passages.ids[answer.passage]
+            record |= {"prediction": answer.text, "passage": passage, "p_passage": round(answer.probability, 4)}
 
 
 def figures_of(records: Sequence[Record], config: EvaluateConfig, seed: int) -> tuple[Figures, dict[str, tuple[float, float]]]:

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,52 +32,61 @@ _DRAWS = 20
 Row = dict[str, Any]
 
 
-def bench_attention(
-    variants: Sequence[str] | None,
-    lengths: Sequence[int],
-    heads: int,
-    head_width: int,
-    precision: str,
-    peers: bool,
-    limit_s: float,
-    json_file: Path | None,
-    picture: Path | None,
-) -> list[Row]:
+@dataclass(frozen=True)
+class Setting:
+    """How everything is measured."""
+
+    lengths: tuple[int, ...] = LENGTHS
+    """Tokens, ascending."""
+    heads: int = 6
+    head_width: int = 64
+    precision: str = "fp32"
+    """fp32, or bf16 by autocast."""
+    limit_s: float = 60.0
+    """Lengths likely to take longer a pass are left out."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    threads: int = torch.get_num_threads()
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 64:
+            raise UserError(f"--lengths must be 64 tokens or more, got {min(self.lengths, default=None)}.")
+        if min(self.heads, self.head_width) < 1:
+            raise UserError(f"--heads and --head-width must be at least 1, got {self.heads} and {self.head_width}.")
+
+
+def bench_attention(variants: Sequence[str] | None, setting: Setting, peers: bool, json_file: Path | None, picture: Path | None) -> list[Row]:
     """Measure, print one table, and write rows and picture where asked; returns a row for each variant and length."""
-    if min(lengths) < 64:
-        raise UserError(f"--lengths {min(lengths)}: give at least 64 tokens.")
+    for file in (json_file, picture):
+        if file is not None and not file.parent.is_dir():
+            raise UserError(f"{file}: there is no folder {file.parent}; make it first.")
     cases: dict[str, AttentionConfig | str] = dict(every_variant() if variants is None else {text: parse_variant(text) for text in variants})
     if peers:
         names, missing = installed_peers(None if variants is None else [RIVAL_OF[text] for text in variants if text in RIVAL_OF])
         cases |= {name: name for name in names}
         for name, reason in missing.items():
             console.print(f"  {name} is left out ({reason})")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console.print(f"  {device}, {precision}, {heads} heads of {head_width}, one row, forward and backward of the self-attention module")
+    size = f"{setting.heads} heads of {setting.head_width}"
+    console.print(f"  {setting.device}, {setting.precision}, {size}, one row, forward and backward of the self-attention module")
     rows: list[Row] = []
-    with progress("attention", len(cases) * len(lengths), unit="measurement", every_s=20) as ticker:
-        for name, case in cases.items():
-            for row in measured(case, sorted(lengths), heads, head_width, precision, device, limit_s):
-                rows.append({"what": name, "peer": isinstance(case, str), **row})
-            ticker.update(len(lengths) * (1 + list(cases).index(name)))
-    errors = approximation_errors(head_width)
-    report(rows, sorted(lengths))
+    with progress("attention", len(cases), unit="variant", every_s=20) as ticker:
+        for number, (name, case) in enumerate(cases.items(), 1):
+            rows += [{"what": name, "peer": isinstance(case, str), **row} for row in measured(case, setting)]
+            ticker.update(number)
+    errors = approximation_errors(setting.head_width)
+    report(rows, setting.lengths)
     report_errors(errors)
     if json_file is not None:
-        setting = {"device": device, "precision": precision, "heads": heads, "head_width": head_width, "threads": torch.get_num_threads()}
-        write_json_atomic(json_file, {"setting": setting, "rows": rows, "approximation": errors})
+        write_json_atomic(json_file, {"setting": asdict(setting), "rows": rows, "approximation": errors})
     if picture is not None:
         draw(rows, errors, picture)
     return rows
 
 
-def measured(
-    case: AttentionConfig | str, lengths: Sequence[int], heads: int, head_width: int, precision: str, device: str, limit_s: float
-) -> list[Row]:
-    """A row for each length, shortest first, up to the first that failed or would take longer than `limit_s` a pass."""
+def measured(case: AttentionConfig | str, setting: Setting) -> list[Row]:
+    """A row for each length, shortest first, up to the first that failed or would take longer than the limit."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(theirs, case, lengths, heads, head_width, precision, device, limit_s))
+    process = context.Process(target=_measure, args=(theirs, case, setting))
     process.start()
     theirs.close()
     rows: list[Row] = []
@@ -86,25 +96,24 @@ def measured(
     except EOFError:
         pass
     process.join()
-    if len(rows) < len(lengths) and process.exitcode != 0:
-        rows.append({"tokens": lengths[len(rows)], "failed": f"the process ended with {process.exitcode}"})
+    if len(rows) < len(setting.lengths) and process.exitcode != 0:
+        rows.append({"tokens": setting.lengths[len(rows)], "failed": f"the process ended with {process.exitcode}"})
     return rows
 
 
-def _measure(
-    pipe: Any, case: AttentionConfig | str, lengths: Sequence[int], heads: int, head_width: int, precision: str, device: str, limit_s: float
-) -> None:
+def _measure(pipe: Any, case: AttentionConfig | str, setting: Setting) -> None:
+    device = setting.device
     torch.manual_seed(0)
     warm = torch.randn(1, 256, 64, requires_grad=True)
     (warm @ warm.transpose(1, 2)).sum().backward()  # threads and buffers of the matrix library are no variant's memory
     before, slowest = _memory(device), 0.0
-    for length in lengths:
-        if slowest * 2 > limit_s:
+    for length in setting.lengths:
+        if slowest * 2 > setting.limit_s:
             break
-        shape = Shape(heads, head_width, length)
+        shape = Shape(setting.heads, setting.head_width, length)
         try:
             call = build_call(case, shape, device)
-            forward_s, total_s = _times(call, torch.randn(1, length, shape.width, device=device, requires_grad=True), precision, device)
+            forward_s, total_s = _times(call, torch.randn(1, length, shape.width, device=device, requires_grad=True), setting.precision, device)
         except (RuntimeError, ValueError, TypeError, MemoryError, UserError) as error:  # of other packages, too: the row says what it was
             pipe.send({"tokens": length, "failed": str(error).splitlines()[0][:200]})
             break
@@ -184,7 +193,7 @@ def report(rows: Sequence[Row], lengths: Sequence[int]) -> None:
     def seconds(name: str, length: int) -> float | None:
         return next((row.get("seconds") for row in by_name.get(name, []) if row["tokens"] == length), None)
 
-    compared = max((length for length in lengths if seconds("dense", length)), default=None)
+    compared = max((length for length in lengths if length <= 8192 and seconds("dense", length)), default=max(lengths))
     table = []
     for name, mine in by_name.items():
         rival = RIVAL_OF.get(name)
@@ -192,13 +201,13 @@ def report(rows: Sequence[Row], lengths: Sequence[int]) -> None:
         last = [row for row in mine if "mib" in row][-1:]
         cells.append(f"{last[0]['mib']:,.0f}" if last else None)
         cells += [None if (g := growth(mine, key)) is None else f"{g:.2f}" for key in ("seconds", "mib")]
-        for other, at in (("dense", min(compared or 0, 8192)), (rival, 8192 if 8192 in lengths else max(lengths))):
+        for other, at in (("dense", compared), (rival, compared)):
             a, b = seconds(other, at) if other else None, seconds(name, at)
             cells.append(None if a is None or b is None else f"{a / b:.1f}")
         table.append(cells)
         table += [[f"  {row['tokens']:,} tokens: {row['failed']}", *[None] * (len(cells) - 1)] for row in mine if "failed" in row]
     columns = ["forward and backward, s", *(f"{length:,}" for length in lengths), "MiB at the longest", "time x2", "MiB x2"]
-    print_table("Self-attention by length", [*columns, f"vs dense at {min(compared or 0, 8192):,}", "vs its peer"], table)
+    print_table("Self-attention by length", [*columns, f"times as fast as dense at {compared:,}", "as its peer there"], table)
 
 
 def report_errors(errors: Sequence[Row]) -> None:

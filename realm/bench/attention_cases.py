@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import draccus
 import torch
@@ -47,7 +47,10 @@ class Shape:
 def parse_variant(text: str) -> AttentionConfig:
     """A variant by its name, or as in a config: `{type: longformer, window: 128}`. Raises UserError where there is none such."""
     known = sorted(AttentionConfig.get_known_choices())
-    tree = yaml.safe_load(text)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree = None
     tree = {"type": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict) or tree.get("type") not in known:
         raise UserError(f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'.")
@@ -159,32 +162,36 @@ def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
     return call
 
 
-PEERS: dict[str, tuple[str, Callable[[Shape, str], Call]]] = {
-    "transformers Longformer": ("transformers", _transformers_longformer),
-    "transformers BigBird": ("transformers", _transformers_bigbird),
-    "performer-pytorch": ("performer_pytorch", _performer_pytorch),
-    "linformer": ("linformer", _linformer),
-    "infini-transformer-pytorch (causal)": ("infini_transformer_pytorch", _infini_transformer_pytorch),
-}
-"""Other implementations: the package each needs, and how it is called."""
+class Peer(NamedTuple):
+    """Another implementation."""
 
-RIVAL_OF = {
-    "longformer": "transformers Longformer",
-    "performer": "performer-pytorch",
-    "linformer": "linformer",
-    "infini": "infini-transformer-pytorch (causal)",
+    package: str
+    """What must be installed."""
+    variant: str | None
+    """Our variant of the same mechanism."""
+    build: Callable[[Shape, str], Call]
+
+
+PEERS = {
+    "transformers Longformer": Peer("transformers", "longformer", _transformers_longformer),
+    "transformers BigBird": Peer("transformers", None, _transformers_bigbird),
+    "performer-pytorch": Peer("performer_pytorch", "performer", _performer_pytorch),
+    "linformer (package)": Peer("linformer", "linformer", _linformer),
+    "infini-transformer-pytorch (causal)": Peer("infini_transformer_pytorch", "infini", _infini_transformer_pytorch),
 }
-"""The peer of a variant's own name."""
+
+RIVAL_OF = {peer.variant: name for name, peer in PEERS.items() if peer.variant is not None}
+"""The peer of a variant's own mechanism."""
 
 
 def installed_peers(wanted: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
     """Names of the peers that can be imported, and why the others cannot."""
     there, missing = [], {}
-    for name, (package, _) in PEERS.items():
+    for name, peer in PEERS.items():
         if wanted is not None and name not in wanted:
             continue
         try:
-            importlib.import_module(package)
+            importlib.import_module(peer.package)
             there.append(name)
         except Exception as error:  # whatever a foreign package raises while it is imported
             missing[name] = f"{type(error).__name__}: {error}"
@@ -193,4 +200,4 @@ def installed_peers(wanted: Sequence[str] | None = None) -> tuple[list[str], dic
 
 def build_call(case: AttentionConfig | str, shape: Shape, device: str) -> Any:
     """The variant, or the peer of this name, ready to be called."""
-    return PEERS[case][1](shape, device) if isinstance(case, str) else call_variant(case, shape, device)
+    return PEERS[case].build(shape, device) if isinstance(case, str) else call_variant(case, shape, device)

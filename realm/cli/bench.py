@@ -55,10 +55,11 @@ def _spans(options: argparse.Namespace) -> None:
 
 
 def _attention(options: argparse.Namespace) -> None:
-    from realm.bench.attention import LENGTHS, bench_attention
+    from realm.bench.attention import LENGTHS, Setting, bench_attention
 
-    size = (options.heads, options.head_width, options.precision)
-    bench_attention(options.variants, options.lengths or LENGTHS, *size, not options.no_peers, options.limit, options.json, options.picture)
+    lengths = tuple(sorted(set(options.lengths or LENGTHS)))
+    setting = Setting(lengths, options.heads, options.head_width, options.precision, options.limit)
+    bench_attention(options.variants, setting, not options.no_peers, options.json, options.picture)
 
 
 def _index(options: argparse.Namespace) -> None:

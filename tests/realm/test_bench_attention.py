@@ -5,13 +5,13 @@ import json
 import pytest
 
 from realm.attention.longformer import LongformerAttention
-from realm.bench.attention import approximation_errors, bench_attention, growth
+from realm.bench.attention import Setting, approximation_errors, bench_attention, growth
 from realm.bench.attention_cases import every_variant, parse_variant
 from realm.errors import UserError
 
 
 def test_variants_are_measured_and_written(tmp_path):
-    rows = bench_attention(["dense", "{type: longformer, window: 16}"], [64, 128], 2, 8, "fp32", False, 60.0, tmp_path / "a.json", tmp_path / "a.png")
+    rows = bench_attention(["dense", "{type: longformer, window: 16}"], Setting((64, 128), 2, 8), False, tmp_path / "a.json", tmp_path / "a.png")
     expected = [(name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)]
     assert [(row["what"], row["tokens"]) for row in rows] == expected
     assert all(0 < row["forward_s"] < row["seconds"] and row["mib"] >= 0 for row in rows)
@@ -19,7 +19,7 @@ def test_variants_are_measured_and_written(tmp_path):
 
 
 def test_a_length_that_cannot_be_read_says_why(tmp_path):
-    (row,) = bench_attention(["linformer"], [64], 2, 8, "fp32", False, 60.0, None, None)
+    (row,) = bench_attention(["linformer"], Setting((64,), 2, 8), False, None, None)
     assert "projected_tokens (256) exceeds" in row["failed"]
 
 
@@ -36,5 +36,18 @@ def test_more_features_approximate_better():
 def test_variants_by_name_or_as_in_a_config():
     assert parse_variant("{type: longformer, window: 7}") == LongformerAttention(window=7)
     assert next(iter(every_variant())) == "dense"
-    with pytest.raises(UserError, match="'nonsense' is no attention variant; name one of dense"):
-        parse_variant("nonsense")
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{type", "{window: 3}", "[dense]"])
+def test_what_is_no_variant_is_refused(text):
+    with pytest.raises(UserError, match="is no attention variant; name one of dense"):
+        parse_variant(text)
+
+
+def test_settings_and_files_are_checked_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--lengths must be 64 tokens or more, got 8"):
+        Setting((8, 128))
+    with pytest.raises(UserError, match="--heads and --head-width must be at least 1, got 0 and 64"):
+        Setting(heads=0)
+    with pytest.raises(UserError, match="there is no folder"):
+        bench_attention(None, Setting(), False, tmp_path / "none" / "a.json", None)

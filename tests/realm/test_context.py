@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.answer import Answerer
+from finetune.answer import NO_ANSWER, Answerer
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from pretrain.data import EMPTY, SpanSampler, choose_candidates
@@ -18,7 +18,7 @@ from pretrain.stage import batch_maker, initial_reader
 from realm.config_file import load_config
 from realm.context import Contexts
 from realm.errors import UserError
-from realm.model import RealmModel, read_masked
+from realm.model import OpenQaModel, RealmModel, read_masked
 from realm.pipeline import prepare
 from realm.retriever import build_retriever
 from realm.run import Run
@@ -154,6 +154,20 @@ def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
     text, block, start = answerer._cut_out(batch.ids_QL[0], batch.type_QL[0], row, place[0], place[0] + place[1])
     assert (text, block) == (founder, context.rows[-1])
     assert run.passages.text(block)[start : start + len(text)] == founder
+
+
+def test_a_question_for_which_nothing_was_found_has_no_answer(run):
+    """An index of inverted lists may give fewer passages than asked, or none; the question beside it keeps its own answer."""
+    batches = QuestionBatches(run, NoIndex())  # type: ignore[arg-type]
+    reader = initial_reader(run, "reader_warmup")
+    answerer = Answerer.__new__(Answerer)
+    answerer.run, answerer.batches, answerer.device = run, batches, torch.device("cpu")
+    answerer.retriever = build_retriever(run.config.retriever, run.tokenizer)
+    answerer.model = OpenQaModel(answerer.retriever, reader).eval()
+    found, lost = question(run, "Who founded it?", FOUNDERS[0]), question(run, "Which river?", RIVERS[0])
+    alone = answerer.read([found], np.array([[0, 1]]))
+    assert answerer.read([found, lost], np.array([[0, 1], [-1, -1]])) == [*alone, NO_ANSWER]
+    assert answerer.read([lost], np.array([[-1, -1]])) == [NO_ANSWER]
 
 
 @pytest.mark.parametrize(("context", "joint"), [(30, 200), (180, 200)], ids=["less than a block", "no room in the joint input"])

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from realm.objectives import (
     MARGINALS,
+    NEVER,
     candidate_log_prior,
     in_batch_loss,
     joint_marginal_log_likelihood,
     open_qa_loss,
     per_token_marginal_log_likelihood,
     positive_log_marginal,
+    reading_scores,
 )
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10_000))
@@ -216,3 +218,22 @@ def test_open_qa_loss_without_any_positive_is_zero():
     assert all(value.item() == 0.0 for value in losses.values())
     losses["loss"].backward()
     assert not score_BK.grad.any() and not score_BNS.grad.any()
+
+
+def test_what_is_read_together_scores_log_sum_exp_of_its_passages():
+    torch.manual_seed(0)
+    score_BN = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    reading_BN = torch.tensor([[0, 1, 0, -1], [0, 0, 0, 3]])
+    scores = reading_scores(score_BN, reading_BN)
+    for b in range(2):
+        for place in range(4):
+            members = [n for n in range(4) if reading_BN[b, n] == place]
+            total = sum(math.exp(score_BN[b, n].item()) for n in members)
+            assert scores[b, place].item() == pytest.approx(math.log(total)) if members else scores[b, place].item() < NEVER / 2
+    weight_BN = torch.tensor([[1.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 2.0]], dtype=torch.float64)
+    (scores * weight_BN).sum().backward()
+    for b in range(2):
+        for n in range(4):
+            place = reading_BN[b, n]
+            expected = 0.0 if place < 0 else weight_BN[b, place].item() * math.exp(score_BN[b, n].item() - scores[b, place].item())
+            assert score_BN.grad[b, n].item() == pytest.approx(expected)
