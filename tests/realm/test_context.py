@@ -131,7 +131,7 @@ def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up
 
 class NoIndex:
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros((len(rows), 4), np.float32)
+        return np.zeros((len(rows), 32), np.float32)
 
 
 def question(run: Run, text: str, answer: str) -> Question:
