@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-import torch
 
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
 from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
-from index.encode import Encoder, encode_in_shards, encode_passages
+from index.encode import Encoder, encode_in_shards, encode_passages, encoding_tower
 from index.lease import Lease
 from index.search import IndexRefused, PassageIndex
 from index.workers import Workers
@@ -152,21 +151,22 @@ class Cycle:
             if self.stop.is_set():
                 raise Stopped
 
+        tower = encoding_tower(encoder.retriever, self.config.precision, self.config.compile)
+
         def encode(rows: np.ndarray) -> np.ndarray:
-            retriever, wordpieces, max_tokens, _ = encoder
-            autocast = torch.bfloat16 if self.config.precision == "bf16" else None
 
             def after_batch(done: int) -> None:
                 stop_if_asked()
                 ticker.update(int(rows[0]) + done)
 
-            return encode_passages(retriever, self.corpus, rows, wordpieces, max_tokens, self.config.token_budget, autocast, after_batch)
+            budget = self.config.token_budget
+            return encode_passages(tower, self.corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, budget, after_batch)
 
         def before_shard(share_done: float) -> None:
             self.lease.check()
             check_superseded(share_done)
 
-        plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision}
+        plan = {"encoder": encoder_checksum, "corpus": self.corpus.fingerprint, "precision": self.config.precision, "compiled": self.config.compile}
         work = self.run / "refresher" / self.version.name
         with progress(f"encode {self.version}", len(self.corpus), unit="passage", every_s=10.0 if self.workers.first else float("inf")) as ticker:
             return encode_in_shards(work, range(first, len(self.corpus)), self.config.shard_rows, plan, encode, before_shard, self.workers)

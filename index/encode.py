@@ -3,6 +3,7 @@
 Shape legend: R rows asked for, D dimension of the embeddings.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from realm.publish import write_file_atomic, write_json_atomic
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
-    from realm.retriever import Retriever
+    from realm.retriever import Retriever, Tower
 
 ALONE = Workers()
+_ALIGNED_FROM, _ALIGNED = 64, 16
+"""Passages from so many tokens on are padded to a multiple of so many: matrix tiles of a CPU take odd lengths at half the speed."""
 
 
 class BadEncoder(UserError):
@@ -50,42 +53,58 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder(retriever, Wordpieces.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
 
 
+def encoding_tower(retriever: "Retriever", precision: str, compiled: bool = False) -> "Tower":
+    """The passage tower of a retriever in evaluation mode, as it encodes: for bf16 a copy whose weights are cast once, not at every product.
+
+    `compiled`: by torch.compile, weights as constants, for any number and length of passages. Raises UserError where that does not work here.
+    """
+    tower = retriever.passage_tower
+    if precision == "bf16":
+        tower = copy.deepcopy(tower)
+        tower.bert.bfloat16()
+    if not compiled:
+        return tower
+    fast: Tower = torch.compile(tower, dynamic=True, options={"freezing": True})  # type: ignore[assignment]
+    ids_BL = torch.ones((2, _ALIGNED), dtype=torch.int64, device=next(tower.parameters()).device)
+    try:
+        with torch.inference_mode():
+            fast(ids_BL, ids_BL)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"refresh.compile: torch cannot compile the encoder here ({reason}); install a C++ compiler or set it to false.") from error
+    return fast
+
+
 def encode_passages(
-    retriever: "Retriever",
+    tower: "Tower",
     corpus: "PreparedCorpus",
     rows: np.ndarray,
     wordpieces: Wordpieces,
     max_tokens: int,
     token_budget: int = 4096,
-    autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Embed `[CLS] title [SEP] text [SEP]` of the given corpus rows; returns (R, D) float32 in the order of `rows`.
 
-    Runs on the retriever's own device. `max_tokens`: wordpieces of a passage, special tokens included; `token_budget`: padded tokens of a
-    batch; `autocast`: dtype to compute in, None for that of the weights; `progress` is called after each batch with the count of rows done.
+    `tower`: in evaluation mode (`encoding_tower`), used on its own device. `max_tokens`: wordpieces of a passage, special tokens included;
+    `token_budget`: padded tokens of a batch; `progress` is called after each batch with the count of rows done.
     Raises BadEncoder where an embedding is not finite.
     """
-    device = next(retriever.parameters()).device
-    sequence_lengths = np.minimum(np.asarray(corpus.lengths)[rows] + 3, max_tokens)
-    embeddings_RD = np.empty((len(rows), retriever.dim), dtype=np.float32)
+    device = next(tower.parameters()).device
+    width_R = np.minimum(np.asarray(corpus.lengths)[rows] + 3, max_tokens)
+    width_R = np.where(width_R < _ALIGNED_FROM, width_R, np.minimum(-(-width_R // _ALIGNED) * _ALIGNED, max_tokens))
+    embeddings_RD = np.empty((len(rows), tower.dim), dtype=np.float32)
     done = 0
-    was_training = retriever.training
-    retriever.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            for batch in token_budget_batches(sequence_lengths, token_budget):
-                sequences = [
-                    passage_input(corpus.title_ids(row), corpus.text_ids(row), wordpieces.cls, wordpieces.sep, max_tokens)
-                    for row in rows[batch].tolist()
-                ]
-                ids_BL, mask_BL = pad_batch(sequences, wordpieces.pad)
-                embeddings_RD[batch] = retriever.embed_passages(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
-                done += len(batch)
-                if progress is not None:
-                    progress(done)
-    finally:
-        retriever.train(was_training)
+    with torch.inference_mode():
+        for batch in token_budget_batches(width_R, token_budget):
+            sequences = [
+                passage_input(corpus.title_ids(row), corpus.text_ids(row), wordpieces.cls, wordpieces.sep, max_tokens) for row in rows[batch].tolist()
+            ]
+            ids_BL, mask_BL = pad_batch(sequences, wordpieces.pad, int(width_R[batch].max()))
+            embeddings_RD[batch] = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
+            done += len(batch)
+            if progress is not None:
+                progress(done)
     finite_R = np.isfinite(embeddings_RD).all(axis=1)
     if not finite_R.all():
         row = int(np.asarray(rows)[~finite_R][0])

@@ -13,7 +13,7 @@ from finetune.data import QuestionBatches
 from finetune.questions import Question
 from finetune.train import untied
 from index.build import build_index, index_bytes
-from index.encode import encode_passages
+from index.encode import encode_passages, encoding_tower
 from pretrain.data import MaskedSentence, SpanSampler
 from pretrain.ict import IctBatches
 from pretrain.search import embed_masked
@@ -25,7 +25,7 @@ from realm.retriever import Retriever, build_retriever
 from realm.run import Run
 from realm.telemetry import console, peak_memory
 
-AFFORDABLE_S = 20.0
+AFFORDABLE_S = 30.0
 """Seconds that timing one batch size may take; where the configured one would take more, the largest that does not is scaled up."""
 _REPEATS = 4
 SAMPLE_ROWS = 512
@@ -58,19 +58,21 @@ def time_stage(run: Run, stage: str) -> StagePlan:
 
     def timed(batch_size: int, repeats: int) -> float:
         nonlocal number
-        began = time.monotonic()
+        seconds = 0.0
         for _ in range(repeats):
             number += 1
-            engine.step(make_batch(number, batch_size).to(engine.device))
-        return (time.monotonic() - began) / repeats
+            for _ in range(2):  # the first time at a shape its kernels are made, which a long run does not notice
+                began = time.monotonic()
+                engine.step(make_batch(number, batch_size).to(engine.device))
+            seconds += time.monotonic() - began
+        return seconds / repeats
 
     size = min(2, config.batch_size)
     timed(size, 1)  # the first call allocates and compiles
     resting = _memory()
     seconds = timed(size, 1)
-    while size < config.batch_size and 2 * seconds * (1 + _REPEATS) <= AFFORDABLE_S:
+    while size < config.batch_size and 2 * seconds * 2 * _REPEATS <= AFFORDABLE_S:
         size = min(2 * size, config.batch_size)
-        timed(size, 1)
         seconds = timed(size, _REPEATS)
     scale = config.batch_size / size
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -208,12 +210,12 @@ def time_encoding(run: Run) -> EncodingRate:
         retriever.to("cuda")
     rows = np.random.default_rng(run.config.seed).permutation(len(run.passages))[:SAMPLE_ROWS]
     refresh, threads = run.config.refresh, torch.get_num_threads()
-    autocast = torch.bfloat16 if refresh.precision == "bf16" else None
+    tower = encoding_tower(retriever, refresh.precision, refresh.compile)
 
     def encode(count: int) -> tuple[np.ndarray, float]:
         began = time.monotonic()
         limit = run.config.retriever.max_passage_tokens
-        embeddings = encode_passages(retriever, run.passages, rows[:count], run.wordpieces, limit, refresh.token_budget, autocast)
+        embeddings = encode_passages(tower, run.passages, rows[:count], run.wordpieces, limit, refresh.token_budget)
         return embeddings, time.monotonic() - began
 
     torch.set_num_threads(refresh.threads)

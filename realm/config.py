@@ -151,6 +151,9 @@ class RefreshConfig:
     """Padded wordpieces per encoding batch."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of encoding; embeddings are stored as fp32."""
+    compile: bool = False
+    """Compile the encoder for each version (torch.compile, which on a CPU needs a C++ compiler): half a minute that pays from some 10,000
+    passages on."""
     threads: int = 1
     """CPU threads of the refresher."""
     poll_s: float = 0.5

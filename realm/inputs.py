@@ -62,9 +62,9 @@ def passage_input(title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: 
     return np.concatenate(([cls_id], title_ids, [sep_id], text_ids[: room - len(title_ids)], [sep_id])).astype(np.int32)
 
 
-def pad_batch(sequences: Sequence[IntArray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad B sequences to the longest; returns `ids_BL` and `mask_BL` (1 = real token), both int64."""
-    longest = max(len(sequence) for sequence in sequences)
+def pad_batch(sequences: Sequence[IntArray], pad_id: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad B sequences to `width`, or to the longest; returns `ids_BL` and `mask_BL` (1 = real token), both int64."""
+    longest = width or max(len(sequence) for sequence in sequences)
     ids_BL = np.full((len(sequences), longest), pad_id, dtype=np.int64)
     mask_BL = np.zeros((len(sequences), longest), dtype=np.int64)
     for row, sequence in enumerate(sequences):

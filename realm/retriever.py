@@ -65,11 +65,11 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BLH = self.bert(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        dtype = torch.promote_types(hidden_BLH.dtype, torch.float32)  # from here on: rounded lengths would be rounded scores
         if self.pooling == "cls":
-            pooled_BH = hidden_BLH[:, 0]
+            pooled_BH = hidden_BLH[:, 0].to(dtype)
         else:
-            weight_BL1 = mask_BL[..., None].to(hidden_BLH.dtype)
-            pooled_BH = (hidden_BLH * weight_BL1).sum(1) / weight_BL1.sum(1)
+            pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(1, keepdim=True)
         emb_BD = self.projection(pooled_BH)
         return F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
 

@@ -12,7 +12,7 @@ import torch
 
 from index.bench.timing import timed
 from index.build import INDEX_FILE
-from index.encode import encode_passages, load_encoder
+from index.encode import encode_passages, encoding_tower, load_encoder
 from index.manage import Entry
 from index.search import PassageIndex
 from realm.corpus import PreparedCorpus
@@ -30,16 +30,18 @@ def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> 
     pairs = [(corpus.title(row), corpus.text(row)) for row in rows.tolist()]
     device = next(encoder.retriever.parameters()).device
 
-    def ours(precision: torch.dtype | None) -> np.ndarray:
-        return encode_passages(encoder.retriever, corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, 4096, precision)
+    def ours(precision: str, compiled: bool = False) -> Callable[[], np.ndarray]:
+        tower = encoding_tower(encoder.retriever, precision, compiled)
+        return lambda: encode_passages(tower, corpus, rows, encoder.wordpieces, encoder.max_passage_tokens)
 
     def theirs(dtype: torch.dtype) -> Callable[[], np.ndarray]:
         model = SentenceTransformer(str(encoder_folder), device=device.type, model_kwargs={"torch_dtype": dtype}, local_files_only=True)
         return lambda: model.encode_document(pairs, convert_to_tensor=True, show_progress_bar=False).float().cpu().numpy()
 
     ways: list[tuple[str, Callable[[], np.ndarray]]] = [
-        ("realm, bf16", lambda: ours(torch.bfloat16)),
-        ("realm, fp32", lambda: ours(None)),
+        ("realm, bf16, compiled", ours("bf16", compiled=True)),
+        ("realm, bf16", ours("bf16")),
+        ("realm, fp32", ours("fp32")),
         ("sentence-transformers, bf16", theirs(torch.bfloat16)),
         ("sentence-transformers, default (fp32)", theirs(torch.float32)),
     ]
@@ -114,4 +116,5 @@ def _mapped_pss(path: str) -> int:
 
 
 def _cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
+    a_ND, b_ND = a_ND.astype(np.float64), b_ND.astype(np.float64)
     return (a_ND * b_ND).sum(1) / (np.linalg.norm(a_ND, axis=1) * np.linalg.norm(b_ND, axis=1))

@@ -1,7 +1,8 @@
 """Full softmax attention: the yardstick of every other variant, and what the retriever's towers use.
 
 On a GPU it is torch's fused kernel. On a CPU that kernel spends most of a training step in its backward pass, so short texts go through
-matrix products here: a few rows at a time, so that scores stay in the cache, the probabilities kept for the gradient.
+matrix products here: a few rows at a time, so that scores stay in the cache, the probabilities kept for the gradient. Without a gradient the
+fused kernel is the faster one where it can use the tiles of AMX.
 
 Shape legend: B rows, H heads, L tokens, D width of a head.
 """
@@ -45,7 +46,7 @@ def dense_attention(
     """softmax(q kᵀ · `scaling`) v, (B, L, H, D), as transformers calls it; `mask_BL` is 0 on padding, None where there is none."""
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
     keep_BL = None if mask_BL is None else mask_BL.bool()
-    if query_BHLD.device.type == "cpu" and query_BHLD.shape[2] <= _LONGEST and not dropout:
+    if query_BHLD.device.type == "cpu" and query_BHLD.shape[2] <= _LONGEST and not dropout and not _fused_is_faster(query_BHLD.dtype):
         return _CachedAttention.apply(query_BHLD, key_BHLD, value_BHLD, keep_BL, scale), None  # type: ignore[no-untyped-call]
     keep = None if keep_BL is None else keep_BL[:, None, None, :]
     return F.scaled_dot_product_attention(query_BHLD, key_BHLD, value_BHLD, keep, dropout, scale=scale).transpose(1, 2), None
@@ -91,6 +92,12 @@ class _CachedAttention(torch.autograd.Function):
             torch.matmul(score, key_BHLD[part], out=query_gradient[part])
             torch.matmul(score.transpose(-1, -2), query_BHLD[part], out=key_gradient[part])
         return query_gradient, key_gradient, value_gradient, None, None
+
+
+def _fused_is_faster(dtype: torch.dtype) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return not torch.is_grad_enabled() and dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile", False)
 
 
 def _rows_at_a_time(heads: int, length: int) -> int:

@@ -59,7 +59,16 @@ class FakeRetriever(nn.Module):
         self.seconds_per_batch = seconds_per_batch
         self.batch_shapes: list[tuple[int, int]] = []
 
-    def embed_passages(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    @property
+    def passage_tower(self) -> "FakeRetriever":
+        return self
+
+    @property
+    def bert(self) -> nn.Module:
+        """What is cast to lower precision."""
+        return self.table
+
+    def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         assert not self.training and torch.is_inference_mode_enabled()
         time.sleep(self.seconds_per_batch)
         self.batch_shapes.append(tuple(ids_BL.shape))
@@ -67,7 +76,7 @@ class FakeRetriever(nn.Module):
         return (self.table(ids_BL) * weight_BL[..., None]).sum(1)
 
     def embed_queries(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        return self.embed_passages(ids_BL, mask_BL)
+        return self(ids_BL, mask_BL)
 
 
 def export(run: Path, attempt: int, step: int) -> Path:
@@ -79,12 +88,12 @@ def export(run: Path, attempt: int, step: int) -> Path:
 
 
 def load(folder: Path, seconds_per_batch: float = 0.0) -> Encoder:
-    retriever = FakeRetriever(int((folder / "seed").read_text()), seconds_per_batch)
+    retriever = FakeRetriever(int((folder / "seed").read_text()), seconds_per_batch).eval()
     return Encoder(retriever, SPECIAL_IDS, MAX_TOKENS, TOKENIZER)  # type: ignore[arg-type]
 
 
 def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
-    return encode_passages(load(folder).retriever, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS)  # type: ignore[arg-type]
+    return encode_passages(load(folder).retriever.passage_tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS)  # type: ignore[arg-type]
 
 
 def program(run: Path, seconds_per_batch: float) -> None:

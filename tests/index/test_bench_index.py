@@ -25,7 +25,8 @@ def test_the_benchmark_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     arguments = ["--passages", "8", "--queries", "4", "--scale", "300", "--json", str(report), "--picture", str(picture)]
     assert main(["bench", "index", "--run", str(run.folder), *arguments]) == 0, capsys.readouterr().err
     figures = json.loads(report.read_text())
-    ours, theirs = figures["encoding"][1], figures["encoding"][3]
+    encoding = {row["what"]: row for row in figures["encoding"]}
+    ours, theirs = encoding["realm, fp32"], encoding["sentence-transformers, default (fp32)"]
     assert ours["1 - cosine to fp32, worst"] < 1e-6 and theirs["1 - cosine to fp32, worst"] < 1e-5, "the same inputs and weights"
     assert theirs["speed of default"] == 1.0 and set(figures["search"]) == {"12", "300"}
     assert figures["opening"]["of it in memory (PSS), each of two, MiB"] >= 0

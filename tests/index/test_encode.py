@@ -2,45 +2,95 @@ import numpy as np
 import pytest
 import torch
 from fake_refresher import DIM, MAX_TOKENS, SPECIAL_IDS, FakeCorpus, FakeRetriever
+from transformers import BertConfig, BertModel
 
-from index.encode import BadEncoder, encode_in_shards, encode_passages
+from index.encode import BadEncoder, encode_in_shards, encode_passages, encoding_tower
+from realm.errors import UserError
 from realm.inputs import pad_batch, passage_input
+from realm.retriever import Retriever, Tower
 
 
 def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: FakeCorpus) -> None:
-    retriever = FakeRetriever(seed=1)
+    tower = FakeRetriever(seed=1).eval()
     rows = np.random.default_rng(0).permutation(len(corpus))[:40]
-    emb_RD = encode_passages(retriever, corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
+    emb_RD = encode_passages(tower, corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
     assert emb_RD.dtype == np.float32 and emb_RD.shape == (40, DIM)
     for row, emb_D in zip(rows.tolist(), emb_RD, strict=True):
         sequence = passage_input(corpus.title_ids(row), corpus.text_ids(row), SPECIAL_IDS.cls, SPECIAL_IDS.sep, MAX_TOKENS)
         with torch.inference_mode():
-            alone_D = retriever.eval().embed_passages(*pad_batch([sequence], 0))[0].numpy()
+            alone_D = tower(*pad_batch([sequence], 0))[0].numpy()
         np.testing.assert_allclose(emb_D, alone_D, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_stay_within_the_token_budget_and_waste_little(corpus: FakeCorpus) -> None:
-    retriever = FakeRetriever(seed=1)
+    tower = FakeRetriever(seed=1).eval()
     done: list[int] = []
-    encode_passages(retriever, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS, token_budget=64, progress=done.append)
-    padded = sum(rows * longest for rows, longest in retriever.batch_shapes)
-    assert max(rows * longest for rows, longest in retriever.batch_shapes) <= 64
+    encode_passages(tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS, token_budget=64, progress=done.append)
+    padded = sum(rows * longest for rows, longest in tower.batch_shapes)
+    assert max(rows * longest for rows, longest in tower.batch_shapes) <= 64
     assert padded < 1.1 * np.minimum(corpus.lengths + 3, MAX_TOKENS).sum()
-    assert done[-1] == len(corpus) and len(done) == len(retriever.batch_shapes)
+    assert done[-1] == len(corpus) and len(done) == len(tower.batch_shapes)
 
 
-def test_training_mode_is_given_back(corpus: FakeCorpus) -> None:
-    retriever = FakeRetriever(seed=1).train()
-    encode_passages(retriever, corpus, np.arange(3), SPECIAL_IDS, MAX_TOKENS)
-    assert retriever.training
+def tiny_retriever() -> Retriever:
+    bert = BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64), False)
+    tower = Tower(bert, "mean", None, True)
+    return Retriever(tower, tower, 1.0).eval()
+
+
+@pytest.mark.parametrize("max_tokens", [100, 288])
+def test_long_passages_are_padded_to_whole_tiles_and_embedded_alike(max_tokens: int) -> None:
+    """Lengths are rounded up, but never beyond what the encoder takes."""
+    torch.manual_seed(0)
+    corpus, rows = FakeCorpus(12), np.arange(12)
+    corpus._texts = [np.arange(3, 3 + length).astype(np.int32) % 97 + 3 for length in range(40, 160, 10)]
+    corpus.lengths = np.array([len(title) + len(text) for title, text in zip(corpus._titles, corpus._texts, strict=True)])
+    tower, widths = encoding_tower(tiny_retriever(), "fp32"), []
+    tower.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    embeddings = encode_passages(tower, corpus, rows, SPECIAL_IDS, max_tokens, token_budget=400)
+    assert {width for width in widths if width > 64} <= {80, 96, 112, 128, 144, 160, 176, max_tokens} and max(widths) <= max_tokens
+    for row in rows.tolist():
+        sequence = passage_input(corpus.title_ids(row), corpus.text_ids(row), SPECIAL_IDS.cls, SPECIAL_IDS.sep, max_tokens)
+        with torch.inference_mode():
+            np.testing.assert_allclose(embeddings[row], tower(*pad_batch([sequence], 0))[0].numpy(), atol=2e-6)
+
+
+def test_half_precision_leaves_the_retriever_as_it_is_and_gives_nearly_the_same(corpus: FakeCorpus) -> None:
+    torch.manual_seed(0)
+    retriever, rows = tiny_retriever(), np.arange(len(corpus))
+    exact = encode_passages(encoding_tower(retriever, "fp32"), corpus, rows, SPECIAL_IDS, MAX_TOKENS)
+    rounded = encode_passages(encoding_tower(retriever, "bf16"), corpus, rows, SPECIAL_IDS, MAX_TOKENS)
+    assert next(retriever.parameters()).dtype == torch.float32 and rounded.dtype == np.float32
+    assert 0 < (1 - (exact * rounded).sum(1)).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_encoding_gives_the_same_for_every_length(corpus: FakeCorpus) -> None:
+    torch.manual_seed(0)
+    retriever, rows = tiny_retriever(), np.arange(len(corpus))
+    exact = encode_passages(encoding_tower(retriever, "fp32"), corpus, rows, SPECIAL_IDS, MAX_TOKENS)
+    compiled = encode_passages(encoding_tower(retriever, "fp32", compiled=True), corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
+    np.testing.assert_allclose(compiled, exact, atol=1e-5)
+
+
+def test_an_encoder_that_cannot_be_compiled_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> object:
+        def call(*_: object) -> None:
+            raise RuntimeError("No working C++ compiler found\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"refresh.compile: torch cannot compile .*No working C\+\+ compiler found\); install"):
+        encoding_tower(tiny_retriever(), "fp32", compiled=True)
 
 
 def test_a_diverged_encoder_is_named_with_the_passage(corpus: FakeCorpus) -> None:
-    retriever = FakeRetriever(seed=1)
+    tower = FakeRetriever(seed=1).eval()
     with torch.no_grad():
-        retriever.table.weight[corpus.text_ids(7)[0]] = torch.nan
+        tower.table.weight[corpus.text_ids(7)[0]] = torch.nan
     with pytest.raises(BadEncoder, match="not finite"):
-        encode_passages(retriever, corpus, np.array([7]), SPECIAL_IDS, MAX_TOKENS)
+        encode_passages(tower, corpus, np.array([7]), SPECIAL_IDS, MAX_TOKENS)
 
 
 def test_shards_of_another_plan_are_thrown_away(tmp_path: object) -> None:
