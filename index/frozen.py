@@ -16,6 +16,7 @@ from index.drift import PROBE_FILE
 from index.refresh import refresh
 from index.search import IndexRefused, PassageIndex
 from index.store import Hold
+from realm.cpu import cpu_threads
 from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
 from realm.ranks import on_main
 from realm.retriever import build_retriever, save_retriever
@@ -58,9 +59,8 @@ def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> 
         if not versions_in(apart / "encoders"):
             with published(apart / "encoders" / Version(start_attempt(apart), 0).name) as temporary:
                 shutil.copytree(retriever, temporary, dirs_exist_ok=True)
-        threads = torch.get_num_threads()
-        refresh(apart, replace(run.config.refresh, threads=threads), run.passages, once=True, log=log)
-        torch.set_num_threads(threads)
+        with cpu_threads(0):
+            refresh(apart, replace(run.config.refresh, threads=torch.get_num_threads()), run.passages, once=True, log=log)
 
     on_main(build)
     index = find()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 
@@ -19,6 +20,7 @@ from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker, initial_reader, initial_retriever
+from realm.cpu import cpu_threads
 from realm.engine import Engine, Loop, newest_checkpoint, read_state
 from realm.errors import UserError
 from realm.inputs import epoch_rows
@@ -56,7 +58,9 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
     start = state.get("step", 0)
     log = None if replay is None else on_main(lambda: read_replay(replay))
     metrics = Metrics(run.folder, STAGE, is_main())
-    with LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log) as live:
+    engine_config = replace(run.config.engine, threads=config.threads or run.config.engine.threads)
+    starting = LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log)
+    with cpu_threads(config.threads), starting as live:
         if live.needs_export():
             if start:
                 raise UserError(f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run.")
@@ -70,8 +74,8 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             check_reader(run, retriever, reader, live)  # before DeepSpeed takes the parameters apart
         model = RealmModel(retriever, reader, config.marginal)
         towers = [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
-        engine = Engine(model, config.optim, run.config.engine, config.steps, config.batch_size, towers)
-        loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, run.config.engine, run.config.seed)
+        engine = Engine(model, config.optim, engine_config, config.steps, config.batch_size, towers)
+        loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, engine_config, run.config.seed)
         loop.resume()
         candidates = Candidates(run, lambda: engine.whole(retriever.query_tower), live)
         exports = Exports(run, lambda: engine.whole(retriever.passage_tower))

@@ -18,6 +18,8 @@ from pretrain.data import MaskedSentence, SpanSampler
 from pretrain.ict import IctBatches
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker
+from realm.config import RealmConfig
+from realm.cpu import cpu_threads
 from realm.engine import Engine
 from realm.model import Batch, DualEncoderModel, OpenQaModel, PairBatch, ReaderWarmupModel, RealmModel
 from realm.reader import build_reader
@@ -50,10 +52,21 @@ class StagePlan:
 def time_stage(run: Run, stage: str) -> StagePlan:
     """Time a few steps of a stage on random sentences and passages of the run's own corpora."""
     console.print(f"  timing {stage}")
+    with cpu_threads(stage_threads(run.config, stage)):
+        return _time_stage(run, stage)
+
+
+def stage_threads(config: RealmConfig, stage: str) -> int:
+    """CPU threads that the config gives a stage; 0: torch's choice."""
+    return (config.pretrain.threads if stage == "pretrain" else 0) or config.engine.threads
+
+
+def _time_stage(run: Run, stage: str) -> StagePlan:
     torch.manual_seed(run.config.seed)
     module, make_batch = _STAGES[stage](run)
     config = getattr(run.config, stage)
-    engine = Engine(module, config.optim, run.config.engine, 100, config.batch_size)
+    settings = replace(run.config.engine, threads=stage_threads(run.config, stage))
+    engine = Engine(module, config.optim, settings, 100, config.batch_size)
     number = 0
 
     def timed(batch_size: int, repeats: int) -> float:
@@ -209,7 +222,7 @@ def time_encoding(run: Run) -> EncodingRate:
     if torch.cuda.is_available():
         retriever.to("cuda")
     rows = np.random.default_rng(run.config.seed).permutation(len(run.passages))[:SAMPLE_ROWS]
-    refresh, threads = run.config.refresh, torch.get_num_threads()
+    refresh = run.config.refresh
     tower = encoding_tower(retriever, refresh.precision, refresh.compile)
 
     def encode(count: int) -> tuple[np.ndarray, float]:
@@ -218,14 +231,14 @@ def time_encoding(run: Run) -> EncodingRate:
         embeddings = encode_passages(tower, run.passages, rows[:count], run.wordpieces, limit, refresh.token_budget)
         return embeddings, time.monotonic() - began
 
-    torch.set_num_threads(refresh.threads)
-    count = min(8, len(rows))
-    encode(count)
-    embeddings_ND, seconds = encode(count)
-    while seconds < 2.0 and count < len(rows):  # twice as many each time, until the time says something
-        count = min(2 * count, len(rows))
+    with cpu_threads(refresh.threads):
+        count = min(8, len(rows))
+        encode(count)
         embeddings_ND, seconds = encode(count)
-    torch.set_num_threads(threads)
+        while seconds < 2.0 and count < len(rows):  # twice as many each time, until the time says something
+            count = min(2 * count, len(rows))
+            encode(count)
+            embeddings_ND, seconds = encode(count)
     if refresh.factory != "Flat":  # what needs training needs enough vectors; their values do not matter for size and hardly for time
         embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
         embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)

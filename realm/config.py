@@ -102,6 +102,8 @@ class PretrainConfig:
 
     steps: int = 200_000
     """Updates."""
+    threads: int = 0
+    """CPU threads of the trainer in this stage, beside a refresher on the same cores; 0: those of `engine.threads`."""
     batch_size: int = 16
     """Masked sentences per update and process."""
     candidates: int = 8

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from realm.calibrate import StagePlan, time_encoding, time_stage
+from realm.calibrate import StagePlan, stage_threads, time_encoding, time_stage
 from realm.config import RealmConfig
+from realm.cpu import cores
 from realm.errors import UserError
 from realm.pipeline import prepare
 from realm.run import STAGES, Run
@@ -76,8 +77,8 @@ def _with_refresher(result: Plan, config: RealmConfig) -> Plan:
     """On a CPU the refresher takes cores from the trainer for as long as it encodes; on a GPU of its own it takes nothing."""
     if "pretrain" not in result.stages or torch.cuda.is_available():
         return result
-    cores = torch.get_num_threads()
-    left = max(0.5, cores - config.refresh.threads) / cores
+    trainer = stage_threads(config, "pretrain") or torch.get_num_threads()
+    left = min(1.0, max(0.5, cores() - config.refresh.threads) / trainer)
     stage = result.stages["pretrain"]
     busy = min(1.0, result.refresh_seconds / result.refresh_period_seconds)
     # While it encodes, the trainer's step takes 1/left as long, and the period with it.

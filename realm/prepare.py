@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from realm.corpus import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
+from realm.cpu import cores
 from realm.document_formats import SourceConfig, format_of, source_files
 from realm.documents import Document, read_documents
 from realm.errors import UserError
@@ -86,7 +86,7 @@ def prepare_corpus(
     maker = ShardMaker(job.shards, out.parent / "spans", tokenizer.backend_tokenizer.to_str(), block_tokens, tagger)
     num_missing = sum(not maker.path(number).exists() for number in range(survey.chunks))
     if num_workers == 0:
-        num_workers = min(_num_cpus(), survey.characters // CHARACTERS_PER_WORKER + 1)
+        num_workers = min(cores(), survey.characters // CHARACTERS_PER_WORKER + 1)
     num_workers = min(num_workers, num_missing)
     _run(job, maker, num_workers, survey.documents, progress)
     blocks, spans, dropped = _assemble(job, [maker.path(number) for number in range(survey.chunks)])
@@ -267,7 +267,3 @@ def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
     write_file_atomic(assembled, partial(write_batches, SCHEMA, batches()))
     assembled.replace(job.out / BLOCKS)
     return blocks, spans, dropped
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
