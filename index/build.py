@@ -12,6 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from index.gpu import clustering_on_gpu
 from realm.errors import UserError
 from realm.publish import PublishError, Version, published, read_manifest, write_manifest
 
@@ -94,7 +95,8 @@ def build_index(
     index = empty_index(dim, factory)
     try:
         if not index.is_trained:
-            index.train(_sample(shards, min(count, training_rows), seed))
+            with clustering_on_gpu(index):
+                index.train(_sample(shards, min(count, training_rows), seed))
         set_search_parameters(index, parameters)
         inverted = faiss.try_extract_index_ivf(index)
         if inverted is not None:  # otherwise its vectors cannot be read back by their numbers

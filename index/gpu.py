@@ -1,8 +1,10 @@
-"""Searching on a GPU: by FAISS where its GPU build is at hand, else exactly, by tiled matrix products and top-k through torch.
+"""Clustering and searching on a GPU: by FAISS where its GPU build is at hand, else exactly, by tiled matrix products and top-k through torch.
 
 Shape legend: B queries, K results a query, T rows of a tile, N passages, D dimension of the embeddings.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import faiss
@@ -46,6 +48,26 @@ class TiledExact:
         return score_BK.cpu().numpy(), row_BK.cpu().numpy()
 
 
+@contextmanager
+def clustering_on_gpu(index: faiss.Index) -> Iterator[None]:
+    """Within it the clustering of inverted lists, most of what training takes, runs on all GPUs that FAISS sees; without any, nothing changes."""
+    inverted = faiss.try_extract_index_ivf(index)
+    if inverted is None or not _num_gpus():
+        yield
+        return
+    assign = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(inverted.d, inverted.metric_type))
+    inverted.clustering_index = assign  # FAISS keeps no reference of its own
+    try:
+        yield
+    finally:
+        inverted.clustering_index = None  # type: ignore[assignment]
+
+
+def _num_gpus() -> int:
+    """GPUs that FAISS can use; its CPU build does not know the question."""
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
 def on_gpu(index: faiss.Index) -> Searcher:
     """The same vectors, searched on the current GPU.
 
@@ -53,7 +75,7 @@ def on_gpu(index: faiss.Index) -> Searcher:
     """
     if not torch.cuda.is_available():
         raise UserError("refresh.search_on is gpu, and this machine has none; set it to cpu.")
-    if getattr(faiss, "get_num_gpus", lambda: 0)():
+    if _num_gpus():
         resources = faiss.StandardGpuResources()
         try:
             moved = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), index)

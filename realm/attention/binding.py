@@ -4,13 +4,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, BertModel, PreTrainedModel
 
 from realm.attention import AttentionConfig
 from realm.attention.dense import DenseAttention, dense_attention
+from realm.attention.projected import ForeignHeads, ProjectedSelfAttention
+from realm.errors import UserError
 
 _DENSE = "realm_dense"
 _REPLACED = "realm_replaced_module"
+_DISPATCHED = "realm_dispatched"
+_VARIANT = "realm_variant"
+"""Name under which a variant lives in the attention module of a family other than BERT."""
 
 
 def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
@@ -19,34 +24,89 @@ def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None
 
 
 def _padding_mask_if_padded(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation."""
-    if attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
-        return None
-    return attention_mask
+    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation, and compiled code cannot look."""
+    if attention_mask is None or attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return attention_mask
+    return None if bool(attention_mask.all()) else attention_mask
 
 
 def _never_called(*_: object, **__: object) -> tuple[Tensor, None]:
     raise AssertionError("a self-attention module that was to be replaced is still in place")
 
 
+def _dispatched(
+    module: nn.Module,
+    query_BHLD: Tensor,
+    key_BHLD: Tensor,
+    value_BHLD: Tensor,
+    mask_BL: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The variant bound to a module that makes queries, keys and values itself; layers that are local by themselves stay so."""
+    if sliding_window is not None:
+        return dense_attention(module, query_BHLD, key_BHLD, value_BHLD, mask_BL, scaling, sliding_window=sliding_window, **options)
+    B, _, L, D = query_BHLD.shape
+    if scaling is not None:  # variants divide by √D
+        query_BHLD = query_BHLD * (scaling * D**0.5)
+    real_BL = torch.ones(B, L, dtype=torch.bool, device=query_BHLD.device) if mask_BL is None else mask_BL.bool()
+    variant: ProjectedSelfAttention = getattr(module, _VARIANT)
+    return variant.attend(query_BHLD, key_BHLD, value_BHLD, real_BL).transpose(1, 2), None
+
+
 AttentionInterface.register(_DENSE, dense_attention)
+AttentionInterface.register(_DISPATCHED, _dispatched)
+AttentionMaskInterface.register(_DISPATCHED, _padding_mask)
 AttentionMaskInterface.register(_DENSE, _padding_mask_if_padded)
 AttentionInterface.register(_REPLACED, _never_called)
 AttentionMaskInterface.register(_REPLACED, _padding_mask)
 
 
-def bind_attention(bert: BertModel, attention: AttentionConfig) -> None:
+def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
     """Put `attention` into every layer of `bert`, in place, keeping its pretrained projections.
 
-    Must be called again after a model is built anew: the choice is not saved in transformers' own config.
+    `bert` may be of another family (ModernBERT) that makes queries, keys and values itself and dispatches to transformers' attention interface;
+    its layers with a window of their own keep it. Must be called again after a model is built anew: the choice is not saved in transformers'
+    own config. Raises UserError for a variant that needs more than queries, keys and values in such a family.
     """
     if isinstance(attention, DenseAttention):
         bert.set_attn_implementation(_DENSE)
+        return
+    if not isinstance(bert, BertModel):
+        _bind_dispatching(bert, attention)
         return
     layers: Any = bert.encoder.layer
     for layer, module in zip(layers, attention.replace_all([layer.attention.self for layer in layers]), strict=True):
         layer.attention.self = module.train(layer.training)
     bert.set_attn_implementation(_REPLACED)
+
+
+def _bind_dispatching(model: PreTrainedModel, attention: AttentionConfig) -> None:
+    """Let the layers of `model` that attend to everything call a variant each."""
+    family, kind = type(model).__name__, type(attention).__name__
+    modules, heads = [], []
+
+    def record(module: nn.Module, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any) -> tuple[Tensor, None]:
+        if options.get("sliding_window") is None:
+            modules.append(module)
+            heads.append(ForeignHeads(model.config, query_BHLD.shape[1], query_BHLD.shape[3], getattr(module, "attention_dropout", 0.0)))
+        return torch.zeros_like(query_BHLD).transpose(1, 2), None
+
+    AttentionInterface.register(_DISPATCHED, record)
+    try:
+        model.set_attn_implementation(_DISPATCHED)
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device))
+    finally:
+        AttentionInterface.register(_DISPATCHED, _dispatched)
+    if not modules:
+        raise UserError(f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention.")
+    variants = attention.replace_all(heads)
+    if not all(isinstance(variant, ProjectedSelfAttention) for variant in variants):
+        raise UserError(f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant.")
+    for module, variant in zip(modules, variants, strict=True):
+        setattr(module, _VARIANT, variant.to(model.device).train(module.training))
 
 
 def extend_positions(bert: BertModel, max_positions: int) -> None:

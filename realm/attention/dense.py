@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
+from realm.attention.windowed import Windowed, windowed_attention
 
 _LONGEST = 512
 """Tokens up to which probabilities (L × L) are kept for the gradient; longer texts go to the fused kernel, which keeps none."""
@@ -41,9 +42,16 @@ def dense_attention(
     mask_BL: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · `scaling`) v, (B, L, H, D), as transformers calls it; `mask_BL` is 0 on padding, None where there is none."""
+    """softmax(q kᵀ · `scaling`) v, (B, L, H, D), as transformers calls it; `mask_BL` is 0 on padding, None where there is none.
+
+    `sliding_window`: in families with layers that are local by themselves, the places that such a layer sees on each side, and one.
+    """
+    if sliding_window is not None:
+        query_BHLD = query_BHLD if scaling is None else query_BHLD * (scaling * query_BHLD.shape[-1] ** 0.5)
+        return windowed_attention(Windowed.alone(query_BHLD, key_BHLD, value_BHLD, mask_BL), sliding_window - 1, dropout).transpose(1, 2), None
     scale = query_BHLD.shape[-1] ** -0.5 if scaling is None else scaling
     keep_BL = None if mask_BL is None else mask_BL.bool()
     if query_BHLD.device.type == "cpu" and query_BHLD.shape[2] <= _LONGEST and not dropout and not _fused_is_faster(query_BHLD.dtype):

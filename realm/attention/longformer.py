@@ -2,22 +2,21 @@
 
 Every token attends to the tokens at most `window` places away and to the global tokens; a global token attends to every token, through
 query, key and value projections of its own that start as copies of the local ones. Windows may differ by layer, small ones below; a head may
-be dilated and see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with the length: queries are taken
-in blocks of `window`, each against three blocks of keys, and nothing of size length × length is ever made.
+be dilated and see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with the length.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most, C block, N = ⌈L/C⌉ blocks.
+Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
+from realm.attention.windowed import Windowed, dilated_attention
 from realm.errors import UserError
 
 
@@ -116,70 +115,3 @@ def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:
     count = max(1, int(global_BL.sum(1).max()))
     order = torch.sort((~global_BL).to(torch.int8), dim=1, stable=True).indices[:, :count]
     return order, global_BL.gather(1, order)
-
-
-class Windowed(NamedTuple):
-    """What windows are laid over."""
-
-    q_BHLD: Tensor
-    k_BHLD: Tensor
-    v_BHLD: Tensor
-    shared_k_BHGD: Tensor
-    """Keys that every token sees beside its window."""
-    shared_v_BHGD: Tensor
-    local_BL: Tensor
-    """True on keys that windows see."""
-    present_BG: Tensor
-    """True on shared keys that count."""
-
-
-def dilated_attention(inputs: Windowed, window: int, stride: int, dropout: float) -> Tensor:
-    """Windowed attention over every `stride`-th token, (B, H, L, D): each residue of the positions is a text of its own."""
-    if stride == 1:
-        return windowed_attention(inputs, window, dropout)
-    B, H, L, D = inputs.q_BHLD.shape
-    pad = -L % stride
-    length = (L + pad) // stride
-
-    def texts(x_BHLD: Tensor) -> Tensor:
-        return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, length, stride, D).permute(0, 3, 1, 2, 4).reshape(B * stride, H, length, D)
-
-    shared_k, shared_v = (x.repeat_interleave(stride, 0) for x in (inputs.shared_k_BHGD, inputs.shared_v_BHGD))
-    local_BL = F.pad(inputs.local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length)
-    present_BG = inputs.present_BG.repeat_interleave(stride, 0)
-    split = Windowed(texts(inputs.q_BHLD), texts(inputs.k_BHLD), texts(inputs.v_BHLD), shared_k, shared_v, local_BL, present_BG)
-    out = windowed_attention(split, window, dropout)
-    return out.view(B, stride, H, length, D).permute(0, 2, 3, 1, 4).reshape(B, H, length * stride, D)[:, :, :L]
-
-
-def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
-    """Attention of every token to its window and to shared keys, blocks of queries against three blocks of keys; (B, H, L, D)."""
-    q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG = inputs
-    B, H, L, D = q_BHLD.shape
-    C = min(window, L)
-    N = -(-L // C)
-    pad = N * C - L
-
-    def blocks_of_queries(x_BHLD: Tensor) -> Tensor:
-        return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, N, C, D).transpose(1, 2)
-
-    def blocks_of_keys(x_BHLD: Tensor, shared_BHGD: Tensor) -> Tensor:
-        around = F.pad(x_BHLD, (0, 0, C, C + pad)).unfold(2, 3 * C, C).permute(0, 2, 1, 4, 3)  # (B, N, H, 3C, D)
-        return torch.cat([around, shared_BHGD[:, None].expand(-1, N, -1, -1, -1)], dim=3)
-
-    key_BN3C = F.pad(local_BL, (C, C + pad)).unfold(1, 3 * C, C)
-    offset = torch.arange(3 * C, device=q_BHLD.device)[None, :] - C - torch.arange(C, device=q_BHLD.device)[:, None]
-    near_C3C = offset.abs() <= window
-    mask_BNC3C = key_BN3C[:, :, None, :] & near_C3C
-    mask = torch.cat([mask_BNC3C, present_BG[:, None, None, :].expand(-1, N, C, -1)], dim=-1)
-    # A query that sees nothing (padding in a row without global tokens) looks at everything instead of producing NaN.
-    mask = mask | ~mask.any(-1, keepdim=True)
-    keys = 3 * C + shared_k_BHGD.shape[2]
-    out = F.scaled_dot_product_attention(
-        blocks_of_queries(q_BHLD).reshape(B * N, H, C, D),
-        blocks_of_keys(k_BHLD, shared_k_BHGD).reshape(B * N, H, keys, D),
-        blocks_of_keys(v_BHLD, shared_v_BHGD).reshape(B * N, H, keys, D),
-        attn_mask=mask.reshape(B * N, 1, C, keys),
-        dropout_p=dropout,
-    )
-    return out.view(B, N, H, C, D).transpose(1, 2).reshape(B, H, N * C, D)[:, :, :L]

@@ -1,4 +1,5 @@
-"""What variants share that need no more than queries, keys and values: BERT's projections, taken over with their weights.
+"""What variants share that need no more than queries, keys and values: BERT's projections, taken over with their weights, or those of another
+family of models, which stay where they are.
 
 Shape legend: B rows, H heads, L tokens, D width of a head.
 """
@@ -7,6 +8,18 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+
+class ForeignHeads(nn.Module):
+    """Stands for BERT's self-attention where a model makes queries, keys and values itself: a variant built on it is asked to `attend` alone."""
+
+    def __init__(self, config: PreTrainedConfig, num_heads: int, head_width: int, dropout: float) -> None:
+        super().__init__()
+        self.config = config
+        self.num_attention_heads, self.attention_head_size = num_heads, head_width
+        self.query, self.key, self.value = nn.Identity(), nn.Identity(), nn.Identity()
+        self.dropout = nn.Dropout(dropout)
 
 
 class ProjectedSelfAttention(nn.Module, ABC):
@@ -15,15 +28,11 @@ class ProjectedSelfAttention(nn.Module, ABC):
     def __init__(self, local: nn.Module) -> None:
         super().__init__()
         self.num_heads: int = local.num_attention_heads  # type: ignore[assignment]
+        self.head_width: int = local.attention_head_size  # type: ignore[assignment]
         self.query: nn.Linear = local.query  # type: ignore[assignment]
         self.key: nn.Linear = local.key  # type: ignore[assignment]
         self.value: nn.Linear = local.value  # type: ignore[assignment]
         self.dropout: float = local.dropout.p  # type: ignore[union-attr, assignment]
-
-    @property
-    def head_width(self) -> int:
-        """D."""
-        return self.query.out_features // self.num_heads
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object) -> tuple[Tensor, None]:
         """`hidden_states` (B, L, H·D); `attention_mask` (B, L) true on real tokens. Outputs on padding are finite and meaningless."""

@@ -24,6 +24,14 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     attention.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     attention.add_argument("--picture", type=Path, metavar="FILE", help="draw time, memory and approximation error")
     attention.set_defaults(command=_attention, takes_overrides=False)
+    long = kinds.add_parser("long", help="what every attention variant can do on texts longer than it was trained on, and what that costs")
+    long.add_argument("--variants", nargs="+", metavar="TYPE", help="names, or '{type: longformer, window: 8}' (default: the first five)")
+    long.add_argument("--tasks", nargs="+", metavar="TASK", help="passkey, 'masked span', listops (default: all)")
+    long.add_argument("--steps", type=int, metavar="N", help="training steps (default: each task's own)")
+    long.add_argument("--tests", type=int, default=1000, help="texts tested of each length (default: 1000)")
+    long.add_argument("--seed", type=int, default=0)
+    long.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    long.set_defaults(command=_long, takes_overrides=False)
     store = kinds.add_parser("index", help="encoding beside sentence-transformers, approximate search beside exact, opening", allow_abbrev=False)
     store.add_argument("--run", type=Path, required=True, help="run folder; its newest index and encoder are used")
     store.add_argument("--passages", type=int, default=2000, help="passages to encode (default: 2000)")
@@ -60,6 +68,13 @@ def _attention(options: argparse.Namespace) -> None:
     lengths = tuple(sorted(set(options.lengths or LENGTHS)))
     setting = Setting(lengths, options.heads, options.head_width, options.precision, options.limit)
     bench_attention(options.variants, setting, not options.no_peers, options.json, options.picture)
+
+
+def _long(options: argparse.Namespace) -> None:
+    from realm.bench.long import VARIANTS, bench_long
+    from realm.bench.long_tasks import TASKS
+
+    bench_long(options.variants or VARIANTS, options.tasks or list(TASKS), options.seed, options.tests, options.steps, options.json)
 
 
 def _index(options: argparse.Namespace) -> None:

@@ -46,3 +46,21 @@ def test_a_gpu_finds_what_the_cpu_finds() -> None:
     index = build_index(EMBEDDINGS_ND)
     rows = on_gpu(index).search(QUERIES_BD, 5)[1]
     np.testing.assert_array_equal(rows, index.search(QUERIES_BD, 5)[1])
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ4_8,IVF8,PQ4x4"])
+def test_clusters_found_on_gpus_are_those_found_without(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a GPU there is an index of the same kind on the CPU; what is held for it is let go of afterwards."""
+    alone, moved = build_index(EMBEDDINGS_ND, factory), []
+
+    def to_gpus(index: faiss.Index) -> faiss.Index:
+        moved.append(index)
+        return index
+
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus, raising=False)
+    index = build_index(EMBEDDINGS_ND, factory)
+    assert len(moved) == 1 and moved[0].ntotal == 8, "the centroids were found through it"
+    assert faiss.extract_index_ivf(index).clustering_index is None
+    for ours, theirs in zip(index.search(QUERIES_BD, 5), alone.search(QUERIES_BD, 5), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)

@@ -1,0 +1,164 @@
+"""`realm bench long`: what the attention variants can do on texts longer than they were trained on, beside what that costs.
+
+A reader of a few narrow layers is trained from scratch on each task and variant, with the same seed, steps and batches. Positions are
+sinusoids, shifted at random in training, so that all of those of the longest test have been seen.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from realm.attention import AttentionConfig
+from realm.bench.attention_cases import parse_variant
+from realm.bench.long_tasks import MASK, PAD, TASKS, Example, Task
+from realm.bert import mimetic_init
+from realm.errors import UserError
+from realm.publish import write_json_atomic
+from realm.reader import Reader, ReaderConfig, pad_joint
+from realm.telemetry import print_table, progress
+
+VARIANTS = (
+    "dense",
+    "{type: longformer, window: 8}",
+    "{type: performer, num_features: 64}",
+    "{type: linformer, projected_tokens: 32}",
+    "{type: infini, segment: 32}",
+)
+_LAYERS, _WIDTH, _HEADS = 2, 128, 4
+_TEST_TOKENS_A_BATCH = 2**15
+Row = dict[str, Any]
+
+
+def bench_long(variants: Sequence[str], tasks: Sequence[str], seed: int, tests: int, steps: int | None, json_file: Path | None) -> list[Row]:
+    """Train and test every variant on every task, print one table, write rows where asked; returns a row for each variant, task and length."""
+    unknown = sorted(set(tasks) - set(TASKS))
+    if unknown:
+        raise UserError(f"--tasks {unknown[0]!r} is none; name some of {', '.join(TASKS)}.")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"{json_file}: there is no folder {json_file.parent}; make it first.")
+    configs = {text: parse_variant(text) for text in variants}
+    rows: list[Row] = []
+    for name in tasks:
+        for text, attention in configs.items():
+            rows += [{"task": name, "variant": text, **row} for row in run_task(TASKS[name], attention, seed, tests, steps, f"{name}, {text}")]
+    report(rows, tasks, seed)
+    if json_file is not None:
+        setting = {"layers": _LAYERS, "width": _WIDTH, "heads": _HEADS, "seed": seed, "threads": torch.get_num_threads()}
+        write_json_atomic(json_file, {"setting": setting, "rows": rows})
+    return rows
+
+
+def run_task(task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str) -> list[Row]:
+    """A row for each test length: share right, milliseconds a training step and a tested text."""
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = tiny_reader(task, attention).to(device)
+    steps = steps or task.steps
+    began = time.perf_counter()
+    train(reader, task, steps, seed, label)
+    step_ms = 1000 * (time.perf_counter() - began) / steps
+    rows = []
+    for tokens in task.test_tokens:
+        right, text_ms = test(reader, task, tokens, seed, tests)
+        rows.append(
+            {"tokens": tokens, "times the training length": tokens // task.train_tokens, "right": right, "step_ms": step_ms, "text_ms": text_ms}
+        )
+    return rows
+
+
+class ShiftedPositions(nn.Embedding):
+    """Learned positions started as sinusoids, all of a batch shifted by the same random number in training (Kiyono et al. 2021, "SHAPE")."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """(1, L) position ids to (1, L, H)."""
+        shift = 0
+        if self.training:
+            shift = int(torch.randint(self.num_embeddings - position_ids.shape[-1] + 1, ()))
+        return super().forward(position_ids + shift)
+
+
+def tiny_reader(task: Task, attention: AttentionConfig) -> Reader:
+    """From random weights, for the longest text of a task."""
+    longest = max(task.test_tokens)
+    config = BertConfig(
+        vocab_size=task.vocabulary,
+        hidden_size=_WIDTH,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=_HEADS,
+        intermediate_size=2 * _WIDTH,
+        max_position_embeddings=longest,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    bert = BertModel(config, add_pooling_layer=False)
+    mimetic_init(bert)
+    positions = ShiftedPositions(longest, _WIDTH)
+    positions.weight.data.copy_(bert.embeddings.position_embeddings.weight)
+    bert.embeddings.position_embeddings = positions
+    return Reader(bert, ReaderConfig(attention=attention, mlm_head="tied", span_hidden=8, max_tokens=longest))
+
+
+def logits(reader: Reader, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Scores of the vocabulary at every mask, (B, M, V), and the answers, (B, M)."""
+    device = reader.mlm_bias.device
+    batch = pad_joint([example.ids for example in examples], [example.first for example in examples], PAD)
+    ids_BL, mask_BL, type_BL = (tensor.to(device) for tensor in batch)
+    position_BM = (ids_BL == MASK).nonzero()[:, 1].view(len(examples), -1)
+    answer_BM = torch.tensor([example.answer for example in examples], device=device)
+    return reader.mlm_logits(reader(ids_BL, mask_BL, type_BL), position_BM), answer_BM
+
+
+def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> None:
+    """AdamW with warm-up and a linear descent."""
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (steps - step) / steps))
+    rng = np.random.default_rng((seed, 1))
+    reader.train()
+    with progress(label, steps, unit="step", every_s=20.0) as ticker:
+        for step in range(steps):
+            score_BMV, answer_BM = logits(reader, [task.example(task.train_tokens, rng) for _ in range(task.batch_size)])
+            loss = F.cross_entropy(score_BMV.flatten(0, 1), answer_BM.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            ticker.update(step + 1)
+
+
+@torch.inference_mode()
+def test(reader: Reader, task: Task, tokens: int, seed: int, count: int) -> tuple[float, float]:
+    """Share of texts whose masks are all right, and milliseconds a text."""
+    rng = np.random.default_rng((seed, 2, tokens))
+    reader.eval()
+    examples = [task.example(tokens, rng) for _ in range(count)]
+    size, right, seconds = max(1, _TEST_TOKENS_A_BATCH // tokens), 0, 0.0
+    for start in range(0, count, size):
+        began = time.perf_counter()
+        score_BMV, answer_BM = logits(reader, examples[start : start + size])
+        right += int((score_BMV.argmax(-1) == answer_BM).all(1).sum())
+        seconds += time.perf_counter() - began
+    return right / count, 1000 * seconds / count
+
+
+def report(rows: Sequence[Row], tasks: Sequence[str], seed: int) -> None:
+    """One table: a row for each variant, a column for each task and length, and what the longest costs."""
+    columns = [(task, tokens) for task in tasks for tokens in TASKS[task].test_tokens]
+    found = {(row["variant"], row["task"], row["tokens"]): row for row in rows}
+    rng = np.random.default_rng(seed)
+    table: list[list[object]] = [["the commonest answer", *(f"{100 * TASKS[task].chance(rng):.1f}" for task, _ in columns), None, None]]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [found[variant, task, tokens] for task, tokens in columns]
+        longest = max(mine, key=lambda row: row["tokens"])
+        cells = [f"{100 * row['right']:.1f}" for row in mine]
+        table.append([variant, *cells, f"{mine[0]['step_ms']:.0f}", f"{longest['text_ms']:.1f}"])
+    heads = [f"{task}, {tokens // TASKS[task].train_tokens}x" for task, tokens in columns]
+    longest_tokens = max(tokens for _, tokens in columns)
+    print_table("Right, %, by test length in training lengths", ["variant", *heads, "ms a step", f"ms a text of {longest_tokens:,}"], table)

@@ -1,0 +1,158 @@
+"""Tasks made up on the spot that ask what a reader of long texts can do, in a small vocabulary of their own.
+
+Each is put as the reader is asked: `[CLS] x [SEP] text [SEP]`, x with masks whose wordpieces the text decides.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+PAD, CLS, SEP, MASK = range(4)
+_FIRST = 4
+"""The first id that means something to a task."""
+
+
+class Example(NamedTuple):
+    """One joint input."""
+
+    ids: np.ndarray
+    first: int
+    """Length of `[CLS] x [SEP]`."""
+    answer: tuple[int, ...]
+    """What stands behind the masks, in their order."""
+
+
+def joint(x: list[int], text: list[int], answer: tuple[int, ...]) -> Example:
+    """`[CLS] x [SEP] text [SEP]`."""
+    return Example(np.array([CLS, *x, SEP, *text, SEP], dtype=np.int32), len(x) + 2, answer)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What is asked; `tokens` below are those of the whole joint input."""
+
+    train_tokens: int = 64
+    test_tokens: tuple[int, ...] = (64,)
+    steps: int = 1500
+    batch_size: int = 64
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """Ids in use."""
+
+    @abstractmethod
+    def example(self, tokens: int, rng: np.random.Generator) -> Example:
+        """A text of at most `tokens` with its question."""
+
+    def chance(self, rng: np.random.Generator, count: int = 2000) -> float:
+        """Share right of always giving the commonest answer."""
+        answers = [self.example(self.train_tokens, rng).answer for _ in range(count)]
+        return max(answers.count(answer) for answer in set(answers)) / count
+
+
+@dataclass(frozen=True)
+class Passkey(Task):
+    """Several keys with their values stand in noise; x names one key (after Mohtashami & Jaggi 2023, section 4.2, with more than one key)."""
+
+    test_tokens: tuple[int, ...] = (64, 256, 1024)
+    keys: int = 4
+    names: int = 32
+    values: int = 32
+    noise: int = 32
+
+    @property
+    def vocabulary(self) -> int:
+        return _FIRST + self.names + self.values + self.noise
+
+    def example(self, tokens: int, rng: np.random.Generator) -> Example:
+        names = _FIRST + rng.choice(self.names, self.keys, replace=False)
+        values = _FIRST + self.names + rng.integers(self.values, size=self.keys)
+        room = tokens - len((CLS, 0, MASK, SEP, SEP))
+        text = _FIRST + self.names + self.values + rng.integers(self.noise, size=room)
+        shift = int(rng.integers(2))  # keys stand at odd and at even places
+        for name, value, place in zip(names, values, rng.choice((room - shift) // 2, self.keys, replace=False), strict=True):
+            text[2 * place + shift : 2 * place + shift + 2] = name, value
+        asked = int(rng.integers(self.keys))
+        return joint([int(names[asked]), MASK], text.tolist(), (int(values[asked]),))
+
+
+@dataclass(frozen=True)
+class MaskedSpan(Task):
+    """A document of statements `subject relation object .`, subjects and objects of two words; x says one in other words, its object masked.
+
+    Subjects share words, so that no single word finds the statement: a masked salient span whose evidence is far away.
+    """
+
+    train_tokens: int = 128
+    test_tokens: tuple[int, ...] = (128, 512, 2048)
+    words: int = 24
+    relations: int = 8
+
+    @property
+    def vocabulary(self) -> int:
+        return _FIRST + 1 + 2 * self.relations + 4 * self.words
+
+    def example(self, tokens: int, rng: np.random.Generator) -> Example:
+        stop, relation, words = _FIRST, _FIRST + 1, _FIRST + 1 + 2 * self.relations
+        count = (tokens - len((CLS, 0, 0, 0, MASK, MASK, SEP, SEP))) // 6
+        pairs = rng.choice(self.words**2, min(count, self.words**2), replace=False)  # each subject once
+        subjects = np.stack((pairs // self.words, self.words + pairs % self.words), 1) + words
+        objects = words + self.words * np.array([2, 3]) + rng.integers(self.words, size=(len(pairs), 2))
+        kinds = rng.integers(self.relations, size=len(pairs))
+        asked = int(rng.integers(len(pairs)))
+        text = [int(id) for s, k, o in zip(subjects, kinds, objects, strict=True) for id in (*s, relation + k, *o, stop)]
+        other_words = relation + self.relations + int(kinds[asked])
+        return joint([*map(int, subjects[asked]), other_words, MASK, MASK], text, tuple(map(int, objects[asked])))
+
+
+@dataclass(frozen=True)
+class ListOps(Task):
+    """Nested lists of digits under MAX, MIN, MED and SM (sum modulo 10), by the published grammar (Nangia & Bowman 2018, section 3).
+
+    A node is an operator with probability ¼ and a digit otherwise, with two to `max_arguments` arguments and at most `max_depth` levels;
+    as in Long Range Arena (Tay et al. 2021, section 2.2.1), only lists of a certain length are kept: here more than half of the tokens there are.
+    """
+
+    train_tokens: int = 128
+    test_tokens: tuple[int, ...] = (128,)
+    max_depth: int = 10
+    max_arguments: int = 10
+
+    @property
+    def vocabulary(self) -> int:
+        return _FIRST + 10 + len(OPERATORS) + 1
+
+    def example(self, tokens: int, rng: np.random.Generator) -> Example:
+        room = tokens - len((CLS, MASK, SEP, SEP))
+        while True:
+            text, value = self._list(1, rng, room)
+            if room // 2 < len(text) <= room:
+                return joint([MASK], text, (_FIRST + value,))
+
+    def _list(self, depth: int, rng: np.random.Generator, room: int) -> tuple[list[int], int]:
+        """Ids and value of one operator with its arguments; the first levels are always operators, or hardly any list were long."""
+        operator = int(rng.integers(len(OPERATORS)))
+        ids, values = [_FIRST + 10 + operator], []
+        for _ in range(int(rng.integers(2, self.max_arguments + 1))):
+            if depth < self.max_depth and len(ids) < room and rng.random() < 0.25:
+                inner, value = self._list(depth + 1, rng, room)
+                ids += inner
+            else:
+                value = int(rng.integers(10))
+                ids.append(_FIRST + value)
+            values.append(value)
+        return [*ids, _FIRST + 10 + len(OPERATORS)], list(OPERATORS.values())[operator](values)
+
+
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
+    "MAX": max,
+    "MIN": min,
+    "MED": lambda values: int(np.median(values)),
+    "SM": lambda values: sum(values) % 10,
+}
+
+TASKS: dict[str, Task] = {"passkey": Passkey(), "masked span": MaskedSpan(), "listops": ListOps()}

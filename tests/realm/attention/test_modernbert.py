@@ -1,0 +1,91 @@
+"""Attention variants in a family that makes queries, keys and values itself and dispatches through transformers: ModernBERT."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ModernBertConfig, ModernBertModel
+
+from realm.attention import AttentionConfig
+from realm.attention.binding import bind_attention
+from realm.attention.dense import DenseAttention
+from realm.attention.infini import InfiniAttention
+from realm.attention.linformer import LinformerAttention
+from realm.attention.longformer import LongformerAttention
+from realm.attention.performer import PerformerAttention
+from realm.errors import UserError
+
+LENGTHS = (40, 23)
+
+
+@pytest.fixture
+def model() -> ModernBertModel:
+    """Four layers, two of which see four places on each side and no more."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        global_attn_every_n_layers=2,
+        local_attention=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        initializer_range=0.3,
+        attn_implementation="sdpa",
+    )
+    return ModernBertModel(config).eval()
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    ids_BL = torch.randint(5, 50, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    mask_BL = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    return ids_BL * mask_BL, mask_BL
+
+
+def hidden_and_gradient(model: ModernBertModel) -> tuple[Tensor, Tensor]:
+    ids_BL, mask_BL = inputs()
+    model.zero_grad()
+    hidden = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[mask_BL.bool()]
+    hidden.square().sum().backward()
+    return hidden.detach(), model.embeddings.tok_embeddings.weight.grad.clone()
+
+
+def test_dense_attention_is_its_own(model):
+    expected = hidden_and_gradient(model)
+    bind_attention(model, DenseAttention())
+    for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_segment_over_the_whole_length_is_dense_attention(model):
+    expected = hidden_and_gradient(model)
+    bind_attention(model, InfiniAttention(segment=64))
+    for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", [PerformerAttention(16), LinformerAttention(8), InfiniAttention(8)], ids=["performer", "linformer", "infini"])
+def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_model(model, attention: AttentionConfig):
+    dense, _ = hidden_and_gradient(copy.deepcopy(model))
+    bind_attention(model, attention)
+    bound = [hasattr(layer.attn, "realm_variant") for layer in model.layers]
+    assert bound == [True, False, True, False]
+    hidden, _ = hidden_and_gradient(model)
+    assert hidden.isfinite().all() and (hidden - dense).abs().max() > 1e-3
+    own = {name: value for name, value in model.state_dict().items() if "realm_variant" in name}
+    assert own and all(p.grad is not None for name, p in model.named_parameters() if "realm_variant" in name)
+    ids_BL, mask_BL = inputs()
+    with torch.no_grad():
+        together = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[1, : LENGTHS[1]]
+        wider = [torch.cat([tensor, torch.zeros(2, 5, dtype=torch.int64)], 1) for tensor in (ids_BL, mask_BL)]
+        torch.testing.assert_close(
+            model(input_ids=wider[0], attention_mask=wider[1]).last_hidden_state[1, : LENGTHS[1]], together, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_what_needs_projections_of_its_own_is_refused(model):
+    with pytest.raises(UserError, match="LongformerAttention needs projections of its own, which ModernBertModel does not give"):
+        bind_attention(model, LongformerAttention(window=4))
