@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
 from index.drift import PROBE_FILE, measure_drift, probe_rows, take_rows
-from index.encode import Encoder, encode_in_shards, encode_passages, encoding_tower
+from index.encode import CompiledTower, Encoder, encode_in_shards, encode_passages, encoding_tower
 from index.lease import Lease
 from index.search import IndexRefused, PassageIndex
 from index.workers import Workers
@@ -26,6 +27,7 @@ from realm.telemetry import peak_memory, progress
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus
+    from realm.retriever import Tower
 
 
 class Superseded(Exception):
@@ -151,7 +153,9 @@ class Cycle:
             if self.stop.is_set():
                 raise Stopped
 
-        tower = encoding_tower(encoder.retriever, self.config.precision, self.config.compile)
+        @cache
+        def tower() -> "Tower | CompiledTower":  # compiled when the first shard needs it
+            return encoding_tower(encoder.retriever, self.config.precision, self.config.compile)
 
         def encode(rows: np.ndarray) -> np.ndarray:
 
@@ -160,7 +164,7 @@ class Cycle:
                 ticker.update(int(rows[0]) + done)
 
             budget = self.config.token_budget
-            return encode_passages(tower, self.corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, budget, after_batch)
+            return encode_passages(tower(), self.corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, budget, after_batch)
 
         def before_shard(share_done: float) -> None:
             self.lease.check()

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from torch._inductor import config as inductor_config
 
 from index.workers import Workers
+from realm.bert import first_line
 from realm.errors import UserError
 from realm.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
 from realm.publish import write_file_atomic, write_json_atomic
@@ -53,30 +56,44 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder(retriever, Wordpieces.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
 
 
-def encoding_tower(retriever: "Retriever", precision: str, compiled: bool = False) -> "Tower":
+def encoding_tower(retriever: "Retriever", precision: str, compiled: bool = False) -> "Tower | CompiledTower":
     """The passage tower of a retriever in evaluation mode, as it encodes: for bf16 a copy whose weights are cast once, not at every product.
 
-    `compiled`: by torch.compile, weights as constants, for any number and length of passages. Raises UserError where that does not work here.
+    `compiled`: by torch.compile, weights as constants, for any number and length of passages; one such tower at a time in a process. Raises
+    UserError where that does not work here.
     """
     tower = retriever.passage_tower
     if precision == "bf16":
         tower = copy.deepcopy(tower)
         tower.bert.bfloat16()
-    if not compiled:
-        return tower
-    fast: Tower = torch.compile(tower, dynamic=True, options={"freezing": True})  # type: ignore[assignment]
-    ids_BL = torch.ones((2, _ALIGNED), dtype=torch.int64, device=next(tower.parameters()).device)
-    try:
-        with torch.inference_mode():
-            fast(ids_BL, ids_BL)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"refresh.compile: torch cannot compile the encoder here ({reason}); install a C++ compiler or set it to false.") from error
-    return fast
+    return CompiledTower(tower) if compiled else tower
+
+
+class CompiledTower(nn.Module):
+    """A tower compiled with its weights as constants, which inductor packs; what was compiled before is let go."""
+
+    def __init__(self, tower: "Tower") -> None:
+        super().__init__()
+        torch._dynamo.reset()  # otherwise the towers of earlier versions stay, and after eight of them nothing is compiled any more
+        self.tower, self.dim = tower, tower.dim
+        ids_BL = torch.ones((2, _ALIGNED), dtype=torch.int64, device=next(tower.parameters()).device)
+        try:
+            self.compiled = torch.compile(tower, dynamic=True)
+            with torch.inference_mode():
+                self(ids_BL, ids_BL)
+        except RuntimeError as error:
+            reason = first_line(error)[:200]
+            raise UserError(
+                f"refresh.compile: torch cannot compile the encoder here ({reason}); install a C++ compiler or set it to false."
+            ) from error
+
+    def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        with inductor_config.patch(freezing=True):  # looked at with every new shape
+            return self.compiled(ids_BL, mask_BL)
 
 
 def encode_passages(
-    tower: "Tower",
+    tower: "Tower | CompiledTower",
     corpus: "PreparedCorpus",
     rows: np.ndarray,
     wordpieces: Wordpieces,

@@ -1,4 +1,4 @@
-"""Clustering and searching on a GPU: by FAISS where its GPU build is at hand, else exactly, by tiled matrix products and top-k through torch.
+"""Clustering and searching on a GPU by FAISS where its GPU build is at hand; without it, exact search by tiled products and top-k through torch.
 
 Shape legend: B queries, K results a query, T rows of a tile, N passages, D dimension of the embeddings.
 """
@@ -50,12 +50,13 @@ class TiledExact:
 
 @contextmanager
 def clustering_on_gpu(index: faiss.Index) -> Iterator[None]:
-    """Within it the clustering of inverted lists, most of what training takes, runs on all GPUs that FAISS sees; without any, nothing changes."""
+    """Within it the clustering of inverted lists, most of what training takes, runs on the current GPU where FAISS sees one."""
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is None or not _num_gpus():
         yield
         return
-    assign = faiss.index_cpu_to_all_gpus(faiss.IndexFlat(inverted.d, inverted.metric_type))
+    resources = faiss.StandardGpuResources()
+    assign = faiss.index_cpu_to_gpu(resources, torch.cuda.current_device(), faiss.IndexFlat(inverted.d, inverted.metric_type))
     inverted.clustering_index = assign  # FAISS keeps no reference of its own
     try:
         yield

@@ -50,10 +50,12 @@ class LiveIndex:
         parent: int | None,
         step: int,
         replay: dict[int, int] | None = None,
+        threads: int = 0,
     ) -> Self:
         """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from `step`.
 
         `replay`: for each step, the export whose index it must search (see `index.replay`); steps it does not name take what is newest.
+        `threads`: what the index is searched with; 0: FAISS's choice.
         """
         replay = {at: export for at, export in (replay or {}).items() if at >= step}
 
@@ -74,6 +76,7 @@ class LiveIndex:
             config.poll_s,
             log=lambda line: console.print(f"  {line}"),
             follow=is_main() and not replay,
+            threads=threads or None,
             search_on=config.search_on,
         )
         return cls(folder, config, attempt, watcher, replay)

@@ -58,9 +58,11 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
     start = state.get("step", 0)
     log = None if replay is None else on_main(lambda: read_replay(replay))
     metrics = Metrics(run.folder, STAGE, is_main())
-    engine_config = replace(run.config.engine, threads=config.threads or run.config.engine.threads)
-    starting = LiveIndex.begin(run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log)
-    with cpu_threads(config.threads), starting as live:
+    engine_config = replace(run.config.engine, threads=run.config.threads(STAGE))
+    starting = LiveIndex.begin(
+        run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log, engine_config.threads
+    )
+    with cpu_threads(engine_config.threads), starting as live:
         if live.needs_export():
             if start:
                 raise UserError(f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run.")

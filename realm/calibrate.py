@@ -1,7 +1,7 @@
 """Timing this machine: a few steps of each stage, built as configured, on real blocks; encoding and indexing likewise. Weights are not kept."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,7 +18,6 @@ from pretrain.data import MaskedSentence, SpanSampler
 from pretrain.ict import IctBatches
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker
-from realm.config import RealmConfig
 from realm.cpu import cpu_threads
 from realm.engine import Engine
 from realm.model import Batch, DualEncoderModel, OpenQaModel, PairBatch, ReaderWarmupModel, RealmModel
@@ -27,8 +26,8 @@ from realm.retriever import Retriever, build_retriever
 from realm.run import Run
 from realm.telemetry import console, peak_memory
 
-AFFORDABLE_S = 30.0
-"""Seconds that timing one batch size may take; where the configured one would take more, the largest that does not is scaled up."""
+AFFORDABLE_S = 60.0
+"""Seconds that timing one batch size may take; where the configured one would take more, sizes that do not tell it."""
 _REPEATS = 4
 SAMPLE_ROWS = 512
 """Passages encoded at most for the rate of encoding."""
@@ -52,20 +51,15 @@ class StagePlan:
 def time_stage(run: Run, stage: str) -> StagePlan:
     """Time a few steps of a stage on random sentences and passages of the run's own corpora."""
     console.print(f"  timing {stage}")
-    with cpu_threads(stage_threads(run.config, stage)):
+    with cpu_threads(run.config.threads(stage)):
         return _time_stage(run, stage)
-
-
-def stage_threads(config: RealmConfig, stage: str) -> int:
-    """CPU threads that the config gives a stage; 0: torch's choice."""
-    return (config.pretrain.threads if stage == "pretrain" else 0) or config.engine.threads
 
 
 def _time_stage(run: Run, stage: str) -> StagePlan:
     torch.manual_seed(run.config.seed)
     module, make_batch = _STAGES[stage](run)
     config = getattr(run.config, stage)
-    settings = replace(run.config.engine, threads=stage_threads(run.config, stage))
+    settings = replace(run.config.engine, threads=run.config.threads(stage))
     engine = Engine(module, config.optim, settings, 100, config.batch_size)
     number = 0
 
@@ -83,13 +77,24 @@ def _time_stage(run: Run, stage: str) -> StagePlan:
     size = min(2, config.batch_size)
     timed(size, 1)  # the first call allocates and compiles
     resting = _memory()
-    seconds = timed(size, 1)
-    while size < config.batch_size and 2 * seconds * 2 * _REPEATS <= AFFORDABLE_S:
+    measured = [(size, timed(size, _REPEATS))]
+    while size < config.batch_size and 2 * measured[-1][1] * 2 * _REPEATS <= AFFORDABLE_S:
         size = min(2 * size, config.batch_size)
-        seconds = timed(size, _REPEATS)
-    scale = config.batch_size / size
+        measured.append((size, timed(size, _REPEATS)))
     parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return StagePlan(config.steps, seconds * scale, parameters, int(max(0, _memory() - resting) * scale))
+    activations = max(0, _memory() - resting) * config.batch_size / size
+    return StagePlan(config.steps, extrapolate(measured, config.batch_size), parameters, int(activations))
+
+
+def extrapolate(measured: Sequence[tuple[int, float]], batch_size: int) -> float:
+    """Seconds a step at `batch_size`, from (size, seconds) of ascending sizes: those of the largest, and for each row beyond it what its rows
+    took more than those of the size before; never less than half of what its own rows took, should the two have been disturbed."""
+    size, seconds = measured[-1]
+    a_row = seconds / size
+    if len(measured) > 1:
+        before, less = measured[-2]
+        a_row = min(a_row, max(a_row / 2, (seconds - less) / (size - before)))
+    return seconds + (batch_size - size) * a_row
 
 
 def _memory() -> int:
@@ -134,7 +139,7 @@ def _reader_warmup(run: Run) -> _Maker:
         examples, rng = draw(step, size)
         rows = rng.integers(len(run.passages), size=size)
         parts = [maker.reading(int(row)) for row in rows]
-        if rng.random() < sentence_share:
+        if int((step + 1) * sentence_share) > int(step * sentence_share):  # of so many steps in a row, their exact share
             parts = [(title[:0], text[: len(example.sentence_ids)]) for (title, text), example in zip(parts, examples, strict=True)]
         return maker.warmup(examples, parts, run.config.reader.max_span_tokens)
 
@@ -206,6 +211,8 @@ _STAGES: dict[str, Callable[[Run], _Maker]] = {
 class EncodingRate:
     """How fast passages are encoded and indexed here, and how large the index grows."""
 
+    start_s: float
+    """Seconds before the first passage: compiling, where the config says so."""
     encoded_per_s: float
     """Passages, with the refresher's threads."""
     added_per_s: float
@@ -223,7 +230,6 @@ def time_encoding(run: Run) -> EncodingRate:
         retriever.to("cuda")
     rows = np.random.default_rng(run.config.seed).permutation(len(run.passages))[:SAMPLE_ROWS]
     refresh = run.config.refresh
-    tower = encoding_tower(retriever, refresh.precision, refresh.compile)
 
     def encode(count: int) -> tuple[np.ndarray, float]:
         began = time.monotonic()
@@ -232,6 +238,9 @@ def time_encoding(run: Run) -> EncodingRate:
         return embeddings, time.monotonic() - began
 
     with cpu_threads(refresh.threads):
+        began = time.monotonic()
+        tower = encoding_tower(retriever, refresh.precision, refresh.compile)
+        start_s = time.monotonic() - began
         count = min(8, len(rows))
         encode(count)
         embeddings_ND, seconds = encode(count)
@@ -248,4 +257,5 @@ def time_encoding(run: Run) -> EncodingRate:
     once = index_bytes(index)
     index.add(embeddings_ND)
     vector_bytes = (index_bytes(index) - once) / len(embeddings_ND)
-    return EncodingRate(count / max(seconds, 1e-6), added_per_s, retriever.dim, int(once - vector_bytes * len(embeddings_ND)), vector_bytes)
+    fixed_bytes = int(once - vector_bytes * len(embeddings_ND))
+    return EncodingRate(start_s, count / max(seconds, 1e-6), added_per_s, retriever.dim, fixed_bytes, vector_bytes)

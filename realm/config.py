@@ -324,6 +324,10 @@ class RealmConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Questions and annotated statements."""
 
+    def threads(self, stage: str) -> int:
+        """CPU threads of the trainer in a stage; 0: torch's choice."""
+        return (self.pretrain.threads if stage == "pretrain" else 0) or self.engine.threads
+
     def __post_init__(self) -> None:
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + 16:
@@ -334,6 +338,11 @@ class RealmConfig:
                 f"reader.context_tokens ({context}) must be 0 or lie between corpus.block_tokens ({block}) and reader.max_tokens less "
                 f"retriever.max_query_tokens ({joint - query}); change it, or raise reader.max_tokens."
             )
+        for name, threads in (("pretrain", self.pretrain.threads), ("engine", self.engine.threads)):
+            if threads < 0:
+                raise UserError(f"{name}.threads must be 0 (torch's choice) or more, got {threads}.")
+        if self.refresh.threads < 1:
+            raise UserError(f"refresh.threads must be at least 1, got {self.refresh.threads}.")
         if self.pretrain.candidates < 2:
             raise UserError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}.")
         if self.refresh.every_steps == 0 and self.refresh.max_drift is None:

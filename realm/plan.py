@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from realm.calibrate import StagePlan, stage_threads, time_encoding, time_stage
+from realm.calibrate import StagePlan, time_encoding, time_stage
 from realm.config import RealmConfig
 from realm.cpu import cores
 from realm.errors import UserError
@@ -61,7 +61,7 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
         result = Plan(
             passages=count,
             stages=stages,
-            encode_seconds=count / rate.encoded_per_s,
+            encode_seconds=rate.start_s + count / rate.encoded_per_s,
             build_seconds=count / rate.added_per_s,
             dim=rate.dim,
             index_bytes=int(rate.fixed_bytes + count * rate.vector_bytes),
@@ -77,7 +77,7 @@ def _with_refresher(result: Plan, config: RealmConfig) -> Plan:
     """On a CPU the refresher takes cores from the trainer for as long as it encodes; on a GPU of its own it takes nothing."""
     if "pretrain" not in result.stages or torch.cuda.is_available():
         return result
-    trainer = stage_threads(config, "pretrain") or torch.get_num_threads()
+    trainer = config.threads("pretrain") or torch.get_num_threads()
     left = min(1.0, max(0.5, cores() - config.refresh.threads) / trainer)
     stage = result.stages["pretrain"]
     busy = min(1.0, result.refresh_seconds / result.refresh_period_seconds)
@@ -103,7 +103,7 @@ def print_plan(result: Plan, config: RealmConfig) -> None:
          format_seconds(entry.seconds)] for stage, entry in result.stages.items()
     ]  # fmt: skip
     rows.append(["all stages", "", "", format_seconds(sum(entry.seconds for entry in result.stages.values()))])
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores()} CPU cores"
     print_table(f"Training on one process, {device}", ["stage", "steps", "steps a second", "time"], rows)
     lag = result.refresh_seconds / result.refresh_period_seconds * _steps_between(config)
     print_table(

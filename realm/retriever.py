@@ -70,6 +70,8 @@ class Tower(nn.Module):
             pooled_BH = hidden_BLH[:, 0].to(dtype)
         else:
             pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(1, keepdim=True)
+        if isinstance(self.projection, nn.Linear):
+            pooled_BH = pooled_BH.to(self.projection.weight.dtype)
         emb_BD = self.projection(pooled_BH)
         return F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
 

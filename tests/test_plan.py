@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from realm.calibrate import StagePlan
+from realm.calibrate import StagePlan, extrapolate
 from realm.cli import main
 from realm.config_file import load_config
 from realm.plan import Plan, plan, warnings
@@ -31,6 +31,20 @@ def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(folder: Path, ca
     assert "refresh.every_steps" in first and "refresh.max_stale_steps = 3" in second
     said = capsys.readouterr().out
     assert "passages encoded a second" in said and "optimiser" in said and "warning" in said
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ([(8, 4.0)], 8.0),
+        ([(4, 3.0), (8, 5.0)], 9.0),  # one second a step and half a second a row
+        ([(4, 3.9), (8, 4.0)], 6.0),  # half of what a row took at the least
+        ([(4, 1.0), (8, 4.0)], 8.0),  # and not more than it took
+        ([(8, 4.0), (16, 7.0)], 7.0),
+    ],
+)
+def test_steps_too_large_to_be_tried_are_foreseen_by_their_rows(measured, expected) -> None:
+    assert extrapolate(measured, 16) == pytest.approx(expected)
 
 
 def test_no_warning_where_a_refresh_is_quick(folder: Path) -> None:

@@ -66,9 +66,10 @@ AttentionMaskInterface.register(_REPLACED, _padding_mask)
 def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
     """Put `attention` into every layer of `bert`, in place, keeping its pretrained projections.
 
-    `bert` may be of another family (ModernBERT) that makes queries, keys and values itself and dispatches to transformers' attention interface;
-    its layers with a window of their own keep it. Must be called again after a model is built anew: the choice is not saved in transformers'
-    own config. Raises UserError for a variant that needs more than queries, keys and values in such a family.
+    For callers of the library `bert` may be of another family of encoders (ModernBERT) that makes queries, keys and values itself and dispatches
+    to transformers' attention interface; its layers with a window of their own keep it. Must be called again after a model is built anew: the
+    choice is not saved in transformers' own config. Raises UserError for a variant that needs more than queries, keys and values in such a
+    family, and for decoders.
     """
     if isinstance(attention, DenseAttention):
         bert.set_attn_implementation(_DENSE)
@@ -83,30 +84,41 @@ def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
 
 
 def _bind_dispatching(model: PreTrainedModel, attention: AttentionConfig) -> None:
-    """Let the layers of `model` that attend to everything call a variant each."""
+    """Let the layers of `model` that attend to everything call a variant each; a model that is refused stays as it was."""
     family, kind = type(model).__name__, type(attention).__name__
-    modules, heads = [], []
+    modules = _dispatching_modules(model)
+    if not modules:
+        raise UserError(f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention.")
+    variants = attention.replace_all([heads for _, heads in modules])
+    if not all(isinstance(variant, ProjectedSelfAttention) for variant in variants):
+        raise UserError(f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant.")
+    for (module, _), variant in zip(modules, variants, strict=True):
+        setattr(module, _VARIANT, variant.to(model.device).train(module.training))
+    model.set_attn_implementation(_DISPATCHED)
 
-    def record(module: nn.Module, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any) -> tuple[Tensor, None]:
+
+def _dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ForeignHeads]]:
+    """The attention modules without a window of their own, in the order in which a text passes them; the model itself is asked, by a short text."""
+    found: list[tuple[nn.Module, ForeignHeads]] = []
+
+    def record(module: Any, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any) -> tuple[Tensor, None]:
+        if getattr(module, "is_causal", False) or key_BHLD.shape != query_BHLD.shape:
+            raise UserError(f"{type(model).__name__} is causal, or shares keys between heads; the variants are for encoders that do neither.")
         if options.get("sliding_window") is None:
-            modules.append(module)
-            heads.append(ForeignHeads(model.config, query_BHLD.shape[1], query_BHLD.shape[3], getattr(module, "attention_dropout", 0.0)))
+            dropout = module.attention_dropout if isinstance(getattr(module, "attention_dropout", None), float) else 0.0
+            found.append((module, ForeignHeads(model.config, query_BHLD.shape[1], query_BHLD.shape[3], dropout)))
         return torch.zeros_like(query_BHLD).transpose(1, 2), None
 
+    before, training = model.config._attn_implementation, model.training
     AttentionInterface.register(_DISPATCHED, record)
     try:
-        model.set_attn_implementation(_DISPATCHED)
+        model.eval().set_attn_implementation(_DISPATCHED)
         with torch.no_grad():
             model(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=model.device))
     finally:
         AttentionInterface.register(_DISPATCHED, _dispatched)
-    if not modules:
-        raise UserError(f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention.")
-    variants = attention.replace_all(heads)
-    if not all(isinstance(variant, ProjectedSelfAttention) for variant in variants):
-        raise UserError(f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant.")
-    for module, variant in zip(modules, variants, strict=True):
-        setattr(module, _VARIANT, variant.to(model.device).train(module.training))
+        model.train(training).set_attn_implementation(before)
+    return found
 
 
 def extend_positions(bert: BertModel, max_positions: int) -> None:

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from realm.attention import AttentionConfig
-from realm.attention.windowed import Windowed, windowed_attention
+from realm.attention.windowed import CACHED_SCORES, MASKED, Windowed, softmax_dtype, windowed_attention
 
 _LONGEST = 512
 """Tokens up to which probabilities (L × L) are kept for the gradient; longer texts go to the fused kernel, which keeps none."""
-_CACHED_SCORES = 2**19
-"""Scores computed at a time: 2 MiB in single precision."""
-_MASKED = -1e30
 
 
 @AttentionConfig.register_subclass("dense")
@@ -69,7 +67,7 @@ class _CachedAttention(torch.autograd.Function):
         B, H, L, D = query_BHLD.shape
         rows, keep_all = _rows_at_a_time(H, L), any(ctx.needs_input_grad)
         probability_BHLL = query_BHLD.new_empty(B if keep_all else min(rows, B), H, L, L)
-        score_RHLL = torch.empty(min(rows, B), H, L, L, dtype=_softmax_dtype(query_BHLD))
+        score_RHLL = torch.empty(min(rows, B), H, L, L, dtype=softmax_dtype(query_BHLD))
         output_BLHD = value_BHLD.new_empty(B, L, H, D)
         for start in range(0, B, rows):
             part = slice(start, min(start + rows, B))
@@ -77,7 +75,7 @@ class _CachedAttention(torch.autograd.Function):
             probability, score = probability_BHLL[part] if keep_all else probability_BHLL[:size], score_RHLL[:size]
             score.copy_(torch.matmul(query_BHLD[part] * scale, key_BHLD[part].transpose(-1, -2), out=probability))
             if keep_BL is not None:
-                score.masked_fill_(~keep_BL[part, None, None, :], _MASKED)
+                score.masked_fill_(~keep_BL[part, None, None, :], MASKED)
             probability.copy_(torch.softmax(score, -1, out=score))
             output_BLHD[part] = torch.matmul(probability, value_BHLD[part]).transpose(1, 2)
         ctx.save_for_backward(query_BHLD, key_BHLD, value_BHLD, probability_BHLL if keep_all else None)
@@ -85,11 +83,12 @@ class _CachedAttention(torch.autograd.Function):
         return output_BLHD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query_BHLD, key_BHLD, value_BHLD, probability_BHLL = ctx.saved_tensors
         output_gradient_BHLD = gradients[0].transpose(1, 2).contiguous()
         B, H, L, _ = query_BHLD.shape
-        rows, dtype = _rows_at_a_time(H, L), _softmax_dtype(query_BHLD)
+        rows, dtype = _rows_at_a_time(H, L), softmax_dtype(query_BHLD)
         query_gradient, key_gradient, value_gradient = (torch.empty_like(tensor) for tensor in (query_BHLD, key_BHLD, value_BHLD))
         for start in range(0, B, rows):
             part = slice(start, min(start + rows, B))
@@ -109,8 +108,4 @@ def _fused_is_faster(dtype: torch.dtype) -> bool:
 
 
 def _rows_at_a_time(heads: int, length: int) -> int:
-    return max(1, _CACHED_SCORES // (heads * length * length))
-
-
-def _softmax_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return max(1, CACHED_SCORES // (heads * length * length))

@@ -4,7 +4,8 @@ Queries are taken in blocks, each against the keys of its window; nothing of siz
 blocks go to torch's fused attention at once, under a mask. On a CPU the blocks are matrix products one after another, their scores in the
 cache; the gradient computes them again.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, G shared keys, C block of queries, K keys that a block sees, N = ⌈L/C⌉ blocks.
+Shape legend: B rows, H heads, L tokens, D width of a head, G shared keys, C block of queries, K keys that
+a block sees, R rows of a block, N = ⌈L/C⌉ blocks.
 """
 
 from collections.abc import Iterator
@@ -13,11 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _SHORTEST_BLOCK, _LONGEST_BLOCK = 64, 256
 """Queries of a block on a CPU: as many as a window holds on one side, within these bounds."""
-_MASKED = -1e30
-"""Score of a key that is not seen; finite, so that a query that sees nothing (padding) looks at everything instead of producing NaN."""
+CACHED_SCORES = 2**19
+"""Scores computed at a time, at least those of one row of a block: 2 MiB in single precision."""
+MASKED = -1e30
+"""Score of a key that is not seen."""
 
 
 class Windowed(NamedTuple):
@@ -69,87 +73,100 @@ def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """Block after block, row after row, by matrix products in the dtype of the inputs, the softmax in single precision or better."""
+    """Block after block by matrix products in the dtype of the inputs, the softmax in single precision or better."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, window = arguments
         inputs = Windowed(*tensors)
         out_BHLD = torch.empty_like(inputs.q_BHLD, memory_format=torch.contiguous_format)
-        norm_BHL = inputs.q_BHLD.new_empty(inputs.q_BHLD.shape[:3], dtype=_softmax_dtype(inputs.q_BHLD))
+        norm_BHL = inputs.q_BHLD.new_empty(inputs.q_BHLD.shape[:3], dtype=softmax_dtype(inputs.q_BHLD))
         for block in _blocks(inputs, window):
-            score_HCK = block.scores()
-            norm_HC = score_HCK.logsumexp(-1)
-            norm_BHL[block.row, :, block.queries] = norm_HC
-            probability_HCK = score_HCK.sub_(norm_HC[..., None]).exp_().to(out_BHLD.dtype)
-            out_BHLD[block.row, :, block.queries] = probability_HCK @ block.value_HKD
+            score_RHCK = block.scores()
+            norm_RHC = score_RHCK.logsumexp(-1)
+            norm_BHL[block.queries] = norm_RHC
+            probability_RHCK = score_RHCK.sub_(norm_RHC[..., None]).exp_().to(out_BHLD.dtype)
+            out_BHLD[block.queries] = probability_RHCK @ block.value_RHKD
         ctx.save_for_backward(*tensors, out_BHLD, norm_BHL)
         ctx.window = window
         return out_BHLD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out_BHLD, norm_BHL = ctx.saved_tensors
         inputs, towards_BHLD = Windowed(*tensors), gradients[0]
-        q, k, v, shared_k, shared_v = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs[:5])
+        q = torch.empty_like(inputs.q_BHLD, memory_format=torch.contiguous_format)
+        # A key stands in several blocks: its gradient is a sum, and is kept as exact as the softmax.
+        sums = [torch.zeros(x.shape, dtype=softmax_dtype(x), device=x.device) for x in inputs[1:5]]
+        k, v, shared_k, shared_v = sums
         G = shared_k.shape[2]
         for block in _blocks(inputs, ctx.window):
-            row, queries, keys = block.row, block.queries, block.keys
-            towards_HCD = towards_BHLD[row, :, queries].contiguous()
-            probability_HCK = block.scores().sub_(norm_BHL[row, :, queries, None]).exp_()
-            along_HC1 = (towards_HCD * out_BHLD[row, :, queries]).sum(-1, keepdim=True, dtype=probability_HCK.dtype)
-            score_HCK = (towards_HCD @ block.value_HKD.transpose(-1, -2)).to(probability_HCK.dtype)
-            score_HCK = score_HCK.sub_(along_HC1).mul_(probability_HCK).mul_(block.scale).to(towards_HCD.dtype)
-            value_HKD = probability_HCK.to(towards_HCD.dtype).transpose(-1, -2) @ towards_HCD
-            key_HKD = score_HCK.transpose(-1, -2) @ block.query_HCD
-            q[row, :, queries] = score_HCK @ block.key_HKD
-            for whole, shared, part in ((k, shared_k, key_HKD), (v, shared_v, value_HKD)):
-                shared[row] += part[:, :G]
-                whole[row, :, keys] += part[:, G:]
-        return q, k, v, shared_k, shared_v, None, None, None
+            towards_RHCD = towards_BHLD[block.queries].contiguous()
+            probability_RHCK = block.scores().sub_(norm_BHL[block.queries][..., None]).exp_()
+            along_RHC1 = (towards_RHCD * out_BHLD[block.queries]).sum(-1, keepdim=True, dtype=probability_RHCK.dtype)
+            score_RHCK = (towards_RHCD @ block.value_RHKD.transpose(-1, -2)).to(probability_RHCK.dtype)
+            score_RHCK = score_RHCK.sub_(along_RHC1).mul_(probability_RHCK).mul_(block.scale).to(towards_RHCD.dtype)
+            value_RHKD = probability_RHCK.to(towards_RHCD.dtype).transpose(-1, -2) @ towards_RHCD
+            key_RHKD = score_RHCK.transpose(-1, -2) @ block.query_RHCD
+            q[block.queries] = score_RHCK @ block.key_RHKD
+            for whole, shared, part in ((k, shared_k, key_RHKD), (v, shared_v, value_RHKD)):
+                shared[block.rows] += part[:, :, :G]
+                whole[block.keys] += part[:, :, G:]
+        return q, *(total.to(q.dtype) for total in sums), None, None, None
 
 
 class _Block(NamedTuple):
-    """Some queries of one row and the keys they see, the shared ones first."""
+    """Some queries of some rows and the keys they see, the shared ones first."""
 
-    row: int
-    queries: slice
-    keys: slice
-    query_HCD: Tensor
-    key_HKD: Tensor
-    value_HKD: Tensor
-    hidden_CK: Tensor
+    rows: slice
+    queries: tuple[slice, slice, slice]
+    """Where they stand in (B, H, L)."""
+    keys: tuple[slice, slice, slice]
+    """Where the keys of the window stand in (B, H, L)."""
+    query_RHCD: Tensor
+    key_RHKD: Tensor
+    value_RHKD: Tensor
+    hidden_R1CK: Tensor
     """True where a query does not see a key."""
     scale: float
 
     def scores(self) -> Tensor:
-        """(H, C, K), in the dtype of the softmax."""
-        score_HCK = (self.query_HCD * self.scale) @ self.key_HKD.transpose(-1, -2)
-        return score_HCK.to(_softmax_dtype(score_HCK)).masked_fill_(self.hidden_CK, _MASKED)
+        """(R, H, C, K), in the dtype of the softmax."""
+        score_RHCK = (self.query_RHCD * self.scale) @ self.key_RHKD.transpose(-1, -2)
+        return score_RHCK.to(softmax_dtype(score_RHCK)).masked_fill_(self.hidden_R1CK, MASKED)
 
 
 def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
-    B, _, L, D = inputs.q_BHLD.shape
+    """All rows of a block at once where they are short, and fewer where their scores would not stay in the cache."""
+    B, H, L, D = inputs.q_BHLD.shape
     C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window))
-    offset_L = torch.arange(L, device=inputs.q_BHLD.device)
+    place_L = torch.arange(L, device=inputs.q_BHLD.device)
     for start in range(0, L, C):
-        queries, keys = slice(start, min(start + C, L)), slice(max(0, start - window), min(start + C + window, L))
-        far_CK = (offset_L[queries, None] - offset_L[None, keys]).abs_() > window
-        for row in range(B):
-            shared_GK = ~inputs.present_BG[row].expand(far_CK.shape[0], -1)
+        here, around = slice(start, min(start + C, L)), slice(max(0, start - window), min(start + C + window, L))
+        far_CK = (place_L[here, None] - place_L[None, around]).abs_() > window
+        size = max(1, CACHED_SCORES // (H * far_CK.numel()))
+        for row in range(0, B, size):
+            rows, heads = slice(row, min(row + size, B)), slice(None)
+            queries, keys = (rows, heads, here), (rows, heads, around)
+            shared_RCG = ~inputs.present_BG[rows, None, :].expand(-1, len(far_CK), -1)
+            local_RCK = far_CK | ~inputs.local_BL[rows, None, around]
+            hidden_RCK = torch.cat((shared_RCG, local_RCK), 2)
+            hidden_RCK &= ~hidden_RCK.all(-1, keepdim=True)  # a query that sees nothing (padding) looks at everything instead of at noise
             yield _Block(
-                row,
+                rows,
                 queries,
                 keys,
-                inputs.q_BHLD[row, :, queries],
-                torch.cat((inputs.shared_k_BHGD[row], inputs.k_BHLD[row, :, keys]), 1),
-                torch.cat((inputs.shared_v_BHGD[row], inputs.v_BHLD[row, :, keys]), 1),
-                torch.cat((shared_GK, far_CK | ~inputs.local_BL[row, keys]), 1),
+                inputs.q_BHLD[queries],
+                torch.cat((inputs.shared_k_BHGD[rows], inputs.k_BHLD[keys]), 2),
+                torch.cat((inputs.shared_v_BHGD[rows], inputs.v_BHLD[keys]), 2),
+                hidden_RCK[:, None],
                 D**-0.5,
             )
 
 
-def _softmax_dtype(tensor: Tensor) -> torch.dtype:
+def softmax_dtype(tensor: Tensor) -> torch.dtype:
+    """Single precision, or that of `tensor` where it is better."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -157,7 +174,7 @@ def _all_blocks_at_once(inputs: Windowed, window: int, dropout: float) -> Tensor
     """Blocks of `window` queries against three blocks of keys, as rows of one call of fused attention."""
     q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG = inputs
     B, H, L, D = q_BHLD.shape
-    C = min(window, L)
+    C = max(1, min(window, L))
     N = -(-L // C)
     pad = N * C - L
 

@@ -103,6 +103,7 @@ def measured(case: AttentionConfig | str, setting: Setting) -> list[Row]:
 
 def _measure(pipe: Any, case: AttentionConfig | str, setting: Setting) -> None:
     device = setting.device
+    torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     warm = torch.randn(1, 256, 64, requires_grad=True)
     (warm @ warm.transpose(1, 2)).sum().backward()  # threads and buffers of the matrix library are no variant's memory

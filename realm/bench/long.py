@@ -1,7 +1,7 @@
 """`realm bench long`: what the attention variants can do on texts longer than they were trained on, beside what that costs.
 
-A reader of a few narrow layers is trained from scratch on each task and variant, with the same seed, steps and batches. Positions are
-sinusoids, shifted at random in training, so that all of those of the longest test have been seen.
+A reader of a few narrow layers is trained from scratch on each task and variant, with the same seed, steps and batches. Positions start as
+sinusoids and are shifted at random in training, so that all of those of the longest test have been seen.
 """
 
 import time
@@ -41,35 +41,43 @@ def bench_long(variants: Sequence[str], tasks: Sequence[str], seed: int, tests: 
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
         raise UserError(f"--tasks {unknown[0]!r} is none; name some of {', '.join(TASKS)}.")
+    if tests < 1 or (steps is not None and steps < 1):
+        raise UserError(f"--tests and --steps must be at least 1, got {tests} and {steps}.")
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"{json_file}: there is no folder {json_file.parent}; make it first.")
-    configs = {text: parse_variant(text) for text in variants}
+    cases = [(name, text, parse_variant(text)) for name in tasks for text in variants]
+    for name, _, attention in cases:  # what a task's lengths do not allow is said before anything is trained
+        tiny_reader(TASKS[name], attention)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    setting = {
+        "layers": _LAYERS,
+        "width": _WIDTH,
+        "heads": _HEADS,
+        "seed": seed,
+        "tests": tests,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
     rows: list[Row] = []
-    for name in tasks:
-        for text, attention in configs.items():
-            rows += [{"task": name, "variant": text, **row} for row in run_task(TASKS[name], attention, seed, tests, steps, f"{name}, {text}")]
+    for name, text, attention in cases:
+        rows += [{"task": name, "variant": text, **row} for row in run_task(TASKS[name], attention, seed, tests, steps, f"{name}, {text}", device)]
+        if json_file is not None:
+            write_json_atomic(json_file, {"setting": setting, "rows": rows})
     report(rows, tasks, seed)
-    if json_file is not None:
-        setting = {"layers": _LAYERS, "width": _WIDTH, "heads": _HEADS, "seed": seed, "threads": torch.get_num_threads()}
-        write_json_atomic(json_file, {"setting": setting, "rows": rows})
     return rows
 
 
-def run_task(task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str) -> list[Row]:
-    """A row for each test length: share right, milliseconds a training step and a tested text."""
+def run_task(task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str, device: str) -> list[Row]:
+    """A row for each test length: share right, milliseconds of a training step (without making the texts) and of a tested text."""
     torch.manual_seed(seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = tiny_reader(task, attention).to(device)
     steps = steps or task.steps
-    began = time.perf_counter()
-    train(reader, task, steps, seed, label)
-    step_ms = 1000 * (time.perf_counter() - began) / steps
+    step_ms = 1000 * train(reader, task, steps, seed, label) / steps
     rows = []
     for tokens in task.test_tokens:
         right, text_ms = test(reader, task, tokens, seed, tests)
-        rows.append(
-            {"tokens": tokens, "times the training length": tokens // task.train_tokens, "right": right, "step_ms": step_ms, "text_ms": text_ms}
-        )
+        row = {"tokens": tokens, "times the training length": tokens // task.train_tokens, "steps": steps}
+        rows.append({**row, "right": right, "step_ms": step_ms, "text_ms": text_ms})
     return rows
 
 
@@ -115,22 +123,27 @@ def logits(reader: Reader, examples: Sequence[Example]) -> tuple[Tensor, Tensor]
     return reader.mlm_logits(reader(ids_BL, mask_BL, type_BL), position_BM), answer_BM
 
 
-def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> None:
-    """AdamW with warm-up and a linear descent."""
+def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> float:
+    """AdamW with warm-up and a linear descent; returns the seconds of all steps, without those that making the texts took."""
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (steps - step) / steps))
-    rng = np.random.default_rng((seed, 1))
+    rng, seconds = np.random.default_rng((seed, 1)), 0.0
     reader.train()
     with progress(label, steps, unit="step", every_s=20.0) as ticker:
         for step in range(steps):
-            score_BMV, answer_BM = logits(reader, [task.example(task.train_tokens, rng) for _ in range(task.batch_size)])
+            examples = [task.example(task.train_tokens, rng) for _ in range(task.batch_size)]
+            began = time.perf_counter()
+            score_BMV, answer_BM = logits(reader, examples)
             loss = F.cross_entropy(score_BMV.flatten(0, 1), answer_BM.flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            ticker.update(step + 1)
+            last = loss.item()  # on a GPU: waits for the step
+            seconds += time.perf_counter() - began
+            ticker.update(step + 1, f"loss {last:.3f}")
+    return seconds
 
 
 @torch.inference_mode()
@@ -149,16 +162,19 @@ def test(reader: Reader, task: Task, tokens: int, seed: int, count: int) -> tupl
 
 
 def report(rows: Sequence[Row], tasks: Sequence[str], seed: int) -> None:
-    """One table: a row for each variant, a column for each task and length, and what the longest costs."""
-    columns = [(task, tokens) for task in tasks for tokens in TASKS[task].test_tokens]
+    """One table: a row for each variant, for each task a column for each length and what a training step and the longest text cost."""
     found = {(row["variant"], row["task"], row["tokens"]): row for row in rows}
     rng = np.random.default_rng(seed)
-    table: list[list[object]] = [["the commonest answer", *(f"{100 * TASKS[task].chance(rng):.1f}" for task, _ in columns), None, None]]
+    heads, guesses = [], []
+    for name in tasks:
+        lengths = TASKS[name].test_tokens
+        heads += [f"{name}, {tokens // TASKS[name].train_tokens}x" for tokens in lengths] + ["ms a step", f"ms a text of {max(lengths):,}"]
+        guesses += [f"{100 * TASKS[name].chance(rng):.1f}"] * len(lengths) + [None, None]
+    table: list[list[object]] = [["the commonest answer", *guesses]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        mine = [found[variant, task, tokens] for task, tokens in columns]
-        longest = max(mine, key=lambda row: row["tokens"])
-        cells = [f"{100 * row['right']:.1f}" for row in mine]
-        table.append([variant, *cells, f"{mine[0]['step_ms']:.0f}", f"{longest['text_ms']:.1f}"])
-    heads = [f"{task}, {tokens // TASKS[task].train_tokens}x" for task, tokens in columns]
-    longest_tokens = max(tokens for _, tokens in columns)
-    print_table("Right, %, by test length in training lengths", ["variant", *heads, "ms a step", f"ms a text of {longest_tokens:,}"], table)
+        cells: list[object] = [variant]
+        for name in tasks:
+            mine = [found[variant, name, tokens] for tokens in TASKS[name].test_tokens]
+            cells += [f"{100 * row['right']:.1f}" for row in mine] + [f"{mine[0]['step_ms']:.0f}", f"{mine[-1]['text_ms']:.1f}"]
+        table.append(cells)
+    print_table("Right, %, by test length in training lengths, and cost", ["variant", *heads], table)

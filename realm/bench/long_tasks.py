@@ -134,7 +134,7 @@ class ListOps(Task):
                 return joint([MASK], text, (_FIRST + value,))
 
     def _list(self, depth: int, rng: np.random.Generator, room: int) -> tuple[list[int], int]:
-        """Ids and value of one operator with its arguments; the first levels are always operators, or hardly any list were long."""
+        """Ids and value of one operator with its arguments; the root is always one."""
         operator = int(rng.integers(len(OPERATORS)))
         ids, values = [_FIRST + 10 + operator], []
         for _ in range(int(rng.integers(2, self.max_arguments + 1))):

@@ -25,7 +25,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     attention.add_argument("--picture", type=Path, metavar="FILE", help="draw time, memory and approximation error")
     attention.set_defaults(command=_attention, takes_overrides=False)
     long = kinds.add_parser("long", help="what every attention variant can do on texts longer than it was trained on, and what that costs")
-    long.add_argument("--variants", nargs="+", metavar="TYPE", help="names, or '{type: longformer, window: 8}' (default: the first five)")
+    long.add_argument("--variants", nargs="+", metavar="TYPE", help="names, or '{type: longformer, window: 8}' (default: each, of sizes that suit)")
     long.add_argument("--tasks", nargs="+", metavar="TASK", help="passkey, 'masked span', listops (default: all)")
     long.add_argument("--steps", type=int, metavar="N", help="training steps (default: each task's own)")
     long.add_argument("--tests", type=int, default=1000, help="texts tested of each length (default: 1000)")

@@ -53,12 +53,14 @@ def test_clusters_found_on_gpus_are_those_found_without(factory: str, monkeypatc
     """In place of a GPU there is an index of the same kind on the CPU; what is held for it is let go of afterwards."""
     alone, moved = build_index(EMBEDDINGS_ND, factory), []
 
-    def to_gpus(index: faiss.Index) -> faiss.Index:
+    def to_gpu(resources: object, device: int, index: faiss.Index) -> faiss.Index:
         moved.append(index)
         return index
 
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", to_gpus, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", to_gpu, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     index = build_index(EMBEDDINGS_ND, factory)
     assert len(moved) == 1 and moved[0].ntotal == 8, "the centroids were found through it"
     assert faiss.extract_index_ivf(index).clustering_index is None

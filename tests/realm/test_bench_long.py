@@ -96,5 +96,9 @@ def test_every_variant_runs_and_is_reported(tmp_path, capsys):
 def test_mistakes_are_answered_before_anything_is_trained(tmp_path):
     with pytest.raises(UserError, match="--tasks 'chess' is none; name some of passkey, masked span, listops"):
         bench_long(["dense"], ["chess"], 0, 1, 1, None)
+    with pytest.raises(UserError, match="--tests and --steps must be at least 1, got 0 and None"):
+        bench_long(["dense"], list(TASKS), 0, 0, None, None)
+    with pytest.raises(UserError, match="projected_tokens \\(256\\) exceeds"):
+        bench_long(["dense", "linformer"], list(TASKS), 0, 1, 1, None)
     with pytest.raises(UserError, match="there is no folder"):
         bench_long(["dense"], list(TASKS), 0, 1, 1, tmp_path / "none" / "a.json")

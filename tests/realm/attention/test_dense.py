@@ -39,7 +39,7 @@ def reference(query, key, value, mask_BL, scale):
 @pytest.mark.parametrize("cached_scores", [1, 2 * 25 * 2, 2**19], ids=["a row", "two rows", "all"])
 @pytest.mark.parametrize("padded", [True, False])
 def test_outputs_and_gradients_are_those_of_plain_loops(monkeypatch, cached_scores, padded):
-    monkeypatch.setattr(dense, "_CACHED_SCORES", cached_scores)
+    monkeypatch.setattr(dense, "CACHED_SCORES", cached_scores)
     tensors, mask_BL = inputs(3, 5)
     mask = mask_BL if padded else None
     weight = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_plain_loops(monkeypatch, cached_scor
 
 
 def test_without_gradient_the_outputs_are_the_same(monkeypatch):
-    monkeypatch.setattr(dense, "_CACHED_SCORES", 60)
+    monkeypatch.setattr(dense, "CACHED_SCORES", 60)
     tensors, mask_BL = inputs(4, 5)
     with torch.inference_mode():
         alone = dense_attention(MODULE, *tensors, mask_BL)[0]

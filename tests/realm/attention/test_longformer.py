@@ -10,11 +10,23 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LongformerConfig, LongformerModel
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
+from realm.attention import windowed
 from realm.attention.binding import bind_attention
 from realm.attention.longformer import LongformerAttention, LongformerSelfAttention
 from realm.errors import UserError
 
 HEADS, WIDTH = 2, 6
+
+
+@pytest.fixture(scope="module", params=["blocks of a CPU", "one call of a GPU"], autouse=True)
+def path(request):
+    """Both ways to compute windows, on texts of a few tokens: many small blocks one after another, and all in one call."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "one call of a GPU":
+            patch.setattr(windowed, "windowed_attention", windowed._all_blocks_at_once)
+        for name, value in (("_SHORTEST_BLOCK", 3), ("_LONGEST_BLOCK", 5), ("CACHED_SCORES", 120)):
+            patch.setattr(windowed, name, value)
+        yield
 
 
 def attention(window: int, dropout: float = 0.0, dilation: tuple[int, ...] = ()) -> LongformerSelfAttention:
@@ -105,6 +117,21 @@ def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window,
     for name, gradient in slow_gradients.items():
         torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     assert all(gradient.isfinite().all() for gradient in fast_gradients.values())
+
+
+def test_half_precision_is_close_in_outputs_and_gradients():
+    module = attention(4)
+    hidden_BLW, real_BL, global_BL = inputs([30, 17], 3, 2, 2)
+    exact, exact_gradients = outputs_and_gradients(lambda *args: module(*args)[0], module, hidden_BLW, real_BL, global_BL)
+
+    def rounded(hidden, real, marked):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module.float()(hidden.float(), real, marked)[0].double()
+
+    out, gradients = outputs_and_gradients(rounded, module, hidden_BLW, real_BL, global_BL)
+    torch.testing.assert_close(out, exact, atol=0.05, rtol=0.05)
+    for name, gradient in exact_gradients.items():
+        assert (gradients[name] - gradient).norm() < 0.06 * max(2.0, gradient.norm().item()), name
 
 
 def test_global_projections_are_used_and_start_as_copies():

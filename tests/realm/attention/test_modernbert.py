@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import ModernBertConfig, ModernBertModel
+from transformers import GPT2Config, GPT2Model, ModernBertConfig, ModernBertModel
 
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention
@@ -87,5 +87,13 @@ def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_
 
 
 def test_what_needs_projections_of_its_own_is_refused(model):
+    expected, training = hidden_and_gradient(model)[0], model.train().training
     with pytest.raises(UserError, match="LongformerAttention needs projections of its own, which ModernBertModel does not give"):
         bind_attention(model, LongformerAttention(window=4))
+    assert model.training == training and torch.equal(hidden_and_gradient(model.eval())[0], expected), "as it was"
+
+
+def test_decoders_are_refused():
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    with pytest.raises(UserError, match="GPT2Model is causal"):
+        bind_attention(GPT2Model(config), PerformerAttention(8))
