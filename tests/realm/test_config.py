@@ -4,11 +4,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from realm.attention.dense import DenseAttention
 from realm.attention.longformer import LongformerAttention
 from realm.config_file import dump_config, load_config, parse_overrides
+from realm.cpu import cpu_threads
 from realm.errors import UserError
 
 BASE = "run: runs/x\ncorpus: {passages: p.jsonl}\n"
@@ -165,3 +167,25 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_mistaken_overrides_are_named(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, BASE), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--pretrain.threads", "-1"], r"pretrain.threads must be 0 \(torch's choice\) or more, got -1"),
+        (["--engine.threads", "-2"], "engine.threads must be 0"),
+        (["--refresh.threads", "0"], "refresh.threads must be at least 1, got 0"),
+    ],
+)
+def test_threads_that_cannot_be_are_refused(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, BASE), override)
+
+
+def test_a_stage_has_threads_of_its_own(tmp_path):
+    config = load_config(write(tmp_path, BASE), ["--engine.threads", "3", "--pretrain.threads", "1"])
+    assert (config.threads("ict"), config.threads("pretrain")) == (3, 1)
+    before = torch.get_num_threads()
+    with cpu_threads(1):
+        torch.set_num_threads(2)  # what runs within may set its own
+    assert torch.get_num_threads() == before
