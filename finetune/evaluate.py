@@ -14,10 +14,11 @@ from finetune.metrics import answers_in_corpus, bootstrap_interval, exact_match,
 from finetune.questions import Question, load_questions
 from finetune.rivals import Retrieves, rival
 from finetune.train import STAGE
-from realm.config import EvaluateConfig, QuestionSource
+from realm.config import QuestionSource
 from realm.errors import UserError
 from realm.publish import write_json_atomic
 from realm.run import STAGES, Run
+from realm.stage_config import EvaluateConfig
 from realm.telemetry import console, print_table, progress
 
 RECALL_DEPTHS = (1, 5, 20)

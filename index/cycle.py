@@ -20,9 +20,9 @@ from index.encode import CompiledTower, Encoder, encode_in_shards, encode_passag
 from index.lease import Lease
 from index.search import IndexRefused, PassageIndex
 from index.workers import Workers
-from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, checksum, newest, versions_in
+from realm.stage_config import RefreshConfig
 from realm.telemetry import peak_memory, progress
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Self
 from index.refresh import TRAINING_ENDED, start_refresher
 from index.replay import announce, forget
 from index.search import IndexWatcher, PassageIndex
-from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
 from realm.publish import TEMPORARY, Lineage, Version, newest, published, start_attempt
 from realm.ranks import all_ranks, any_rank, is_main, on_main, world_size
+from realm.stage_config import RefreshConfig
 from realm.telemetry import console, format_seconds
 from realm.tokenizer import tokenizer_fingerprint
 

@@ -9,9 +9,9 @@ from index.build import IndexManifest
 from index.lease import Lease
 from index.search import IndexRefused, PassageIndex
 from index.store import Collector, holders, pinned, process_name, remove_leftovers
-from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, newest, versions_in
+from realm.stage_config import RefreshConfig
 
 
 @dataclass(frozen=True)

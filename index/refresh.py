@@ -24,9 +24,9 @@ from index.lease import Lease
 from index.replay import wanted
 from index.store import Collector, process_name, remove_leftovers
 from index.workers import Workers
-from realm.config import RefreshConfig
 from realm.errors import UserError
 from realm.publish import Lineage, Version, newest, versions_in
+from realm.stage_config import RefreshConfig
 
 if TYPE_CHECKING:
     from realm.corpus import PreparedCorpus

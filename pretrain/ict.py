@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from pretrain.data import NULL, BatchMaker
 from pretrain.stage import batch_maker, initial_retriever
-from realm.config import IctConfig
 from realm.corpus import PreparedCorpus
 from realm.engine import Engine
 from realm.errors import UserError
@@ -16,6 +15,7 @@ from realm.ranks import rank, world_size
 from realm.retriever import load_retriever
 from realm.run import Run
 from realm.stage import save_models, train_stage
+from realm.stage_config import IctConfig
 
 STAGE = "ict"
 

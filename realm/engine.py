@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from realm.config import EngineConfig, OptimConfig
 from realm.errors import UserError
 from realm.publish import published
 from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
+from realm.stage_config import EngineConfig, OptimConfig
 from realm.telemetry import Metrics, console, peak_memory, progress
 
 CHECKPOINT_STATE = "state.json"

@@ -19,7 +19,6 @@ from index.refresh import refresh
 from index.search import IndexWatcher, PassageIndex
 from index.store import Collector
 from realm.bert import BertSource
-from realm.config import RefreshConfig
 from realm.corpus import PreparedCorpus
 from realm.document_formats import SourceConfig
 from realm.inputs import Wordpieces, pad_batch, passage_input
@@ -27,6 +26,7 @@ from realm.prepare import prepare_corpus
 from realm.publish import Lineage, Version, newest, published, start_attempt
 from realm.retriever import Retriever, RetrieverConfig, build_retriever, embed_plain, save_retriever
 from realm.salient_spans import SpanConfig, SpanTagger
+from realm.stage_config import RefreshConfig
 from realm.tokenizer import TokenizerConfig, train_wordpiece
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}

@@ -7,10 +7,10 @@ import torch
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.ict import IctBatches
 from pretrain.reader_warmup import evidence
-from realm.config import IctConfig
 from realm.context import Contexts
 from realm.model import PairBatch
 from realm.run import Run
+from realm.stage_config import IctConfig
 from realm.substitution import replace_span, span_pool
 from tests.tiny import prepared_run
 
