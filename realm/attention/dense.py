@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from realm.attention import AttentionConfig
-from realm.attention.windowed import CACHED_SCORES, MASKED, Windowed, softmax_dtype, windowed_attention
+from realm.attention.windowed import CACHED_SCORES, Windowed, hide_, softmax_dtype, windowed_attention
 
 _LONGEST = 512
 """Tokens up to which probabilities (L × L) are kept for the gradient; longer texts go to the fused kernel, which keeps none."""
@@ -75,7 +75,7 @@ class _CachedAttention(torch.autograd.Function):
             probability, score = probability_BHLL[part] if keep_all else probability_BHLL[:size], score_RHLL[:size]
             score.copy_(torch.matmul(query_BHLD[part] * scale, key_BHLD[part].transpose(-1, -2), out=probability))
             if keep_BL is not None:
-                score.masked_fill_(~keep_BL[part, None, None, :], MASKED)
+                hide_(score, ~keep_BL[part, None, None, :])
             probability.copy_(torch.softmax(score, -1, out=score))
             output_BLHD[part] = torch.matmul(probability, value_BHLD[part]).transpose(1, 2)
         ctx.save_for_backward(query_BHLD, key_BHLD, value_BHLD, probability_BHLL if keep_all else None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
 from realm.attention.projected import ProjectedSelfAttention
+from realm.attention.windowed import shared_attention
 from realm.errors import UserError
 
 
@@ -75,7 +76,7 @@ def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor,
         return x.transpose(1, 2).reshape(B * N, H, S, D)
 
     seen_BNS = real_BNS | ~real_BNS.any(-1, keepdim=True)  # a segment of padding looks at itself instead of producing NaN
-    out = F.scaled_dot_product_attention(rows(query_BHNSD), rows(key_BHNSD), rows(value_BHNSD), seen_BNS.reshape(B * N, 1, 1, S), dropout_p=dropout)
+    out = shared_attention(rows(query_BHNSD), rows(key_BHNSD), rows(value_BHNSD), seen_BNS.reshape(B * N, S), dropout)
     return out.view(B, N, H, S, D).transpose(1, 2)
 
 
@@ -86,26 +87,28 @@ def read_memory(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, rea
         query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_BHNSD, key_BHNSD, value_BHNSD))
         query = F.elu(query) + 1
         key = (F.elu(key) + 1) * real_BNS[:, None, :, :, None]
-        memory_BHNDD, norm_BHND = memories(key, value, update)
-        backward_memory, backward_norm = memories(key.flip(2), value.flip(2), update)
-        memory_BHNDD, norm_BHND = memory_BHNDD + backward_memory.flip(2), norm_BHND + backward_norm.flip(2)
+        from_left, from_right = memories(key, value, update), memories(key, value, update, backwards=True)
+        memory_BHNDD, norm_BHND = from_left[0] + from_right[0], from_left[1] + from_right[1]
         read = query @ memory_BHNDD / (query @ norm_BHND[..., None]).clamp(min=1e-6)
     there = real_BNS.any(-1).sum(1, keepdim=True) - real_BNS.any(-1).long() > 0
     return read.to(dtype), there[:, None, :, None, None].to(dtype)
 
 
-def memories(key_BHNSD: Tensor, value_BHNSD: Tensor, update: str) -> tuple[Tensor, Tensor]:
-    """Memory (B, H, N, D, D) and normalisation (B, H, N, D) as they stand before each segment is written."""
-    norm_BHND = key_BHNSD.sum(3)
-    before_BHND = norm_BHND.cumsum(2) - norm_BHND
+def memories(key_BHNSD: Tensor, value_BHNSD: Tensor, update: str, backwards: bool = False) -> tuple[Tensor, Tensor]:
+    """Memory (B, H, N, D, D) and normalisation (B, H, N, D) as they stand before each segment is written, the first one first or the last."""
+
+    def before(written: Tensor) -> Tensor:
+        return (written.flip(2).cumsum(2).flip(2) if backwards else written.cumsum(2)) - written
+
+    norm_BHND = before(key_BHNSD.sum(3))
     if update == "linear":
-        written = key_BHNSD.transpose(-1, -2) @ value_BHNSD
-        return written.cumsum(2) - written, before_BHND
-    memory = torch.zeros_like(key_BHNSD[:, :, 0].transpose(-1, -2) @ value_BHNSD[:, :, 0])
+        return before(key_BHNSD.transpose(-1, -2) @ value_BHNSD), norm_BHND
+    # Taken apart once: the gradient of an index is a text of zeros for every segment.
+    segments = list(zip(key_BHNSD.unbind(2), value_BHNSD.unbind(2), norm_BHND.unbind(2), strict=True))
+    memory_BHDD = key_BHNSD.new_zeros(*key_BHNSD.shape[:2], key_BHNSD.shape[-1], value_BHNSD.shape[-1])
     states = []
-    for n in range(key_BHNSD.shape[2]):
-        states.append(memory)
-        key, value = key_BHNSD[:, :, n], value_BHNSD[:, :, n]
-        known = key @ memory / (key @ before_BHND[:, :, n, :, None]).clamp(min=1e-6)
-        memory = memory + key.transpose(-1, -2) @ (value - known)
-    return torch.stack(states, 2), before_BHND
+    for key, value, norm in reversed(segments) if backwards else segments:
+        states.append(memory_BHDD)
+        known = key @ memory_BHDD / (key @ norm[..., None]).clamp(min=1e-6)
+        memory_BHDD = memory_BHDD + key.transpose(-1, -2) @ (value - known)
+    return torch.stack(states[::-1] if backwards else states, 2), norm_BHND

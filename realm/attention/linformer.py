@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
 from realm.attention.projected import ProjectedSelfAttention
+from realm.attention.windowed import shared_attention
 from realm.errors import UserError
 
 
@@ -68,22 +68,25 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         key_projection = self.key_projection
         value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
         real_BLn = real_BL.to(key_BHLD.dtype)
+        padded = not bool(real_BL.all())
         # What a stretch lacks at the end of the text is made up for, so that its mean is one of real tokens.
         pooling_Kn = mean_pooling(K, positions).to(real_BLn)[:, :L]
         filled_BK = real_BLn @ pooling_Kn.T
         factor_BK = torch.where(filled_BK > 0, 1 / filled_BK.clamp(min=1e-6), torch.zeros_like(filled_BK))
 
         def project(projection_HKn: Tensor, x_BHLD: Tensor) -> Tensor:
+            if padded:
+                x_BHLD = x_BHLD * real_BLn[:, None, :, None]
             projection_HKL = projection_HKn[..., :L].to(x_BHLD.dtype)
-            return (projection_HKL @ (x_BHLD * real_BLn[:, None, :, None])) * factor_BK[:, None, :, None]
+            if len(projection_HKL) == 1:  # heads that share a projection are one matrix
+                B, H, _, D = x_BHLD.shape
+                projected_BHKD = (projection_HKL @ x_BHLD.transpose(1, 2).reshape(B, L, H * D)).view(B, K, H, D).transpose(1, 2)
+            else:
+                projected_BHKD = projection_HKL @ x_BHLD
+            return projected_BHKD * factor_BK[:, None, :, None]
 
-        return F.scaled_dot_product_attention(
-            query_BHLD,
-            project(key_projection, key_BHLD),
-            project(value_projection, value_BHLD),
-            attn_mask=(filled_BK > 0)[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        key_BHKD, value_BHKD = project(key_projection, key_BHLD), project(value_projection, value_BHLD)
+        return shared_attention(query_BHLD, key_BHKD, value_BHKD, filled_BK > 0, self.dropout if self.training else 0.0)
 
 
 def mean_pooling(rows: int, positions: int) -> Tensor:

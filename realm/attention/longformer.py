@@ -104,10 +104,8 @@ class LongformerSelfAttention(nn.Module):
         )
         out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
         global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
-        # Slots beyond a row's own global tokens point at a position past the end, which is cut off again.
-        target_BG = torch.where(present_BG, at_BG, L)[..., None].expand(-1, -1, width)
-        out_BLW = F.pad(out_BLW, (0, 0, 0, 1)).scatter(1, target_BG, global_out_BGW)[:, :L]
-        return out_BLW, None
+        row_BG = torch.arange(B, device=at_BG.device)[:, None].expand_as(at_BG)
+        return out_BLW.index_put((row_BG[present_BG], at_BG[present_BG]), global_out_BGW[present_BG]), None
 
 
 def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,21 @@ Shape legend: B rows, H heads, L tokens, D width of a head, M features.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from realm.attention import AttentionConfig
 from realm.attention.projected import ProjectedSelfAttention
 from realm.errors import UserError
 
+CHUNK = 1024
+"""Tokens whose features are made at a time."""
 _RELU_FLOOR = 1e-3
 """Added to ReLU features, so that no query is left without any."""
 
@@ -80,8 +84,7 @@ class PerformerSelfAttention(ProjectedSelfAttention):
         with torch.autocast(query_BHLD.device.type, enabled=False):
             query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_BHLD, key_BHLD, value_BHLD))
             projection_MD = self.projection.to(query.dtype)
-            query_BHLM, key_BHLM = features(query, key, projection_MD, real_BL, self.config.kernel)
-            return linear_attention(query_BHLM, key_BHLM, value).to(value_BHLD.dtype)
+            return random_feature_attention(query, key, value, projection_MD, real_BL, self.config.kernel).to(value_BHLD.dtype)
 
 
 def draw_projection(rows: int, width: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
@@ -96,36 +99,68 @@ def draw_projection(rows: int, width: int, orthogonal: bool, generator: torch.Ge
     return (torch.cat(blocks)[:rows] * lengths).float()
 
 
-def features(query_BHLD: Tensor, key_BHLD: Tensor, projection_MD: Tensor, real_BL: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys, both (B, H, L, M), zero for keys that are padding.
+def random_feature_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, projection_MD: Tensor, real_BL: Tensor, kernel: str) -> Tensor:
+    """φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1), (B, H, L, D), keys where `real_BL` is false left out.
 
-    Every query's features, and all keys' of a head, may carry a common factor: it stands in numerator and denominator alike, and is chosen so
-    that no exponential overflows.
+    Texts longer than a chunk are worked off chunk by chunk, and the gradient makes a chunk's features again: what is kept is of the size of
+    queries, keys and values, not of their features.
     """
-    real_B1L1 = real_BL[:, None, :, None]
+    chunks = len(range(0, query_BHLD.shape[2], CHUNK))
+
+    def in_chunk(work: Callable[..., Any], *arguments: Tensor) -> Any:
+        if chunks == 1 or not torch.is_grad_enabled():
+            return work(*arguments, projection_MD, kernel)
+        return checkpoint(work, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
+
+    parts = zip(key_BHLD.split(CHUNK, 2), value_BHLD.split(CHUNK, 2), real_BL.split(CHUNK, 1), strict=True)
+    memories, totals, levels = zip(*(in_chunk(_written, *part) for part in parts), strict=True)
+    highest_BH11 = torch.stack(levels).amax(0)
+    weights = [(level - highest_BH11).exp() for level in levels]
+    memory_BHMD = sum(memory * weight for memory, weight in zip(memories, weights, strict=True))
+    total_BHM1 = sum(total * weight for total, weight in zip(totals, weights, strict=True))
+    return torch.cat([in_chunk(_read, query, memory_BHMD, total_BHM1) for query in query_BHLD.split(CHUNK, 2)], 2)
+
+
+def _written(key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor, projection_MD: Tensor, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """φ(K)ᵀ V, (B, H, M, D), and φ(K)ᵀ 1, (B, H, M, 1), of a chunk, and the logarithm of what both are divided by, (B, H, 1, 1)."""
+    feature_BHLM, level_BH11 = key_features(key_BHLD, projection_MD, real_BL, kernel)
+    return feature_BHLM.transpose(-1, -2) @ value_BHLD, feature_BHLM.sum(2)[..., None], level_BH11
+
+
+def _read(query_BHLD: Tensor, memory_BHMD: Tensor, total_BHM1: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
+    """(B, H, L, D)."""
+    feature_BHLM = query_features(query_BHLD, projection_MD, kernel)
+    return (feature_BHLM @ memory_BHMD) / _away_from_zero(feature_BHLM @ total_BHM1)
+
+
+def query_features(query_BHLD: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
+    """Features, (B, H, L, M), but for a factor of each query, which stands in numerator and denominator alike."""
+    projected_BHLM = (query_BHLD * query_BHLD.shape[-1] ** -0.25) @ projection_MD.T  # √ of the 1/√D that softmax attention divides by
     if kernel == "relu":
-        scale = query_BHLD.shape[-1] ** -0.25
-        return F.relu(scale * query_BHLD @ projection_MD.T) + _RELU_FLOOR, (F.relu(scale * key_BHLD @ projection_MD.T) + _RELU_FLOOR) * real_B1L1
-    scale = query_BHLD.shape[-1] ** -0.25  # √ of the 1/√D that softmax attention divides by
-    query_BHLD, key_BHLD = scale * query_BHLD, scale * key_BHLD
-    query_BHLM, key_BHLM = query_BHLD @ projection_MD.T, key_BHLD @ projection_MD.T
-    query_norm, key_norm = (x.square().sum(-1, keepdim=True) / 2 for x in (query_BHLD, key_BHLD))
-    if kernel == "trigonometric":  # exp(q·k) = exp(|q|²/2) cos(w·(q-k)) exp(|k|²/2) in expectation
-        key_factor = key_norm.masked_fill(~real_B1L1, -math.inf)
-        key_factor = (key_factor - key_factor.amax(2, keepdim=True).detach()).exp()
-        return torch.cat((query_BHLM.cos(), query_BHLM.sin()), -1), torch.cat((key_BHLM.cos(), key_BHLM.sin()), -1) * key_factor
-    query_BHLM = query_BHLM - query_norm
-    key_BHLM = (key_BHLM - key_norm).masked_fill(~real_B1L1, -math.inf)
-    query_BHLM = query_BHLM - query_BHLM.amax(-1, keepdim=True).detach()
-    key_BHLM = key_BHLM - key_BHLM.amax((2, 3), keepdim=True).detach()
-    return query_BHLM.exp(), key_BHLM.exp()
+        return F.relu(projected_BHLM) + _RELU_FLOOR
+    if kernel == "trigonometric":
+        return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1)
+    return (projected_BHLM - projected_BHLM.amax(-1, keepdim=True).detach()).exp()  # exp(-|q|²/2) is such a factor, and so is this
 
 
-def linear_attention(query_BHLM: Tensor, key_BHLM: Tensor, value_BHLD: Tensor) -> Tensor:
-    """φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1), (B, H, L, D)."""
-    memory_BHMD = key_BHLM.transpose(-1, -2) @ value_BHLD
-    total_BHL1 = query_BHLM @ key_BHLM.sum(2)[..., None]
-    return (query_BHLM @ memory_BHMD) / _away_from_zero(total_BHL1)
+def key_features(key_BHLD: Tensor, projection_MD: Tensor, real_BL: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """Features of keys, (B, H, L, M), zero for padding, and the logarithm of what they are divided by lest an exponential overflows, (B, H, 1, 1)."""
+    key_BHLD = key_BHLD * key_BHLD.shape[-1] ** -0.25
+    projected_BHLM = key_BHLD @ projection_MD.T
+    padding_B1L1 = None if bool(real_BL.all()) else ~real_BL[:, None, :, None]
+    if kernel == "relu":
+        feature_BHLM, level_BH11 = F.relu(projected_BHLM) + _RELU_FLOOR, projected_BHLM.new_zeros(*key_BHLD.shape[:2], 1, 1)
+        return feature_BHLM if padding_B1L1 is None else feature_BHLM.masked_fill(padding_B1L1, 0.0), level_BH11
+    norm_BHL1 = key_BHLD.square().sum(-1, keepdim=True) / 2
+    # exp(q·k) = exp(|q|²/2) cos(w·(q-k)) exp(|k|²/2) in expectation, or exp(w·q - |q|²/2) exp(w·k - |k|²/2)
+    logarithm = norm_BHL1 if kernel == "trigonometric" else projected_BHLM - norm_BHL1
+    if padding_B1L1 is not None:
+        logarithm = logarithm.masked_fill(padding_B1L1, -math.inf)
+    level_BH11 = logarithm.amax((2, 3), keepdim=True).detach().clamp(min=torch.finfo(logarithm.dtype).min)
+    factor = (logarithm - level_BH11).exp()
+    if kernel == "trigonometric":
+        return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1) * factor, level_BH11
+    return factor, level_BH11
 
 
 def _away_from_zero(total: Tensor) -> Tensor:

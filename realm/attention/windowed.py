@@ -8,7 +8,8 @@ Shape legend: B rows, H heads, L tokens, D width of a head, G shared keys, C blo
 a block sees, R rows of a block, N = ⌈L/C⌉ blocks.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_SHORTEST_BLOCK, _LONGEST_BLOCK = 64, 256
+_SHORTEST_BLOCK, _LONGEST_BLOCK = 64, 192
 """Queries of a block on a CPU: as many as a window holds on one side, within these bounds."""
 CACHED_SCORES = 2**19
 """Scores computed at a time, at least those of one row of a block: 2 MiB in single precision."""
-MASKED = -1e30
-"""Score of a key that is not seen."""
 
 
 class Windowed(NamedTuple):
@@ -72,47 +71,48 @@ def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
     return _all_blocks_at_once(inputs, window, dropout)
 
 
+def shared_attention(q_BHLD: Tensor, k_BHGD: Tensor, v_BHGD: Tensor, present_BG: Tensor, dropout: float) -> Tensor:
+    """Attention of every token to the same few keys, those where `present_BG` is true, (B, H, L, D)."""
+    if q_BHLD.device.type == "cpu" and not dropout:
+        none_BH0D, none_B0 = q_BHLD[:, :, :0], present_BG[:, :0]
+        return _Blocks.apply(*Windowed(q_BHLD, none_BH0D, none_BH0D, k_BHGD, v_BHGD, none_B0, present_BG), 0)  # type: ignore[no-untyped-call]
+    return F.scaled_dot_product_attention(q_BHLD, k_BHGD, v_BHGD, present_BG[:, None, None, :], dropout)
+
+
 class _Blocks(torch.autograd.Function):
-    """Block after block by matrix products in the dtype of the inputs, the softmax in single precision or better."""
+    """Block after block by matrix products in the dtype of the inputs; the softmax adds up in single precision or better."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, window = arguments
         inputs = Windowed(*tensors)
-        out_BHLD = torch.empty_like(inputs.q_BHLD, memory_format=torch.contiguous_format)
-        norm_BHL = inputs.q_BHLD.new_empty(inputs.q_BHLD.shape[:3], dtype=softmax_dtype(inputs.q_BHLD))
+        out_BHLD = torch.empty_like(inputs.q_BHLD)
         for block in _blocks(inputs, window):
-            score_RHCK = block.scores()
-            norm_RHC = score_RHCK.logsumexp(-1)
-            norm_BHL[block.queries] = norm_RHC
-            probability_RHCK = score_RHCK.sub_(norm_RHC[..., None]).exp_().to(out_BHLD.dtype)
-            out_BHLD[block.queries] = probability_RHCK @ block.value_RHKD
-        ctx.save_for_backward(*tensors, out_BHLD, norm_BHL)
+            out_BHLD[block.queries] = block.probabilities() @ block.value_RHKD
+        ctx.save_for_backward(*tensors)
         ctx.window = window
         return out_BHLD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, out_BHLD, norm_BHL = ctx.saved_tensors
-        inputs, towards_BHLD = Windowed(*tensors), gradients[0]
-        q = torch.empty_like(inputs.q_BHLD, memory_format=torch.contiguous_format)
+        inputs, towards_BHLD = Windowed(*ctx.saved_tensors), gradients[0]
+        q = torch.empty_like(inputs.q_BHLD)
         # A key stands in several blocks: its gradient is a sum, and is kept as exact as the softmax.
-        sums = [torch.zeros(x.shape, dtype=softmax_dtype(x), device=x.device) for x in inputs[1:5]]
+        sums = [torch.zeros_like(x, dtype=softmax_dtype(x)) for x in inputs[1:5]]
         k, v, shared_k, shared_v = sums
         G = shared_k.shape[2]
         for block in _blocks(inputs, ctx.window):
-            towards_RHCD = towards_BHLD[block.queries].contiguous()
-            probability_RHCK = block.scores().sub_(norm_BHL[block.queries][..., None]).exp_()
-            along_RHC1 = (towards_RHCD * out_BHLD[block.queries]).sum(-1, keepdim=True, dtype=probability_RHCK.dtype)
-            score_RHCK = (towards_RHCD @ block.value_RHKD.transpose(-1, -2)).to(probability_RHCK.dtype)
-            score_RHCK = score_RHCK.sub_(along_RHC1).mul_(probability_RHCK).mul_(block.scale).to(towards_RHCD.dtype)
-            value_RHKD = probability_RHCK.to(towards_RHCD.dtype).transpose(-1, -2) @ towards_RHCD
+            towards_RHCD, probability_RHCK = towards_BHLD[block.queries].contiguous(), block.probabilities()
+            value_RHKD = probability_RHCK.transpose(-1, -2) @ towards_RHCD
+            score_RHCK = towards_RHCD @ block.value_RHKD.transpose(-1, -2)
+            torch._softmax_backward_data(score_RHCK, probability_RHCK, -1, score_RHCK.dtype, grad_input=score_RHCK)
+            q[block.queries] = (score_RHCK @ block.key_RHKD).mul_(block.scale)
             key_RHKD = score_RHCK.transpose(-1, -2) @ block.query_RHCD
-            q[block.queries] = score_RHCK @ block.key_RHKD
             for whole, shared, part in ((k, shared_k, key_RHKD), (v, shared_v, value_RHKD)):
                 shared[block.rows] += part[:, :, :G]
-                whole[block.keys] += part[:, :, G:]
+                if part.shape[2] > G:
+                    whole[block.keys] += part[:, :, G:]
         return q, *(total.to(q.dtype) for total in sums), None, None, None
 
 
@@ -125,49 +125,64 @@ class _Block(NamedTuple):
     keys: tuple[slice, slice, slice]
     """Where the keys of the window stand in (B, H, L)."""
     query_RHCD: Tensor
+    """Multiplied by `scale`."""
     key_RHKD: Tensor
     value_RHKD: Tensor
-    hidden_R1CK: Tensor
-    """True where a query does not see a key."""
+    hidden: Sequence[tuple[slice, Tensor]]
+    """Stretches of keys, and where in them a query (last but one axis) does not see a key."""
     scale: float
 
-    def scores(self) -> Tensor:
-        """(R, H, C, K), in the dtype of the softmax."""
-        score_RHCK = (self.query_RHCD * self.scale) @ self.key_RHKD.transpose(-1, -2)
-        return score_RHCK.to(softmax_dtype(score_RHCK)).masked_fill_(self.hidden_R1CK, MASKED)
+    def probabilities(self) -> Tensor:
+        """(R, H, C, K). A query that sees nothing (padding) looks at everything alike."""
+        score_RHCK = self.query_RHCD @ self.key_RHKD.transpose(-1, -2)
+        for keys, hidden in self.hidden:
+            hide_(score_RHCK[..., keys], hidden)
+        return torch.softmax(score_RHCK, -1, out=score_RHCK)
 
 
 def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
     """All rows of a block at once where they are short, and fewer where their scores would not stay in the cache."""
     B, H, L, D = inputs.q_BHLD.shape
-    C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window))
-    place_L = torch.arange(L, device=inputs.q_BHLD.device)
+    scale = D**-0.5
+    G, length = inputs.shared_k_BHGD.shape[2], inputs.k_BHLD.shape[2]
+    C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window)) if length else max(_SHORTEST_BLOCK, CACHED_SCORES // (H * G))
     for start in range(0, L, C):
-        here, around = slice(start, min(start + C, L)), slice(max(0, start - window), min(start + C + window, L))
-        far_CK = (place_L[here, None] - place_L[None, around]).abs_() > window
-        size = max(1, CACHED_SCORES // (H * far_CK.numel()))
+        here, around = slice(start, min(start + C, L)), slice(min(length, max(0, start - window)), min(start + C + window, length))
+        # Keys before the window of the block's last query, and behind that of its first: only they are too far for some query.
+        before = slice(around.start, max(around.start, min(around.stop, here.stop - 1 - window)))
+        behind = slice(min(around.stop, max(around.start, start + window + 1)), around.stop)
+        offset = G - around.start
+        far = [
+            (slice(offset + end.start, offset + end.stop), _too_far(here.stop - start, end.stop - end.start, end.start - start, window))
+            for end in (before, behind)
+            if end.stop > end.start
+        ]
+        size = max(1, CACHED_SCORES // (H * (here.stop - here.start) * (G + around.stop - around.start)))
         for row in range(0, B, size):
             rows, heads = slice(row, min(row + size, B)), slice(None)
             queries, keys = (rows, heads, here), (rows, heads, around)
-            shared_RCG = ~inputs.present_BG[rows, None, :].expand(-1, len(far_CK), -1)
-            local_RCK = far_CK | ~inputs.local_BL[rows, None, around]
-            hidden_RCK = torch.cat((shared_RCG, local_RCK), 2)
-            hidden_RCK &= ~hidden_RCK.all(-1, keepdim=True)  # a query that sees nothing (padding) looks at everything instead of at noise
-            yield _Block(
-                rows,
-                queries,
-                keys,
-                inputs.q_BHLD[queries],
-                torch.cat((inputs.shared_k_BHGD[rows], inputs.k_BHLD[keys]), 2),
-                torch.cat((inputs.shared_v_BHGD[rows], inputs.v_BHLD[keys]), 2),
-                hidden_RCK[:, None],
-                D**-0.5,
-            )
+            seen_RK = torch.cat((inputs.present_BG[rows], inputs.local_BL[rows, around]), 1)
+            absent = [] if bool(seen_RK.all()) else [(slice(None), ~seen_RK[:, None, None, :])]
+            query, key, value = inputs.q_BHLD[queries].contiguous() * scale, inputs.shared_k_BHGD[rows], inputs.shared_v_BHGD[rows]
+            if length:
+                key, value = torch.cat((key, inputs.k_BHLD[keys]), 2), torch.cat((value, inputs.v_BHLD[keys]), 2)
+            yield _Block(rows, queries, keys, query, key, value, [*far, *absent], scale)
+
+
+@functools.lru_cache(64)
+def _too_far(queries: int, keys: int, offset: int, window: int) -> Tensor:
+    """True where a key is more than `window` places from a query, (queries, keys); the first key stands `offset` behind the first query."""
+    return (torch.arange(queries)[:, None] - torch.arange(keys)[None] - offset).abs_() > window
 
 
 def softmax_dtype(tensor: Tensor) -> torch.dtype:
     """Single precision, or that of `tensor` where it is better."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def hide_(scores: Tensor, hidden: Tensor) -> Tensor:
+    """Give the lowest score there is, in place, where a key is not seen; finite, so that a query which sees none has no NaN."""
+    return scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
 
 
 def _all_blocks_at_once(inputs: Windowed, window: int, dropout: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from realm.attention import AttentionConfig
-from realm.attention.performer import draw_projection, features, linear_attention
+from realm.attention.performer import draw_projection, random_feature_attention
 from realm.bench.attention_cases import RIVAL_OF, Shape, build_call, every_variant, installed_peers, parse_variant
 from realm.errors import UserError
 from realm.publish import write_json_atomic
@@ -169,7 +169,7 @@ def approximation_errors(head_width: int, length: int = 512) -> list[Row]:
                 errors = []
                 for _ in range(_DRAWS):
                     projection_MD = draw_projection(count // 2 if kernel == "trigonometric" else count, head_width, orthogonal, generator).double()
-                    out = linear_attention(*features(query, key, projection_MD, real_BL, kernel), value)
+                    out = random_feature_attention(query, key, value, projection_MD, real_BL, kernel)
                     errors.append(float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt()))
                 median = sorted(errors)[len(errors) // 2]
                 kind = f"{'positive' if kernel == 'softmax' else 'trigonometric'}, {'orthogonal' if orthogonal else 'independent'}"

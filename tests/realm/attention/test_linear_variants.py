@@ -12,14 +12,25 @@ from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from realm.attention import AttentionConfig
+from realm.attention import AttentionConfig, performer, windowed
 from realm.attention.infini import InfiniAttention
 from realm.attention.linformer import LinformerAttention, mean_pooling
-from realm.attention.performer import PerformerAttention, draw_projection, features, linear_attention
+from realm.attention.performer import PerformerAttention, draw_projection, random_feature_attention
 from realm.errors import UserError
 
 HEADS, D = 2, 3
 WIDTH, POSITIONS = HEADS * D, 40
+
+
+@pytest.fixture(params=["all at once", "in small parts"], autouse=True, scope="module")
+def parts(request):
+    """Texts of a few tokens in one part as short texts are, or in several as long ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "in small parts":
+            for place, name, value in ((performer, "CHUNK", 5), (windowed, "_SHORTEST_BLOCK", 3), (windowed, "CACHED_SCORES", 40)):
+                patch.setattr(place, name, value)
+        yield
+
 
 Reference = Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]
 """(module, q, k, v of one text and head as (L, D)) to (L, D); `module` gets an attribute `head`, the number of the head."""
@@ -233,7 +244,7 @@ def draws(kernel: str, orthogonal: bool, number: int, rows: int = 16, size: floa
     outs = []
     for _ in range(number):
         projection = draw_projection(rows // 2 if kernel == "trigonometric" else rows, 8, orthogonal, generator).double()
-        outs.append(linear_attention(*features(q, k, projection, real, kernel), v)[0, 0])
+        outs.append(random_feature_attention(q, k, v, projection, real, kernel)[0, 0])
     return torch.stack(outs), torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
 
 
