@@ -9,6 +9,7 @@ ways, so here two memories are kept, one written from the left and one from the 
 Shape legend: B rows, H heads, L tokens, D width of a head, N segments of S tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,16 +57,14 @@ class InfiniSelfAttention(ProjectedSelfAttention):
         N = -(-L // S)
 
         def segments(x_BHLD: Tensor) -> Tensor:
-            return F.pad(x_BHLD, (0, 0, 0, N * S - L)).view(B, H, N, S, D)
+            return (F.pad(x_BHLD, (0, 0, 0, N * S - L)) if L % S else x_BHLD).view(B, H, N, S, D)
 
         query, key, value = segments(query_BHLD), segments(key_BHLD), segments(value_BHLD)
         real_BNS = F.pad(real_BL, (0, N * S - L)).view(B, N, S)
-        local = local_attention(query, key, value, real_BNS, self.dropout if self.training else 0.0)
+        out = local_attention(query, key, value, real_BNS, self.dropout if self.training else 0.0)
         if N > 1:
-            read, there = read_memory(query, key, value, real_BNS, self.config.update)
-            gate = torch.sigmoid(self.gate).view(1, H, 1, 1, 1).to(local.dtype) * there
-            local = gate * read + (1 - gate) * local
-        return local.reshape(B, H, N * S, D)[:, :, :L]
+            out = mixed_with_memory(out, query, key, value, real_BNS, torch.sigmoid(self.gate), self.config.update)
+        return out.reshape(B, H, N * S, D)[:, :, :L]
 
 
 def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, dropout: float) -> Tensor:
@@ -80,35 +79,43 @@ def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor,
     return out.view(B, N, H, S, D).transpose(1, 2)
 
 
-def read_memory(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, update: str) -> tuple[Tensor, Tensor]:
-    """What each token reads from both memories, (B, H, N, S, D), and 1 where they hold anything, (B, 1, N, 1, 1)."""
-    dtype = value_BHNSD.dtype
+def mixed_with_memory(
+    local_BHNSD: Tensor, query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, gate_H: Tensor, update: str
+) -> Tensor:
+    """Local attention and what each token reads from both memories, (B, H, N, S, D); local attention alone where the memories hold nothing."""
+    filled_BN = real_BNS.any(-1)
+    gate_BHN = gate_H[None, :, None] * (filled_BN.sum(1, keepdim=True) > filled_BN.long())[:, None]
     with torch.autocast(query_BHNSD.device.type, enabled=False):  # sums over the whole text: single precision at least
-        query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_BHNSD, key_BHNSD, value_BHNSD))
-        query = F.elu(query) + 1
-        key = (F.elu(key) + 1) * real_BNS[:, None, :, :, None]
-        from_left, from_right = memories(key, value, update), memories(key, value, update, backwards=True)
-        memory_BHNDD, norm_BHND = from_left[0] + from_right[0], from_left[1] + from_right[1]
-        read = query @ memory_BHNDD / (query @ norm_BHND[..., None]).clamp(min=1e-6)
-    there = real_BNS.any(-1).sum(1, keepdim=True) - real_BNS.any(-1).long() > 0
-    return read.to(dtype), there[:, None, :, None, None].to(dtype)
+        key_BHNSD = _sigma(key_BHNSD) * real_BNS[:, None, :, :, None]
+        segments = list(zip(key_BHNSD.unbind(2), value_BHNSD.to(key_BHNSD.dtype).unbind(2), strict=True))
+        from_left, from_right = memories(segments, update), memories(segments[::-1], update)[::-1]
+        mixed = []
+        for n, (local, query) in enumerate(zip(local_BHNSD.unbind(2), query_BHNSD.unbind(2), strict=True)):
+            memory_BHDD, norm_BHD1 = (left + right for left, right in zip(from_left[n], from_right[n], strict=True))
+            mixed.append(_read(local, query, memory_BHDD, norm_BHD1, gate_BHN[..., n, None, None]))
+    return torch.stack(mixed, 2)
 
 
-def memories(key_BHNSD: Tensor, value_BHNSD: Tensor, update: str, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """Memory (B, H, N, D, D) and normalisation (B, H, N, D) as they stand before each segment is written, the first one first or the last."""
-
-    def before(written: Tensor) -> Tensor:
-        return (written.flip(2).cumsum(2).flip(2) if backwards else written.cumsum(2)) - written
-
-    norm_BHND = before(key_BHNSD.sum(3))
-    if update == "linear":
-        return before(key_BHNSD.transpose(-1, -2) @ value_BHNSD), norm_BHND
-    # Taken apart once: the gradient of an index is a text of zeros for every segment.
-    segments = list(zip(key_BHNSD.unbind(2), value_BHNSD.unbind(2), norm_BHND.unbind(2), strict=True))
-    memory_BHDD = key_BHNSD.new_zeros(*key_BHNSD.shape[:2], key_BHNSD.shape[-1], value_BHNSD.shape[-1])
+def memories(segments: Sequence[tuple[Tensor, Tensor]], update: str) -> list[tuple[Tensor, Tensor]]:
+    """Memory (B, H, D, D) and normalisation (B, H, D, 1) as they stand before each of the segments is written; of each σ(keys) and values."""
+    B, H, _, D = segments[0][0].shape
+    memory_BHDD, norm_BHD1 = segments[0][0].new_zeros(B, H, D, D), segments[0][0].new_zeros(B, H, D, 1)
     states = []
-    for key, value, norm in reversed(segments) if backwards else segments:
-        states.append(memory_BHDD)
-        known = key @ memory_BHDD / (key @ norm[..., None]).clamp(min=1e-6)
-        memory_BHDD = memory_BHDD + key.transpose(-1, -2) @ (value - known)
-    return torch.stack(states[::-1] if backwards else states, 2), norm_BHND
+    for key_BHSD, value_BHSD in segments:
+        states.append((memory_BHDD, norm_BHD1))
+        new_BHSD = value_BHSD
+        if update == "delta" and len(states) > 1:  # nothing is known at first
+            new_BHSD = value_BHSD - key_BHSD @ memory_BHDD / (key_BHSD @ norm_BHD1).clamp(min=1e-6)
+        memory_BHDD, norm_BHD1 = memory_BHDD + key_BHSD.transpose(-1, -2) @ new_BHSD, norm_BHD1 + key_BHSD.sum(2)[..., None]
+    return states
+
+
+def _read(local_BHSD: Tensor, query_BHSD: Tensor, memory_BHDD: Tensor, norm_BHD1: Tensor, gate_BH11: Tensor) -> Tensor:
+    """A segment's local attention mixed with what its tokens read."""
+    query = _sigma(query_BHSD)
+    read_BHSD = query @ memory_BHDD / (query @ norm_BHD1).clamp(min=1e-6)
+    return torch.lerp(local_BHSD.to(read_BHSD.dtype), read_BHSD, gate_BH11.to(read_BHSD.dtype)).to(local_BHSD.dtype)
+
+
+def _sigma(x: Tensor) -> Tensor:
+    return F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1

@@ -105,10 +105,10 @@ def random_feature_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: T
     Texts longer than a chunk are worked off chunk by chunk, and the gradient makes a chunk's features again: what is kept is of the size of
     queries, keys and values, not of their features.
     """
-    chunks = len(range(0, query_BHLD.shape[2], CHUNK))
+    short = query_BHLD.shape[2] <= CHUNK
 
     def in_chunk(work: Callable[..., Any], *arguments: Tensor) -> Any:
-        if chunks == 1 or not torch.is_grad_enabled():
+        if short or not torch.is_grad_enabled():
             return work(*arguments, projection_MD, kernel)
         return checkpoint(work, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
 
