@@ -14,14 +14,15 @@ import torch
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from finetune.train import STAGE
-from index.frozen import index_for, start_retriever
+from index.frozen import index_for
 from realm.errors import UserError
 from realm.inputs import token_budget_batches
 from realm.model import OpenQaModel, QuestionBatch
 from realm.objectives import NEVER
-from realm.reader import load_reader
+from realm.reader import Reader, load_reader
 from realm.retriever import embed_plain, load_retriever
 from realm.run import STAGES, Run
+from realm.start import initial_retriever, start_reader, start_retriever
 from realm.telemetry import console
 from realm.tokenizer import encode_plain
 
@@ -56,8 +57,8 @@ class Answerer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.index = index_for(run, source, lambda line: console.print(f"  {line}"))
         self.retriever = retriever.to(self.device)
-        reader = run.latest("reader", until=stage) if stage in STAGES else None
-        self.model = None if reader is None else OpenQaModel(self.retriever, load_reader(reader, run.config.reader)).eval().to(self.device)
+        reader = self._reader()
+        self.model = None if reader is None else OpenQaModel(self.retriever, reader).eval().to(self.device)
         self.batches = QuestionBatches(run, self.index)
 
     def _retriever(self) -> tuple[Any, Path]:
@@ -68,11 +69,15 @@ class Answerer:
             return load_retriever(start)[0], start
         if not run.finished(self.stage):
             raise UserError(f"run {run.folder} has not finished stage {self.stage} yet; run `realm {self.stage.replace('_', '-')}` first.")
-        folder = run.latest("retriever", until=self.stage)
-        source = run.latest("retriever", before=STAGE) if self.stage == STAGE else folder
-        if folder is None or source is None:
-            raise UserError(f"run {run.folder} has no retriever by stage {self.stage}.")
-        return load_retriever(folder)[0], source
+        folder = run.latest("retriever", until=self.stage) or start_retriever(run)
+        return load_retriever(folder)[0], initial_retriever(run, STAGE) if self.stage == STAGE else folder
+
+    def _reader(self) -> Reader | None:
+        """The stage's reader; none before one was trained, in this run or in the one that it starts from."""
+        path = self.run.latest("reader", until=self.stage) if self.stage in STAGES else None
+        if path is not None:
+            return load_reader(path, self.run.config.reader)
+        return start_reader(self.run) if self.run.config.start.reader else None
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         """Rows of the `k` best passages per question, (B, k)."""

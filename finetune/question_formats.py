@@ -2,6 +2,7 @@
 
 import ast
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,27 @@ class QuestionRecord:
     """Characters of the context at which answers start, where known."""
     passage: str | None = None
     """Id of the document the question was asked about."""
+    article: str | None = None
+    """The article of SQuAD that the paragraph stands in."""
+
+    @property
+    def document(self) -> str | None:
+        """What folds must not tear apart."""
+        return self.article or self.passage or self.context
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """The questions of one source in its order; broken ones, and those without an answer, are noted in `report`.
+    """The questions of one source in its order, those of the folds that it takes; broken ones, and those without an answer, are noted in `report`.
 
-    Raises UserError where the source cannot be read at all, or its format is not known.
+    Raises UserError where the source cannot be read at all, its format is not known, or folds are asked of questions without documents.
     """
-    return FORMATS[format_of(source)](source, report)
+    for record in FORMATS[format_of(source)](source, report):
+        if source.take:
+            if record.document is None:
+                raise UserError(f"{record.place}: folds are of documents, and this question names neither an article, a passage nor a context.")
+            if zlib.crc32(record.document.encode()) % source.folds not in source.take:
+                continue
+        yield record
 
 
 def format_of(source: QuestionSource) -> str:
@@ -211,19 +225,19 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
                 for q, entry in enumerate(entries):
                     place = Place(f"{path}, data[{a}].paragraphs[{p}].qas[{q}]")
                     try:
-                        yield _squad_question(place, entry, context, passage)
+                        yield _squad_question(place, entry, context, passage, title)
                     except BadRecord as bad:
                         report.add(place, bad.kind, bad.detail)
         except (KeyError, TypeError, AttributeError) as error:
             report.add(place, "not as SQuAD has it", f" ({error!r})")
 
 
-def _squad_question(place: Place, entry: dict[str, Any], context: str | None, passage: str | None) -> QuestionRecord:
+def _squad_question(place: Place, entry: dict[str, Any], context: str | None, passage: str | None, article: str) -> QuestionRecord:
     try:
         answers = [] if entry.get("is_impossible") else entry["answers"]
         texts = [answer["text"] for answer in answers]
         starts = tuple(answer["answer_start"] for answer in answers if isinstance(answer.get("answer_start"), int))
-        return _checked(place, entry["id"], entry["question"], texts, context=context, passage=passage, starts=starts)
+        return _checked(place, entry["id"], entry["question"], texts, context=context, passage=passage, starts=starts, article=article)
     except (KeyError, TypeError, AttributeError) as error:
         raise BadRecord("not as SQuAD has it", f" ({error!r})") from None
 

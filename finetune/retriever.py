@@ -20,6 +20,7 @@ from realm.ranks import rank, world_size
 from realm.retriever import Retriever, embed_plain, load_retriever
 from realm.run import Run
 from realm.stage import save_models, train_stage
+from realm.start import initial_retriever
 from realm.telemetry import console, progress
 
 STAGE = "finetune_retriever"
@@ -42,7 +43,7 @@ def train_finetune_retriever(run: Run, resume: bool = False) -> None:
     if config.steps == 0:
         raise UserError("finetune_retriever.steps is 0; give a number of steps, such as --finetune_retriever.steps 100.")
     torch.manual_seed(run.config.seed + 4)
-    path = run.latest("retriever", before=STAGE) or run.require("retriever", "run `realm ict` or `realm pretrain` first")
+    path = initial_retriever(run, STAGE, learned=True)
     questions = load_questions(source, run)
     index = index_for(run, path, lambda line: console.print(f"  {line}"))
     batches = RetrieverBatches(QuestionBatches(run, index), load_retriever(path)[0], questions)

@@ -15,10 +15,10 @@ from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import OpenQaModel, QuestionBatch
 from realm.ranks import rank, world_size
-from realm.reader import load_reader
 from realm.retriever import Retriever, embed_plain, load_retriever
 from realm.run import Run
 from realm.stage import save_models, train_stage
+from realm.start import initial_reader, initial_retriever
 from realm.substitution import span_pool
 from realm.telemetry import console
 
@@ -37,9 +37,7 @@ def train_finetune(run: Run, resume: bool = False) -> None:
     if source is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
     torch.manual_seed(run.config.seed + 3)
-    retriever_path = run.latest("retriever", before=STAGE) or run.require("retriever", "run `realm ict` or `realm pretrain` first")
-    reader_path = run.latest("reader", before=STAGE) or run.require("reader", "run `realm reader-warmup` or `realm pretrain` first")
-    reader = load_reader(reader_path, run.config.reader)
+    retriever_path, reader = initial_retriever(run, STAGE, learned=True), initial_reader(run, STAGE, learned=True)
     retriever = untied(load_retriever(retriever_path)[0])
     questions = load_questions(source, run)
     index = index_for(run, retriever_path, lambda line: console.print(f"  {line}"))

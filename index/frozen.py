@@ -19,26 +19,10 @@ from index.store import Hold
 from realm.cpu import cpu_threads
 from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
 from realm.ranks import on_main
-from realm.retriever import build_retriever, save_retriever
 from realm.run import Run
 
 FROZEN = "frozen"
 """Folder of a run with the indexes that are built here, one store for each retriever."""
-
-
-def start_retriever(run: Run) -> Path:
-    """Folder of the retriever as the config builds it, before any training: a checkpoint off the shelf, or random weights."""
-    folder = run.folder / FROZEN / "start" / "retriever"
-
-    def build() -> None:
-        if not folder.exists():
-            torch.manual_seed(run.config.seed)
-            built = build_retriever(run.config.retriever, run.tokenizer)
-            with published(folder) as temporary:
-                save_retriever(built, run.tokenizer, temporary, run.config.retriever.max_query_tokens, run.config.retriever.max_passage_tokens)
-
-    on_main(build)
-    return folder
 
 
 def index_for(run: Run, retriever: Path, log: Callable[[str], None] = print) -> PassageIndex:

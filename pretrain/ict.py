@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data import NULL, BatchMaker
-from pretrain.stage import batch_maker, initial_retriever
+from pretrain.stage import batch_maker
 from realm.corpus import PreparedCorpus
 from realm.engine import Engine
 from realm.errors import UserError
@@ -16,6 +16,7 @@ from realm.retriever import load_retriever
 from realm.run import Run
 from realm.stage import save_models, train_stage
 from realm.stage_config import IctConfig
+from realm.start import initial_retriever
 
 STAGE = "ict"
 

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker, initial_reader, initial_retriever
+from pretrain.stage import batch_maker
 from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import IntArray, epoch_rows
@@ -17,6 +17,7 @@ from realm.model import ReaderWarmupModel, WarmupBatch
 from realm.ranks import rank, world_size
 from realm.run import Run
 from realm.stage import save_models, train_stage
+from realm.start import initial_reader, initial_retriever
 from realm.substitution import span_pool
 
 STAGE = "reader_warmup"

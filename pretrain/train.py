@@ -19,7 +19,7 @@ from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
 from pretrain.search import embed_masked
-from pretrain.stage import batch_maker, initial_reader, initial_retriever
+from pretrain.stage import batch_maker
 from realm.cpu import cpu_threads
 from realm.engine import Engine, Loop, newest_checkpoint, read_state
 from realm.errors import UserError
@@ -31,6 +31,7 @@ from realm.reader import Reader
 from realm.retriever import Retriever, load_retriever
 from realm.run import Run
 from realm.stage import export_retriever, save_models
+from realm.start import initial_reader, initial_retriever
 from realm.substitution import span_pool
 from realm.telemetry import Metrics, console
 

@@ -35,6 +35,11 @@ class QuestionSource:
     """Of SQuAD, only the questions of these articles; none: of all."""
     exclude_articles: tuple[str, ...] = ()
     """Of SQuAD, not the questions of these articles."""
+    folds: int = 1
+    """Deal the documents asked about (articles of SQuAD and TimeQA, else what `passage` or `context` names) into so many folds, by their names,
+    so that no document serves training and test alike."""
+    take: tuple[int, ...] = ()
+    """Only the questions of these folds, the first being 0; none: of all."""
     fields: dict[str, str] = field(default_factory=dict)
     """Where `id`, `question`, `answers`, `context` and `passage` stand in `jsonl` and `datasets`, if not under these names."""
     name: str | None = None
@@ -45,6 +50,10 @@ class QuestionSource:
     """Take no more than this many questions."""
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many, instead of refusing the file."""
+
+    def __post_init__(self) -> None:
+        if self.folds < 1 or not all(0 <= fold < self.folds for fold in self.take):
+            raise UserError(f"take must name folds from 0 to {self.folds - 1} (folds: {self.folds}), got {list(self.take)} for {self.path}.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """Models that another run trained, to start from: what they were built with counts instead of `bert`, `pooling` and the like."""
+
+    retriever: str | None = None
+    """Folder of a saved retriever, such as `RUN/pretrain/model/retriever`; none: as `retriever` says."""
+    reader: str | None = None
+    """Folder of a saved reader, such as `RUN/pretrain/model/reader`; none: as `reader` says."""
+
+
+@dataclass(frozen=True)
 class RealmConfig:
     """Everything a run needs to know."""
 
@@ -83,6 +102,8 @@ class RealmConfig:
     """Retriever."""
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     """Reader."""
+    start: StartConfig = field(default_factory=StartConfig)
+    """Models of another run to start from."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Machine and DeepSpeed."""
     ict: IctConfig = field(default_factory=IctConfig)

@@ -90,6 +90,27 @@ def test_articles_are_chosen_by_title_with_underscores_or_blanks(tmp_path: Path)
         read(path, articles=("Lakes",))
 
 
+def test_folds_part_the_questions_by_document(tmp_path: Path) -> None:
+    articles = [
+        {"title": f"Town {a}", "paragraphs": [{"context": f"c{a}{p}", "qas": [squad_entry(f"{a}-{p}")]} for p in range(3)]} for a in range(40)
+    ]
+    path = tmp_path / "many.json"
+    path.write_text(json.dumps({"data": articles}))
+    parts = [{record.id for record in read(path, folds=4, take=(fold,))[0]} for fold in range(4)]
+    assert all(parts) and sum(map(len, parts)) == 120 == len(set().union(*parts))
+    assert all(len({id.split("-")[0] for id in part}) * 3 == len(part) for part in parts), "all questions of an article stand in one fold"
+    assert {record.id for record in read(path, folds=4, take=(1, 3))[0]} == parts[1] | parts[3]
+    with pytest.raises(UserError, match="take must name folds from 0 to 3"):
+        QuestionSource(str(path), folds=4, take=(4,))
+    (tmp_path / "open.jsonl").write_text('{"question": "who?", "answer": "x"}\n')
+    with pytest.raises(UserError, match=r"open\.jsonl:1: folds are of documents"):
+        read(tmp_path / "open.jsonl", folds=2, take=(0,))
+
+
+def squad_entry(id: str) -> dict:
+    return {"id": id, "question": "Who led it?", "answers": [{"text": "Ada", "answer_start": 0}]}
+
+
 def test_places_of_answers_in_timeqa_count_over_the_whole_article(tmp_path: Path) -> None:
     path = tmp_path / "timeqa.json"
     path.write_text(FILES["timeqa.json"][0])

@@ -10,11 +10,12 @@ import pytest
 from finetune.data import QuestionBatches
 from finetune.questions import Question, load_questions
 from finetune.retriever import RetrieverBatches, train_finetune_retriever
-from index.frozen import index_for, start_retriever
+from index.frozen import index_for
 from realm.config import QuestionSource
 from realm.errors import UserError
 from realm.retriever import load_retriever
 from realm.run import Run
+from realm.start import start_retriever
 from tests.tiny import prepared_run
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from index.bench.searching import TILES, bench_search, bench_synthetic, jittered
-from index.frozen import index_for, start_retriever
+from index.frozen import index_for
 from realm.cli import main
 from realm.errors import UserError
+from realm.start import start_retriever
 from tests.tiny import prepared_run
 
 RNG = np.random.default_rng(0)

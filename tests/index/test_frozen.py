@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from index.frozen import index_for, publish_frozen, start_retriever
+from index.frozen import index_for, publish_frozen
 from index.search import PassageIndex
 from index.store import is_held
 from realm.publish import Version, checksum, start_attempt
 from realm.run import Run
+from realm.start import start_retriever
 from tests.tiny import prepared_run
 
 

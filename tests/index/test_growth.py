@@ -19,7 +19,7 @@ from tests.tiny import prepared_run
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run with the index of a retriever that stands still."""
-    from index.frozen import start_retriever
+    from realm.start import start_retriever
 
     run = prepared_run(tmp_path, refresh={"shard_rows": 4, "poll_s": 0.05, "grace_s": 0.0, "lease_expiry_s": 1.0})
     index_for(run, start_retriever(run), lambda line: None).close()

@@ -14,7 +14,7 @@ from finetune.answer import NO_ANSWER, Answerer
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from pretrain.data import EMPTY, SpanSampler, choose_candidates
-from pretrain.stage import batch_maker, initial_reader
+from pretrain.stage import batch_maker
 from realm.config_file import load_config
 from realm.context import Contexts
 from realm.errors import UserError
@@ -22,6 +22,7 @@ from realm.model import OpenQaModel, RealmModel, read_masked
 from realm.pipeline import prepare
 from realm.retriever import build_retriever
 from realm.run import Run
+from realm.start import initial_reader
 from realm.tokenizer import encode_plain
 from tests.tiny import FOUNDERS, RIVERS, TOWNS, write_config, write_sources
 
