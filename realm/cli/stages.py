@@ -58,6 +58,9 @@ def add_stage_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models"
     )
     evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)")
+    compare = add("compare", _compare, "two evaluations of the same questions: differences with paired intervals", "")
+    compare.add_argument("first", type=Path, help="…predictions.jsonl of one evaluation")
+    compare.add_argument("second", type=Path, help="…predictions.jsonl of another, of this or another run")
     ask = add("ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
     ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
@@ -135,6 +138,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     source = None if options.questions is None else QuestionSource(options.questions, options.format)
     name = options.name or (options.split if source is None else Path(options.questions).name.split(".")[0])
     print_results(run, evaluate(run, source, options.split, options.stage, options.compare, name), name)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from finetune.compare import compare
+
+    compare(options.first, options.second)
 
 
 def _ask(options: argparse.Namespace) -> None:

@@ -1,0 +1,38 @@
+"""Two evaluations side by side: differences, paired intervals, and what cannot be compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.compare import compare
+from realm.errors import UserError
+
+
+def write(path: Path, rights: list[bool], ranks: list[int | None]) -> Path:
+    records = [{"id": f"q{n}", "em": right, "f1": 0.5, "rank_of_answer": rank} for n, (right, rank) in enumerate(zip(rights, ranks, strict=True))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", [False] * 50 + [True] * 50, [1] * 100)
+    second = write(tmp_path / "b.jsonl", [True] * 20 + [False] * 30 + [True] * 50, [None] * 40 + [3] * 60)
+    rows = {row["figure"]: row for row in compare(first, second)}
+    assert (rows["em"]["first"], rows["em"]["second"]) == (50.0, 70.0)
+    assert 12 < rows["em"]["low"] < 20 < rows["em"]["high"] < 29, "every change is for the better: far narrower than two separate intervals"
+    assert (rows["f1"]["low"], rows["f1"]["high"]) == (0.0, 0.0)
+    assert rows["recall@1"]["second"] == 0.0 and rows["recall@5"]["second"] == 60.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no predictions"), ("{", r"b\.jsonl:1 is no prediction"), ('{"id": "other", "em": true}\n', "different questions")],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    first = write(tmp_path / "a.jsonl", [True], [1])
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        compare(first, tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        compare(first, tmp_path / "none.jsonl")
