@@ -51,10 +51,6 @@ class QuestionSource:
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many, instead of refusing the file."""
 
-    def __post_init__(self) -> None:
-        if self.folds < 1 or not all(0 <= fold < self.folds for fold in self.take):
-            raise UserError(f"take must name folds from 0 to {self.folds - 1} (folds: {self.folds}), got {list(self.take)} for {self.path}.")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -137,6 +133,12 @@ class RealmConfig:
                 f"reader.context_tokens ({context}) must be 0 or lie between corpus.block_tokens ({block}) and reader.max_tokens less "
                 f"retriever.max_query_tokens ({joint - query}); change it, or raise reader.max_tokens."
             )
+        for name in ("train", "validation", "test"):
+            source: QuestionSource | None = getattr(self.data, name)
+            if source is not None and (source.folds < 1 or not all(0 <= fold < source.folds for fold in source.take)):
+                raise UserError(
+                    f"data.{name}.take must name folds from 0 to data.{name}.folds less 1, got {list(source.take)} with {source.folds} folds."
+                )
         for name, threads in (("pretrain", self.pretrain.threads), ("engine", self.engine.threads)):
             if threads < 0:
                 raise UserError(f"{name}.threads must be 0 (torch's choice) or more, got {threads}.")

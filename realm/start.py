@@ -39,6 +39,7 @@ def start_retriever(run: Run) -> Path:
         if source is None:
             built = build_retriever(run.config.retriever, run.tokenizer)
         else:
+            _check_saved("retriever", source, "retriever.json")
             built, tokenizer = load_retriever(Path(source))
             _check_vocabulary(run, "retriever", source, tokenizer.get_vocab())
         with published(folder) as temporary:
@@ -68,6 +69,7 @@ def start_reader(run: Run) -> Reader:
     Raises UserError where `start.reader` is no saved reader, has another vocabulary than the corpus, or cannot read as the config says.
     """
     if source := run.config.start.reader:
+        _check_saved("reader", source, "reader.json")
         reader = load_reader(Path(source), run.config.reader)
         _check_vocabulary(run, "reader", source, load_tokenizer(source).get_vocab())
         return reader
@@ -75,6 +77,11 @@ def start_reader(run: Run) -> Reader:
     for line in notes:
         console.print(f"  note: {line}")
     return reader
+
+
+def _check_saved(part: str, source: str, file: str) -> None:
+    if not (Path(source) / file).is_file():
+        raise UserError(f"start.{part} {source!r} is no saved {part} (no {file} there); name one such as RUN/pretrain/model/{part}.")
 
 
 def _check_vocabulary(run: Run, part: str, source: str, vocabulary: dict[str, int]) -> None:

@@ -189,3 +189,10 @@ def test_a_stage_has_threads_of_its_own(tmp_path):
     with cpu_threads(1):
         torch.set_num_threads(2)  # what runs within may set its own
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("folds", "take"), [(4, [4]), (4, [0, -1]), (0, [])])
+def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
+    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, folds: {folds}, take: {take}}}}}\n")
+    with pytest.raises(UserError, match=r"data\.test\.take must name folds"):
+        load_config(path)

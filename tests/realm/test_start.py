@@ -77,7 +77,7 @@ def test_models_of_another_vocabulary_and_folders_without_models_are_refused(sou
     run = another(source, tmp_path, start={"reader": str(foreign), "retriever": str(tmp_path / "nothing")})
     with pytest.raises(UserError, match="has another vocabulary than the corpus"):
         initial_reader(run, "finetune")
-    with pytest.raises(UserError, match="nothing"):
+    with pytest.raises(UserError, match="nothing' is no saved retriever"):
         initial_retriever(run, "finetune")
     assert not (run.folder / "start").exists()
 
