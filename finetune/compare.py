@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluate import RECALL_DEPTHS
+from finetune.evaluate import RECALL_DEPTHS, values_of
 from finetune.metrics import bootstrap_interval
 from realm.errors import UserError
 from realm.telemetry import console, print_table
@@ -53,11 +53,7 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            figures = {key: float(record[key]) for key in ("em", "f1", "oracle_em", "random_passage_em") if key in record}
-            for key, title in (("rank_of_answer", "recall"), ("rank_of_document", "exact_recall")):
-                if key in record:
-                    figures |= {f"{title}@{k}": float(record[key] is not None and record[key] <= k) for k in RECALL_DEPTHS}
-            questions[record["id"]] = figures
+            questions[record["id"]] = values_of(record, RECALL_DEPTHS)
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}:{number} is no prediction as `realm evaluate` writes it ({error!r}).") from error
     if not questions:

@@ -168,18 +168,23 @@ def figures_of(records: Sequence[Record], config: EvaluateConfig, seed: int) -> 
     depths = [k for k in RECALL_DEPTHS if k <= config.retrieve]
     columns: dict[str, list[float]] = {}
     for record in records:
-        values: dict[str, float] = {key: float(record[key]) for key in ("em", "f1", "random_passage_em", "oracle_em") if key in record}  # type: ignore[arg-type]
-        for key, title in (("rank_of_answer", "recall"), ("rank_of_substring", "substring_recall"), ("rank_of_document", "exact_recall")):
-            if key in record:
-                values |= {f"{title}@{k}": float(_within(record[key], k)) for k in depths}  # type: ignore[arg-type]
-        if "rank_of_document" in record:
-            rank = record["rank_of_document"]
-            values["mrr"] = 0.0 if rank is None else 1.0 / float(rank)  # type: ignore[arg-type]
-        for key, value in values.items():
+        for key, value in values_of(record, depths).items():
             columns.setdefault(key, []).append(value)
     figures = {key: percent(values) for key, values in columns.items()}
     intervals = {key: tuple(100.0 * end for end in bootstrap_interval(np.array(values), seed)) for key, values in columns.items()}
     return figures | {"count": float(len(records))}, intervals  # type: ignore[return-value]
+
+
+def values_of(record: Record, depths: Sequence[int]) -> dict[str, float]:
+    """The figures of one question, each between 0 and 1; those that its record has."""
+    values: dict[str, float] = {key: float(record[key]) for key in ("em", "f1", "random_passage_em", "oracle_em") if key in record}  # type: ignore[arg-type]
+    for key, title in (("rank_of_answer", "recall"), ("rank_of_substring", "substring_recall"), ("rank_of_document", "exact_recall")):
+        if key in record:
+            values |= {f"{title}@{k}": float(_within(record[key], k)) for k in depths}  # type: ignore[arg-type]
+    if "rank_of_document" in record:
+        rank = record["rank_of_document"]
+        values["mrr"] = 0.0 if rank is None else 1.0 / float(rank)  # type: ignore[arg-type]
+    return values
 
 
 def _first(hits: Sequence[bool]) -> int | None:
