@@ -124,7 +124,8 @@ def choose_candidates(
     for row in map(int, retrieved_rows):
         text_hash = passages.text_hash(row)
         own = (same_corpus and row == example.row) or (own_document is not None and passages.document(row) == own_document)
-        if not (own or text_hash in seen or wordpieces.find(contexts.around(row).text_ids, example.sentence_ids)):
+        # A sentence longer than a query is cut, perhaps within a word.
+        if not (own or text_hash in seen or wordpieces.find(contexts.around(row).text_ids, example.sentence_ids, whole_words=False)):
             seen.add(text_hash)
             chosen.append(row)
         if len(chosen) == count:
@@ -155,9 +156,9 @@ class BatchMaker:
         words = self.wordpieces
         return pad_batch([query_input(e.masked_ids(words.mask), words.cls, words.sep, self.max_query) for e in examples], words.pad)
 
-    def holds(self, row: int, span_ids: IntArray) -> bool:
-        """Whether the span stands in what is read for a passage: the text or the title."""
-        return any(self.wordpieces.find(part, span_ids) for part in self.reading(row))
+    def holds(self, parts: tuple[IntArray, IntArray], span_ids: IntArray) -> bool:
+        """Whether the span stands in the title or the text of a passage (`passage`) or of what is read for it (`reading`)."""
+        return any(self.wordpieces.find(part, span_ids) for part in parts)
 
     def passage_inputs(self, parts: Sequence[tuple[IntArray, IntArray]]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of passages given as (title, text)."""
@@ -167,7 +168,8 @@ class BatchMaker:
     def masked(
         self, examples: Sequence[MaskedSentence], passages: Sequence[Sequence[tuple[IntArray, IntArray]]], reading_BN: np.ndarray | None = None
     ) -> MaskedBatch:
-        """The reader's view: every example with each of its passages, sorted by length into a fixed number of buckets.
+        """The reader's view: every example with each of its passages, sorted by length into a number of buckets that depends on how many
+        examples there are alone, so that it is the same on every rank.
 
         `reading_BN` names for each passage the one it is read with; without it each is read on its own.
         """
@@ -181,7 +183,7 @@ class BatchMaker:
         }
         order = np.array(sorted(joints, key=lambda row: -len(joints[row][0])), dtype=np.int64)
         buckets = []
-        for rows in np.array_split(order, min(self.num_buckets, len(order))):
+        for rows in np.array_split(order, min(self.num_buckets, len(examples))):
             tensors = pad_joint([joints[i][0] for i in rows], [joints[i][1] for i in rows], words.pad)
             buckets.append(JointBatch(*tensors, torch.from_numpy(rows)))
         positions = [np.arange(example.start, example.end) + 1 for example in examples]
@@ -217,7 +219,7 @@ class BatchMaker:
         for b, (example, rows) in enumerate(zip(examples, candidates, strict=True)):
             reading[b, 1:] = 1 + np.array(self.contexts.share(rows))  # what holds nothing (-1) is read with the null passage
             chosen = [self.reading(NULL), *(self.reading(int(row)) for row in rows)]
-            holds.append([False, *(self.holds(int(row), example.span_ids) for row in rows)])
+            holds.append([self.holds(parts, example.span_ids) for parts in chosen])
             if pool is not None and rng.random() < rate:
                 example, texts = substitute(example, [part for both in chosen for part in both], pool, self.wordpieces, rng)
                 chosen = list(zip(texts[0::2], texts[1::2], strict=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretrain.data import NULL, MaskedSentence, SpanSampler
+from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.search import FrozenSearch
 from pretrain.stage import batch_maker
 from realm.errors import UserError
@@ -91,7 +91,10 @@ def retrieval_recall(run: Run, items: list[ProbeItem], retrieved: np.ndarray, de
     """Percent of items with a passage that holds the span (`recall@k`), or the very passage that states it (`exact_recall@k`), in the top k."""
     maker = batch_maker(run)
     holds = np.array(
-        [[maker.holds(int(row), item.example.span_ids) for row in rows] for item, rows in zip(items, retrieved[:, : max(depths)], strict=True)]
+        [
+            [maker.holds(maker.passage(int(row)), item.example.span_ids) for row in rows]
+            for item, rows in zip(items, retrieved[:, : max(depths)], strict=True)
+        ]
     )
     figures = {f"recall@{k}": 100.0 * float(holds[:, :k].any(1).mean()) for k in depths}
     if all(item.passage is not None for item in items):
@@ -113,13 +116,21 @@ def probe(run: Run, items: list[ProbeItem], retriever: Path | None, reader: Read
             figures["accuracy_gold"] = masked_accuracy(reader, run, [example for example, _ in gold], [row for _, row in gold])
     if retriever is not None:
         search = FrozenSearch(run, retriever)
-        retrieved = search(examples, 5)
+        rows = search(examples, 5 + run.config.pretrain.extra_retrieved)
+        retrieved = np.array([_five_best(run, example, mine) for example, mine in zip(examples, rows, strict=True)])
         figures |= retrieval_recall(run, items, retrieved)
         if reader is not None:
             right, null_mass = read_retrieved(run, search.retriever, reader, examples, retrieved)
             figures["accuracy_retrieved"] = 100.0 * float(right.mean())
             figures["null_mass"] = 100.0 * float(null_mass.mean())
     return figures
+
+
+def _five_best(run: Run, example: MaskedSentence, retrieved_rows: np.ndarray) -> list[int]:
+    """Of a sentence of the run's own statements without those in which it stands itself (see `choose_candidates`)."""
+    if example.row < 0:
+        return retrieved_rows[:5].tolist()
+    return choose_candidates(retrieved_rows, example, 5, run.contexts, run.statements, run.wordpieces)
 
 
 def read_retrieved(

@@ -121,7 +121,8 @@ def evidence(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: Ba
     without other spans takes the first passage that holds its one.
     """
     for row in map(int, retrieved):
-        if maker.holds(row, example.span_ids) and (not example.others or any(maker.holds(row, other) for other in example.others)):
+        parts = maker.reading(row)
+        if maker.holds(parts, example.span_ids) and (not example.others or any(maker.holds(parts, other) for other in example.others)):
             (kept,) = choose_candidates([row], example, 1, run.contexts, run.statements, run.wordpieces)
             if kept != EMPTY:
                 return kept

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from realm.attention import count_update
 from realm.errors import UserError
 from realm.publish import published
 from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
@@ -128,6 +129,7 @@ class Engine:
         outputs: dict[str, Tensor] = self.deepspeed(batch)
         self.deepspeed.backward(outputs["loss"])
         self.deepspeed.step()
+        count_update(self.module)
         return {name: float(value.detach()) for name, value in outputs.items()}
 
     def save(self, folder: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None = None) -> None:

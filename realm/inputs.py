@@ -32,14 +32,14 @@ class Wordpieces:
         continuation = np.array([name.startswith("##") for name in names])
         return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id, continuation)
 
-    def find(self, text_ids: IntArray, span_ids: IntArray) -> list[int]:
-        """Where `span_ids` stands in `text_ids` as whole words, without overlaps."""
+    def find(self, text_ids: IntArray, span_ids: IntArray, whole_words: bool = True) -> list[int]:
+        """Where `span_ids` stands in `text_ids`, as whole words unless told otherwise, without overlaps."""
         text_ids, span_ids = np.ascontiguousarray(text_ids, np.int32), np.ascontiguousarray(span_ids, np.int32)
         text, span, found, at = text_ids.tobytes(), span_ids.tobytes(), [], 0
         while (at := text.find(span, at)) >= 0:
             start, end = at // 4, at // 4 + len(span_ids)
             whole = not self.continuation[text_ids[start]] and (end == len(text_ids) or not self.continuation[text_ids[end]])
-            if at % 4 == 0 and whole:
+            if at % 4 == 0 and (whole or not whole_words):
                 found.append(start)
                 at += len(span)
             else:

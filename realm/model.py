@@ -220,7 +220,7 @@ def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor
     """How retrieval and reading fare on a batch, each a mean over B.
 
     `utility`: log p(y|z,x) − log p(y|null,x) of the passages retrieved (Guu et al. 2020, section 4.2), mean over valid ones;
-    `null_mass`: p(null|x); `entropy`: of p(z|x) in nats; `holding`: share of retrieved passages that hold the span; `accuracy`: the
+    `null_mass`: p(null|x); `entropy`: of p(z|x) in nats; `holding`: share of retrieved passages in whose reading the span stands; `accuracy`: the
     reader's span right on the most probable candidate; `accuracy_null`: on the null passage.
     """
     passage_BN = valid_BN.clone()

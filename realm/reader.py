@@ -70,12 +70,16 @@ class Reader(nn.Module):
     def adapt(self, config: ReaderConfig) -> None:
         """Read as `config` says from now on: longer inputs, and another attention in the place of dense attention.
 
-        Raises UserError where what was trained cannot be carried over: from one variant to another, or to another span length.
+        Raises UserError where what was trained cannot be carried over: from one variant to another, to another span length, or to longer
+        texts with a variant made for a number of positions.
         """
         old = self.config
         for name in ("mlm_head", "span_hidden", "max_span_tokens"):
             if getattr(config, name) != getattr(old, name):
                 raise UserError(f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with {getattr(old, name)!r}; keep that.")
+        positions = self.bert.config.max_position_embeddings
+        if old.attention.fixed_length and config.max_tokens > positions:
+            raise UserError(f"reader.max_tokens is {config.max_tokens}, but {old.attention} was trained for {positions} positions; lower it to that.")
         extend_positions(self.bert, config.max_tokens)
         if config.attention != old.attention:
             if not isinstance(old.attention, DenseAttention):

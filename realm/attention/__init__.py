@@ -5,8 +5,10 @@ returns the module to use in its place; a variant whose layers share parameters 
 here imports the rest of the project; `binding` alone touches transformers' internals.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import draccus
 from torch import nn
@@ -15,6 +17,9 @@ from torch import nn
 @dataclass(frozen=True)
 class AttentionConfig(draccus.ChoiceRegistry):
     """Base of all variants."""
+
+    fixed_length: ClassVar[bool] = False
+    """Whether what is trained is made for a number of positions, and reads no longer texts."""
 
     @classmethod
     def default_choice_name(cls) -> str:
@@ -29,6 +34,21 @@ class AttentionConfig(draccus.ChoiceRegistry):
         return [self.replace(attention, layer) for layer, attention in enumerate(attentions)]
 
 
+class CountsUpdates(ABC):
+    """A self-attention module with a schedule of its own."""
+
+    @abstractmethod
+    def count_update(self) -> None:
+        """Called after each update of the parameters, between two forwards."""
+
+
+def count_update(model: nn.Module) -> None:
+    """Tell the attentions of `model` that its parameters were updated; every training loop is to call this after the optimizer's step."""
+    for module in model.modules():
+        if isinstance(module, CountsUpdates):
+            module.count_update()
+
+
 from realm.attention import dense, infini, linformer, longformer, performer  # noqa: E402  (the variants register themselves on the base above)
 
-__all__ = ["AttentionConfig", "dense", "infini", "linformer", "longformer", "performer"]
+__all__ = ["AttentionConfig", "CountsUpdates", "count_update", "dense", "infini", "linformer", "longformer", "performer"]

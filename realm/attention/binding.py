@@ -79,7 +79,7 @@ def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
         return
     layers: Any = bert.encoder.layer
     for layer, module in zip(layers, attention.replace_all([layer.attention.self for layer in layers]), strict=True):
-        layer.attention.self = module.train(layer.training)
+        layer.attention.self = module.to(bert.device).train(layer.training)
     bert.set_attn_implementation(_REPLACED)
 
 

@@ -9,13 +9,14 @@ Shape legend: B rows, H heads, L tokens, D width of a head, K projected length, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
-from realm.attention.projected import ProjectedSelfAttention
+from realm.attention.projected import ProjectedSelfAttention, may_be_padded
 from realm.attention.windowed import shared_attention
 from realm.errors import UserError
 
@@ -23,7 +24,9 @@ from realm.errors import UserError
 @AttentionConfig.register_subclass("linformer")
 @dataclass(frozen=True)
 class LinformerAttention(AttentionConfig):
-    """Low-rank attention."""
+    """Low-rank attention. A text of L of the model's n positions has about K · L / n keys, so that `reader.max_tokens` should not be far above it."""
+
+    fixed_length: ClassVar[bool] = True
 
     projected_tokens: int = 256
     """Projected length K."""
@@ -37,15 +40,14 @@ class LinformerAttention(AttentionConfig):
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
         modules: list[LinformerSelfAttention] = []
         for attention in attentions:
-            shared = modules[0].key_projection if modules and self.sharing == "layerwise" else None
-            modules.append(LinformerSelfAttention(attention, self, shared))
+            modules.append(LinformerSelfAttention(attention, self, modules[0] if modules and self.sharing == "layerwise" else None))
         return list(modules)
 
 
 class LinformerSelfAttention(ProjectedSelfAttention):
-    """Owns its projections, or with `shared` refers to another layer's."""
+    """Owns its projections, or uses those of the layer `owner`."""
 
-    def __init__(self, local: nn.Module, config: LinformerAttention, shared: Tensor | None = None) -> None:
+    def __init__(self, local: nn.Module, config: LinformerAttention, owner: "LinformerSelfAttention | None" = None) -> None:
         super().__init__(local)
         positions: int = local.config.max_position_embeddings  # type: ignore[union-attr, assignment]
         if config.projected_tokens > positions:
@@ -53,25 +55,26 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         self.config = config
         heads = self.num_heads if config.sharing == "none" else 1
         pooling_HKn = mean_pooling(config.projected_tokens, positions).expand(heads, -1, -1)
-        if shared is None:
+        self.owner = (owner or self,)  # in a tuple it is no submodule of this one: saved, and counted, once
+        if owner is None:
             self.key_projection = nn.Parameter(pooling_HKn.clone())
-        else:  # a reference that is no parameter here: it is saved, and counted, once
-            object.__setattr__(self, "key_projection", shared)
         if config.sharing in ("none", "headwise"):
             self.value_projection = nn.Parameter(pooling_HKn.clone())
 
     def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
         L = query_BHLD.shape[2]
-        K, positions = self.key_projection.shape[1:]
+        key_projection = self.owner[0].key_projection
+        K, positions = key_projection.shape[1:]
         if positions < L:
             raise UserError(f"a text of {L} wordpieces exceeds the {positions} positions that the linformer's projections were made for.")
-        key_projection = self.key_projection
         value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
         real_BLn = real_BL.to(key_BHLD.dtype)
-        padded = not bool(real_BL.all())
+        padded = may_be_padded(real_BL)
         # What a stretch lacks at the end of the text is made up for, so that its mean is one of real tokens.
-        pooling_Kn = mean_pooling(K, positions).to(real_BLn)[:, :L]
-        filled_BK = real_BLn @ pooling_Kn.T
+        starts_K, ends_K = stretches(K, positions, real_BL.device)
+        before_BL1 = F.pad(real_BL.long().cumsum(1), (1, 0))
+        count_BK = before_BL1[:, ends_K.clamp(max=L)] - before_BL1[:, starts_K.clamp(max=L)]
+        filled_BK = count_BK.to(key_BHLD.dtype) / (ends_K - starts_K)
         factor_BK = torch.where(filled_BK > 0, 1 / filled_BK.clamp(min=1e-6), torch.zeros_like(filled_BK))
 
         def project(projection_HKn: Tensor, x_BHLD: Tensor) -> Tensor:
@@ -89,10 +92,15 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         return shared_attention(query_BHLD, key_BHKD, value_BHKD, filled_BK > 0, self.dropout if self.training else 0.0)
 
 
+def stretches(rows: int, positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Where `rows` stretches of the positions begin, and one past where they end, both (rows,)."""
+    edges = torch.arange(rows + 1, device=device) * positions // rows
+    return edges[:-1], edges[1:]
+
+
 def mean_pooling(rows: int, positions: int) -> Tensor:
     """Row j averages the j-th of `rows` stretches of the positions, (rows, positions)."""
-    ends = torch.arange(1, rows + 1) * positions // rows
-    starts = torch.arange(rows) * positions // rows
+    starts, ends = stretches(rows, positions)
     at = torch.arange(positions)
     inside = (at >= starts[:, None]) & (at < ends[:, None])
     return inside / inside.sum(1, keepdim=True)

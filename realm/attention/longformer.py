@@ -104,8 +104,8 @@ class LongformerSelfAttention(nn.Module):
         )
         out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
         global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
-        row_BG = torch.arange(B, device=at_BG.device)[:, None].expand_as(at_BG)
-        return out_BLW.index_put((row_BG[present_BG], at_BG[present_BG]), global_out_BGW[present_BG]), None
+        at_BGW = at_BG[..., None].expand_as(global_out_BGW)
+        return out_BLW.scatter(1, at_BGW, torch.where(present_BG[..., None], global_out_BGW, out_BLW.gather(1, at_BGW))), None
 
 
 def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from realm.attention import AttentionConfig
-from realm.attention.projected import ProjectedSelfAttention
+from realm.attention import AttentionConfig, CountsUpdates
+from realm.attention.projected import ProjectedSelfAttention, may_be_padded
 from realm.errors import UserError
 
 CHUNK = 1024
@@ -55,8 +55,8 @@ class PerformerAttention(AttentionConfig):
         return PerformerSelfAttention(attention, self, layer)
 
 
-class PerformerSelfAttention(ProjectedSelfAttention):
-    """One projection a layer, shared by its heads; it is saved with the weights, and so is the number of steps since it was drawn."""
+class PerformerSelfAttention(ProjectedSelfAttention, CountsUpdates):
+    """One projection a layer, shared by its heads; it is saved with the weights, and so is the number of updates. Dropout falls on the output."""
 
     projection: Tensor
     steps: Tensor
@@ -75,16 +75,19 @@ class PerformerSelfAttention(ProjectedSelfAttention):
         rows, width = self.projection.shape
         self.projection.copy_(draw_projection(rows, width, self.config.orthogonal, generator))
 
-    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
-        if self.training and self.config.redraw_every:
-            if int(self.steps) and int(self.steps) % self.config.redraw_every == 0:
-                self.redraw()
+    def count_update(self) -> None:
+        if self.config.redraw_every:
             self.steps += 1
+            if int(self.steps) % self.config.redraw_every == 0:
+                self.redraw()
+
+    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
         # Features are exponentials, and sums over the length follow: single precision at least, whatever autocast says.
         with torch.autocast(query_BHLD.device.type, enabled=False):
             query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_BHLD, key_BHLD, value_BHLD))
             projection_MD = self.projection.to(query.dtype)
-            return random_feature_attention(query, key, value, projection_MD, real_BL, self.config.kernel).to(value_BHLD.dtype)
+            out = random_feature_attention(query, key, value, projection_MD, real_BL, self.config.kernel).to(value_BHLD.dtype)
+        return F.dropout(out, self.dropout, self.training)
 
 
 def draw_projection(rows: int, width: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
@@ -105,15 +108,15 @@ def random_feature_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: T
     Texts longer than a chunk are worked off chunk by chunk, and the gradient makes a chunk's features again: what is kept is of the size of
     queries, keys and values, not of their features.
     """
-    short = query_BHLD.shape[2] <= CHUNK
+    short, padded = query_BHLD.shape[2] <= CHUNK, may_be_padded(real_BL)
 
-    def in_chunk(work: Callable[..., Any], *arguments: Tensor) -> Any:
+    def in_chunk(work: Callable[..., Any], *arguments: Tensor | None) -> Any:
         if short or not torch.is_grad_enabled():
             return work(*arguments, projection_MD, kernel)
         return checkpoint(work, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
 
     parts = zip(key_BHLD.split(CHUNK, 2), value_BHLD.split(CHUNK, 2), real_BL.split(CHUNK, 1), strict=True)
-    memories, totals, levels = zip(*(in_chunk(_written, *part) for part in parts), strict=True)
+    memories, totals, levels = zip(*(in_chunk(_written, key, value, ~real if padded else None) for key, value, real in parts), strict=True)
     highest_BH11 = torch.stack(levels).amax(0)
     weights = [(level - highest_BH11).exp() for level in levels]
     memory_BHMD = sum(memory * weight for memory, weight in zip(memories, weights, strict=True))
@@ -121,9 +124,9 @@ def random_feature_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: T
     return torch.cat([in_chunk(_read, query, memory_BHMD, total_BHM1) for query in query_BHLD.split(CHUNK, 2)], 2)
 
 
-def _written(key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor, projection_MD: Tensor, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+def _written(key_BHLD: Tensor, value_BHLD: Tensor, padding_BL: Tensor | None, projection_MD: Tensor, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
     """φ(K)ᵀ V, (B, H, M, D), and φ(K)ᵀ 1, (B, H, M, 1), of a chunk, and the logarithm of what both are divided by, (B, H, 1, 1)."""
-    feature_BHLM, level_BH11 = key_features(key_BHLD, projection_MD, real_BL, kernel)
+    feature_BHLM, level_BH11 = key_features(key_BHLD, projection_MD, padding_BL, kernel)
     return feature_BHLM.transpose(-1, -2) @ value_BHLD, feature_BHLM.sum(2)[..., None], level_BH11
 
 
@@ -143,11 +146,12 @@ def query_features(query_BHLD: Tensor, projection_MD: Tensor, kernel: str) -> Te
     return (projected_BHLM - projected_BHLM.amax(-1, keepdim=True).detach()).exp()  # exp(-|q|²/2) is such a factor, and so is this
 
 
-def key_features(key_BHLD: Tensor, projection_MD: Tensor, real_BL: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """Features of keys, (B, H, L, M), zero for padding, and the logarithm of what they are divided by lest an exponential overflows, (B, H, 1, 1)."""
+def key_features(key_BHLD: Tensor, projection_MD: Tensor, padding_BL: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
+    """Features of keys, (B, H, L, M), zero where `padding_BL` is true, and the logarithm of what they are divided by lest an exponential overflows,
+    (B, H, 1, 1)."""
     key_BHLD = key_BHLD * key_BHLD.shape[-1] ** -0.25
     projected_BHLM = key_BHLD @ projection_MD.T
-    padding_B1L1 = None if bool(real_BL.all()) else ~real_BL[:, None, :, None]
+    padding_B1L1 = None if padding_BL is None else padding_BL[:, None, :, None]
     if kernel == "relu":
         feature_BHLM, level_BH11 = F.relu(projected_BHLM) + _RELU_FLOOR, projected_BHLM.new_zeros(*key_BHLD.shape[:2], 1, 1)
         return feature_BHLM if padding_B1L1 is None else feature_BHLM.masked_fill(padding_B1L1, 0.0), level_BH11

@@ -22,6 +22,11 @@ class ForeignHeads(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
 
+def may_be_padded(real_BL: Tensor) -> bool:
+    """False where nothing is padded; on a GPU always true, since looking would wait for it."""
+    return real_BL.device.type != "cpu" or not bool(real_BL.all())
+
+
 class ProjectedSelfAttention(nn.Module, ABC):
     """Takes the place of a BERT self-attention module; subclasses say what becomes of queries, keys and values in `attend`."""
 

@@ -48,36 +48,41 @@ class Task(ABC):
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         """A text of at most `tokens` with its question."""
 
-    def chance(self, rng: np.random.Generator, count: int = 2000) -> float:
-        """Share right of always giving the commonest answer."""
+    def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
+        """Share right without an idea of the question: here of always giving the commonest answer."""
         answers = [self.example(self.train_tokens, rng).answer for _ in range(count)]
         return max(answers.count(answer) for answer in set(answers)) / count
 
 
 @dataclass(frozen=True)
 class Passkey(Task):
-    """Several keys with their values stand in noise; x names one key (after Mohtashami & Jaggi 2023, section 4.2, with more than one key)."""
+    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of that kind is to be returned.
+
+    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys in the text.
+    """
 
     test_tokens: tuple[int, ...] = (64, 256, 1024)
     keys: int = 4
-    names: int = 32
-    values: int = 32
+    kinds: int = 8
+    words: int = 16
+    """Of each kind."""
     noise: int = 32
 
     @property
     def vocabulary(self) -> int:
-        return _FIRST + self.names + self.values + self.noise
+        return _FIRST + self.kinds * (1 + self.words) + self.noise
+
+    def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
+        return 1 / self.keys
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
-        names = _FIRST + rng.choice(self.names, self.keys, replace=False)
-        values = _FIRST + self.names + rng.integers(self.values, size=self.keys)
+        first_word = _FIRST + self.kinds
         room = tokens - len((CLS, 0, MASK, SEP, SEP))
-        text = _FIRST + self.names + self.values + rng.integers(self.noise, size=room)
-        shift = int(rng.integers(2))  # keys stand at odd and at even places
-        for name, value, place in zip(names, values, rng.choice((room - shift) // 2, self.keys, replace=False), strict=True):
-            text[2 * place + shift : 2 * place + shift + 2] = name, value
-        asked = int(rng.integers(self.keys))
-        return joint([int(names[asked]), MASK], text.tolist(), (int(values[asked]),))
+        text = first_word + self.kinds * self.words + rng.integers(self.noise, size=room)
+        kinds = rng.choice(self.kinds, self.keys, replace=False)
+        keys = first_word + kinds * self.words + rng.integers(self.words, size=self.keys)
+        text[rng.choice(room, self.keys, replace=False)] = keys
+        return joint([_FIRST + int(kinds[0]), MASK], text.tolist(), (int(keys[0]),))
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,13 @@ def test_copies_and_passages_that_hold_the_whole_sentence_are_dropped(run: Run) 
     assert chosen == [0, 3, EMPTY, EMPTY]
 
 
+def test_a_sentence_cut_within_a_word_is_found_in_a_copy(run: Run) -> None:
+    plain, continuation = (int(i) for i in (np.flatnonzero(~run.wordpieces.continuation)[-1], np.flatnonzero(run.wordpieces.continuation)[0]))
+    passages = Copies([[7, plain, 8, plain, continuation, 9], [8, 9]], [1, 2])
+    example = MaskedSentence(0, np.array([plain, 8, plain], np.int32), 0, 1, 0)  # the query had no room for the rest
+    assert choose_candidates([0, 1], example, 2, Contexts(passages, 0), Statements(), run.wordpieces) == [1, EMPTY]  # type: ignore[arg-type]
+
+
 def test_candidates_are_cut_at_the_count_in_order(run: Run) -> None:
     example = MaskedSentence(0, np.array([7], np.int32), 0, 1, 0)
     passages = Copies([[60], [61], [62]], [1, 2, 3])
@@ -159,7 +166,7 @@ def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, 
 
 def test_titles_count_as_held(run: Run, maker: BatchMaker) -> None:
     title_only = np.array(run.tokenizer("Dorne", add_special_tokens=False)["input_ids"], np.int32)
-    assert maker.holds(3, title_only) and not maker.holds(2, title_only)
+    assert maker.holds(maker.passage(3), title_only) and not maker.holds(maker.passage(2), title_only)
     absent = replace_span(run.passages.text_ids(3), title_only, np.zeros(1, np.int32), run.wordpieces)
     assert not run.wordpieces.find(absent, title_only) and run.wordpieces.find(run.passages.title_ids(3), title_only)
 

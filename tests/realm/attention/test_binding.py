@@ -196,14 +196,22 @@ def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
     assert load_reader(tmp_path / "longer", longer).config == longer
 
 
+@pytest.mark.parametrize("attention", [LongformerAttention(4), PerformerAttention(8), LinformerAttention(8), InfiniAttention(8)])
+def test_a_variant_is_made_where_the_model_is(attention):
+    bert = tiny_bert(max_positions=8).to("meta")
+    bind_attention(bert, attention)
+    assert {tensor.device.type for tensor in bert.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("saved", "wanted", "message"),
     [
         ({"attention": PerformerAttention(8)}, {"attention": LongformerAttention(5)}, "reader.attention differs"),
+        ({"attention": LinformerAttention(8)}, {"max_tokens": 90}, "max_tokens is 90, but LinformerAttention.* was trained for 64 positions"),
         ({}, {"span_hidden": 16}, "reader.span_hidden is 16, but the reader was trained with 8"),
         ({}, {"max_span_tokens": 4}, "reader.max_span_tokens is 4"),
     ],
-    ids=["attention", "span head", "span length"],
+    ids=["attention", "length", "span head", "span length"],
 )
 def test_what_cannot_be_carried_over_is_refused(saved, wanted, message, tokenizer, tmp_path):
     config = ReaderConfig(bert=SOURCE, span_hidden=8, max_tokens=64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from realm.attention import AttentionConfig, performer, windowed
+from realm.attention import AttentionConfig, count_update, performer, windowed
 from realm.attention.infini import InfiniAttention
 from realm.attention.linformer import LinformerAttention, mean_pooling
 from realm.attention.performer import PerformerAttention, draw_projection, random_feature_attention
@@ -68,11 +68,12 @@ def performer_reference(built, head, query, key, value):
 
 
 def linformer_reference(built, head, query, key, value):
-    L, K = len(key), built.key_projection.shape[1]
+    L, K = len(key), built.config.projected_tokens
     own = head if built.config.sharing == "none" else 0
-    key_rows = built.key_projection[own]
+    key_rows = built.owner[0].key_projection[own]
     value_rows = built.value_projection[own] if built.config.sharing in ("none", "headwise") else key_rows
-    pooling = mean_pooling(K, POSITIONS).double()
+    inside = (mean_pooling(K, POSITIONS) > 0).double()
+    pooling = inside / inside.sum(1, keepdim=True)
     keys, values = [], []
     for j in range(K):
         filled = sum(pooling[j, i] for i in range(L))
@@ -209,10 +210,12 @@ def test_mean_pooling_rows_are_means_of_the_stretches():
 def test_layerwise_projections_are_one_parameter_and_saved_once():
     config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, max_position_embeddings=POSITIONS)
     first, second = LinformerAttention(6, "layerwise").replace_all([BertSelfAttention(config) for _ in range(2)])
-    assert first.key_projection is second.key_projection
     assert "key_projection" in first.state_dict() and "key_projection" not in second.state_dict()
-    first.double()
-    assert second.key_projection.dtype == torch.float64
+    hidden, _ = batch([20])
+    before = second.double()(hidden)[0]
+    with torch.no_grad():
+        first.double().key_projection.mul_(2)
+    assert not torch.allclose(second(hidden)[0], before), "the second layer uses the projection of the first"
 
 
 def test_a_segment_as_long_as_the_text_is_dense_attention():
@@ -296,21 +299,37 @@ def test_more_features_and_means_over_drawings_come_closer_to_softmax_attention(
 def test_projections_are_redrawn_on_schedule_saved_and_a_function_of_the_step():
     built = module(PerformerAttention(8, redraw_every=3)).train()
     hidden, _ = batch([5])
-    seen = []
+
+    def update(attention):
+        (attention(hidden)[0].sum() + attention(2 * hidden)[0].sum()).backward()  # several forwards make one update
+        count_update(attention)
+
+    seen = [built.projection.clone()]
     for _ in range(7):
-        built(hidden)
+        update(built)
         seen.append(built.projection.clone())
     changes = [not torch.equal(a, b) for a, b in pairwise(seen)]
-    assert changes == [False, False, True, False, False, True]
+    assert changes == [False, False, True, False, False, True, False]
     resumed = module(PerformerAttention(8, redraw_every=3)).train()
     resumed.load_state_dict(built.state_dict())
-    built(hidden), built(hidden), built(hidden)
-    resumed(hidden), resumed(hidden), resumed(hidden)
+    for _ in range(3):
+        update(built), update(resumed)
     assert torch.equal(built.projection, resumed.projection) and not torch.equal(built.projection, seen[-1])
-    before = built.eval().projection.clone()
-    for _ in range(5):
-        built(hidden)
-    assert torch.equal(built.projection, before), "reading draws nothing"
+
+
+@pytest.mark.parametrize("attention", [PerformerAttention(8), LinformerAttention(6), InfiniAttention(8)], ids=["performer", "linformer", "infini"])
+def test_dropout_of_attention_falls_in_training_alone(attention):
+    built = module(attention)
+    built.dropout = 0.5
+    hidden, _ = batch([20])
+    assert not torch.equal(built.train()(hidden)[0], built(hidden)[0])
+    assert torch.equal(built.eval()(hidden)[0], built(hidden)[0])
+
+
+def test_the_gate_has_a_gradient_where_a_text_is_one_segment():
+    built = module(InfiniAttention(30)).train()
+    built(batch([17])[0])[0].sum().backward()
+    assert built.gate.grad is not None and not built.gate.grad.any()
 
 
 @pytest.mark.parametrize(
