@@ -1,6 +1,5 @@
 """`realm compare`: two evaluations of the same questions, question by question."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,14 @@ import numpy as np
 
 from finetune.evaluate import RECALL_DEPTHS, values_of
 from finetune.metrics import bootstrap_interval
+from realm.document_formats import parse_object
 from realm.errors import UserError
+from realm.files import BadRecord, BadRecords, Place, parsed_lines
 from realm.telemetry import console, print_table
 
 Row = dict[str, Any]
+Key = tuple[str, int]
+"""Id of a question, and how often it stood before."""
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
@@ -22,11 +25,11 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
     """
     before, after = _read(first), _read(second)
     if before.keys() != after.keys():
-        odd = next(iter(before.keys() ^ after.keys()))
+        odd, _ = next(iter(before.keys() ^ after.keys()))
         raise UserError(f"{first} and {second} are of different questions ({odd!r} stands in one alone); evaluate both on the same file.")
     rows: list[Row] = []
     for name in dict.fromkeys(name for record in before.values() for name in record):
-        pairs = np.array([(before[id][name], after[id][name]) for id in before if name in before[id] and name in after[id]], dtype=np.float64)
+        pairs = np.array([(before[key][name], after[key][name]) for key in before if name in before[key] and name in after[key]], dtype=np.float64)
         if len(pairs):
             low, high = bootstrap_interval(pairs[:, 1] - pairs[:, 0], seed)
             one, other = 100 * pairs.mean(0)
@@ -43,19 +46,29 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
     return rows
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """Figures of each question by its id."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as predictions: {error}") from error
-    questions: dict[str, dict[str, float]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            questions[record["id"]] = values_of(record, RECALL_DEPTHS)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number} is no prediction as `realm evaluate` writes it ({error!r}).") from error
-    if not questions:
+def _read(path: Path) -> dict[Key, dict[str, float]]:
+    """Figures of each question. Recall further down than was retrieved for any question is no figure."""
+    report = BadRecords()
+    records = list(parsed_lines(path, "predictions as `realm evaluate` writes them", report, _prediction))
+    if report.total:
+        raise UserError(f"{report}\n{path} is not as `realm evaluate` writes predictions; evaluate again.")
+    if not records:
         raise UserError(f"{path} holds no predictions.")
+    depth = max(len(record["retrieved"]) for record in records)
+    seen: dict[str, int] = {}
+    questions: dict[Key, dict[str, float]] = {}
+    for record in records:
+        name = str(record["id"])
+        seen[name] = seen.get(name, -1) + 1
+        questions[name, seen[name]] = values_of(record, [k for k in RECALL_DEPTHS if k <= depth])
     return questions
+
+
+def _prediction(place: Place, line: bytes) -> Row:
+    record = parse_object(line)
+    try:
+        values_of(record, RECALL_DEPTHS)
+        len(record["retrieved"]), record["id"]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadRecord("no prediction", f" ({error!r})") from None
+    return record

@@ -36,38 +36,36 @@ Figures = dict[str, float]
 Record = dict[str, object]
 
 
-def evaluate(
-    run: Run, source: QuestionSource | None = None, split: str = "test", stage: str = STAGE, compare: Sequence[str] = (), name: str = "test"
-) -> dict[str, Figures]:
-    """Answer all questions with what `stage` left, and with each retriever of `compare`; returns percentages by retriever, `stage` first.
+def evaluate(run: Run, split: str = "test", stage: str = STAGE, compare: Sequence[str] = (), name: str = "test") -> dict[str, Figures]:
+    """Answer the questions of a split with what `stage` left, and with each retriever of `compare`; returns percentages by retriever, `stage` first.
 
     `compare` names stages (`start` is the retriever before any training), `bm25`, or sentence-transformers models. What they retrieve is
     read by the model of `stage`, other stages read for themselves where they have a reader. `evaluations/NAME.json` receives the figures
     with their intervals, `NAME.RETRIEVER.predictions.jsonl` a line per question. See `_CONVENTIONS` for what each figure counts.
     """
-    source = source or run.questions(split)
+    source = run.questions(split)
     if source is None:
         raise UserError(f"no questions given: pass --questions FILE or set data.{split} in the config.")
     for other in (stage, *compare):
         if other not in (START, "bm25", *STAGES) and not Path(other).exists() and "/" not in other:
             stages = ", ".join((START, *STAGES))
             raise UserError(f"{other!r} is no retriever to evaluate: name a stage ({stages}), bm25, or a sentence-transformers model.")
+    folder = run.folder / "evaluations"
+    _refuse_other(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)
     questions = load_questions(source, run)
     config = run.config.evaluate
     results: dict[str, Figures] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    folder = run.folder / "evaluations"
     folder.mkdir(exist_ok=True)
     rivals = {other: rival(other, run) for other in compare if other not in (START, *STAGES)}  # what cannot be loaded is refused first
     ceiling = percent(stands_in_corpus(run, questions))
-    for other in (stage, *compare):
+    for other, label in _labels((stage, *compare)).items():
         if other in rivals:
             records = answer_all(answerer, rivals[other], questions, config, floors=False)
         else:
             reading = answerer if other == stage else Answerer(run, other)
             records = answer_all(reading, reading, questions, config, floors=other == stage)
-        label = Path(other).name
         results[label], intervals[label] = figures_of(records, config, run.config.seed)
         results[label]["ceiling"] = ceiling
         (folder / f"{name}.{label}.predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
@@ -81,6 +79,26 @@ def evaluate(
     }
     write_json_atomic(folder / f"{name}.json", report)
     return results
+
+
+def _labels(retrievers: Sequence[str]) -> dict[str, str]:
+    """A label for each retriever: a stage's name, of a path its last part, or as many as tell it from the others."""
+    distinct = list(dict.fromkeys(retrievers))
+    for parts in range(1, 1 + max(len(Path(name).parts) for name in distinct)):
+        labels = {name: "-".join(part.strip("/") for part in Path(name).parts[-parts:]) for name in distinct}
+        if len(set(labels.values())) == len(distinct):
+            break
+    return labels
+
+
+def _refuse_other(path: Path, source: QuestionSource) -> None:
+    """Raises UserError where figures of other questions stand under this name."""
+    try:
+        there = json.loads(path.read_text())["questions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if there != source.path:
+        raise UserError(f"{path} holds the figures of {there}; give those of {source.path} another name with --name.")
 
 
 def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
@@ -107,7 +125,7 @@ def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
 def answer_all(answerer: Answerer, retriever: Retrieves, questions: Sequence[Question], config: EvaluateConfig, floors: bool) -> list[Record]:
     """A record per question: what was retrieved, what was read; with `floors` also from the own passage and from a random one."""
     run, passages = answerer.run, answerer.run.passages
-    depth = min(config.retrieve, len(passages))
+    depth = min(config.retrieve, len(passages.rows))
     rng = np.random.default_rng(run.config.seed + 13)
     records: list[Record] = []
     with progress("evaluate", len(questions), unit="question", every_s=run.config.engine.log_every_s) as ticker:

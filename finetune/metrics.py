@@ -92,9 +92,17 @@ def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) ->
 
 
 def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> np.ndarray:
-    """For each pattern whether it matches in any of the texts, (patterns,) bool; the texts are joined by a character that no pattern names."""
-    joined = ["\0\n\0".join(texts[start : start + 1000]) for start in range(0, len(texts), 1000)]
-    return np.array([any(pattern.search(part) for part in joined) for pattern in patterns], dtype=bool)
+    """For each pattern whether it matches in any of the texts, (patterns,) bool."""
+    parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
+    joined = ["\0\n\0".join(part) for part in parts]
+
+    def stands(pattern: re.Pattern[str]) -> bool:
+        # What matches in a text matches in those around it, too, unless it asks for an end; not so the other way round.
+        asks_for_ends = any(mark in pattern.pattern for mark in ("^", "$", "\\A", "\\Z"))
+        likely = (part for part, whole in zip(parts, joined, strict=True) if asks_for_ends or pattern.search(whole))
+        return any(pattern.search(text) for part in likely for text in part)
+
+    return np.array([stands(pattern) for pattern in patterns], dtype=bool)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:

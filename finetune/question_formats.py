@@ -11,7 +11,7 @@ from typing import Any
 from realm.config import QuestionSource
 from realm.document_formats import load_split, parse_object, parse_tsv
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, check_text, json_type, lines, named_format, parsed_lines, read_json, stem
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""
@@ -48,7 +48,11 @@ def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[Quest
 
     Raises UserError where the source cannot be read at all, its format is not known, or folds are asked of questions without documents.
     """
-    for record in FORMATS[format_of(source)](source, report):
+    name = format_of(source)
+    for field, formats in (("articles", ("squad",)), ("exclude_articles", ("squad",)), ("fields", ("jsonl", "datasets"))):
+        if getattr(source, field) and name not in formats:
+            raise UserError(f"`{field}` of {source.path} is for the format {' or '.join(formats)}, and these questions are {name}; leave it out.")
+    for record in FORMATS[name](source, report):
         if source.take:
             if record.document is None:
                 raise UserError(f"{record.place}: folds are of documents, and this question names neither an article, a passage nor a context.")
@@ -74,8 +78,10 @@ def format_of(source: QuestionSource) -> str:
         for name, key in (("squad", "data"), ("timeqa", "paras"), ("webq", "qText")):
             if isinstance(first, dict) and key in first:
                 return name
-    elif suffix in (".tsv", ".csv", ".txt"):
+    elif suffix in (".tsv", ".csv", ".txt", ".qas"):
         columns = _columns(path)
+        if columns == 2 and "trec" in path.name.lower():
+            raise UserError(f"{path} has answers or regular expressions, and they look alike; name its format, trec for patterns or qas for answers")
         if columns in (2, 4):
             return {2: "qas", 4: "trec"}[columns]
     raise UserError(f"the format of the questions {path} cannot be told from its name or its first record; name it, one of {', '.join(FORMATS)}")
@@ -102,8 +108,12 @@ def _checked(
         raise BadRecord("no question", f" but {json_type(text) if not isinstance(text, str) else 'blanks'}")
     if isinstance(answers, str):
         answers = [answers]
-    if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+    if not isinstance(answers, list | tuple):
         raise BadRecord("answers are no list of texts", f" but {json_type(answers)}")
+    if (odd := next((answer for answer in answers if not isinstance(answer, str)), None)) is not None or None in answers:
+        raise BadRecord("answers are no list of texts", f": {json_type(odd)} is among them")
+    for part in (text, *answers):
+        check_text(part)
     kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
     if not kept:
         raise BadRecord(UNANSWERABLE)
@@ -135,7 +145,7 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
     if isinstance(answers, dict):  # as the hub's SQuAD and TriviaQA have them
         answers = answers.get("text", answers.get("aliases", answers))
     identity = [source.fields["id"]] if "id" in source.fields else ["id", "question_id"]
-    name = next((record[key] for key in identity if key in record), _number(place))
+    name = next((record[key] for key in identity if record.get(key) is not None), _number(place))
     context = record.get(source.fields.get("context", "context"))
     context = context if isinstance(context, str) else None
     passage = record.get(source.fields.get("passage", "passage"))
@@ -157,16 +167,19 @@ def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRe
 def _literal_list(text: str) -> object:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRecord("answers are no list", f" but {text[:60]!r}") from None
 
 
 def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated and never quoted."""
+    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated and never quoted.
+
+    Or, as DPR has it, a question and a list of regular expressions.
+    """
     import re
 
     def parse(place: Place, line: bytes) -> QuestionRecord:
@@ -177,6 +190,8 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         if len(columns) not in (2, 4):
             raise BadRecord("not 4 columns (number, kind, question, pattern)", f" but {len(columns)}")
         question, pattern = columns[-2], columns[-1]
+        if len(columns) == 2:
+            pattern = _alternatives(pattern)
         try:
             compiled = re.compile(pattern, re.IGNORECASE)
         except re.error as error:
@@ -186,6 +201,17 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         return _checked(place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True)
 
     return parsed_lines(Path(source.path), "tab-separated lines of number, kind, question and regular expression", report, parse)
+
+
+def _alternatives(column: str) -> str:
+    """One regular expression for a list of them, quoted as in CSV where it has to be; what is no list stays as it is."""
+    try:
+        patterns = _literal_list(parse_tsv(column.encode())[0])
+    except BadRecord:
+        return column
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        return column
+    return patterns[0] if len(patterns) == 1 else "|".join(f"(?:{pattern})" for pattern in patterns)
 
 
 def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -199,7 +225,7 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         try:
             if not isinstance(entry, dict) or "qText" not in entry or "answers" not in entry:
                 raise BadRecord("no qText or no answers")
-            yield _checked(place, entry.get("qId", number), entry["qText"], entry["answers"])
+            yield _checked(place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"])
         except BadRecord as bad:
             report.add(place, bad.kind, bad.detail)
 
@@ -210,7 +236,7 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
     squad = read_json(path, "SQuAD's articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
         raise UserError(f'question file {path} is not in SQuAD format: it must be an object with a list under "data"')
-    titles = [_plain(article.get("title", "")) if isinstance(article, dict) else "" for article in squad["data"]]
+    titles = [_plain(str(article.get("title") or "")) if isinstance(article, dict) else "" for article in squad["data"]]
     wanted, excluded = {_plain(name) for name in source.articles}, {_plain(name) for name in source.exclude_articles}
     if missing := sorted((wanted | excluded) - set(titles)):
         raise UserError(f"question file {path} has no article {missing[0]!r}; check `articles` and `exclude_articles`")

@@ -48,15 +48,12 @@ def load_questions(source: QuestionSource, run: Run, quiet: bool = False) -> lis
     Says how many there are, of which format, and how many were left out. Raises UserError naming the place of every broken record, of a
     passage that the corpus does not hold, and for a source without a question that can be used.
     """
-    report, records = BadRecords(), []
+    report, records = BadRecords(no_mistakes=(UNANSWERABLE,)), []
     for record in read_questions(source, report):
         records.append(record)
         if len(records) == source.limit:
             break
-    broken = report.total - report.counts[UNANSWERABLE]
-    if broken and not source.skip_bad:
-        report.first = [line for line in report.first if not line.endswith(f": {UNANSWERABLE}")]
-        report.counts.pop(UNANSWERABLE, None)
+    if report.total and not source.skip_bad:
         raise UserError(f"{report}\nMend them, or leave them out with skip_bad: true beside the path of these questions.")
     if not records:
         raise UserError(f"question file {source.path} holds no question that can be used." + (f"\n{report}" if report.total else ""))
@@ -71,7 +68,7 @@ def load_questions(source: QuestionSource, run: Run, quiet: bool = False) -> lis
     if not quiet:
         known = sum(question.passage is not None for question in questions)
         how = f"{format_of(source)}{', by its content' if source.format == 'auto' else ''}"
-        left_out = ", ".join(f"{number:,} x {kind}" for kind, number in report.counts.items())
+        left_out = ", ".join(f"{number:,} x {kind}" for kind, number in (report.left_out + report.counts).items())
         console.print(
             f"  {len(questions):,} questions of {source.path} ({how}), {known:,} with a passage of the corpus"
             + (f"; left out: {left_out}" if left_out else "")

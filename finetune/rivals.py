@@ -20,7 +20,7 @@ class Retrieves(Protocol):
     """What evaluation asks of a retriever."""
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
-        """Rows of the `k` best passages per question, (B, k)."""
+        """Rows of the `k` best passages per question, (B, k), -1 where nothing was found."""
 
 
 class Bm25:
@@ -38,8 +38,8 @@ class Bm25:
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
         tokens = self._bm25s.tokenize([question.text for question in questions], stopwords="en", show_progress=False)
-        rows, _ = self.index.retrieve(tokens, k=k, show_progress=False)
-        return self.rows[np.asarray(rows, dtype=np.int64)]
+        rows_BK, scores_BK = self.index.retrieve(tokens, k=k, show_progress=False)
+        return np.where(np.asarray(scores_BK) > 0, self.rows[np.asarray(rows_BK, dtype=np.int64)], -1)
 
 
 class SentenceTransformerRetriever:

@@ -1,6 +1,7 @@
 """The configuration tree of a run: modules own the classes of what they build, `stage_config` those of the stages, and this file joins them."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, is_dataclass
 from typing import ClassVar
 
 from realm.corpus import CorpusConfig
@@ -19,6 +20,9 @@ from realm.stage_config import (
     RefreshConfig,
 )
 from realm.tokenizer import TokenizerConfig
+
+QUESTION_FIELDS = ("id", "question", "answers", "context", "passage")
+"""What a record of questions may have."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,22 @@ class QuestionSource:
     """Where `id`, `question`, `answers`, `context` and `passage` stand in `jsonl` and `datasets`, if not under these names."""
     name: str | None = None
     """Configuration of a data set on the hub."""
-    split: str = "train"
-    """Split of a data set on the hub or in a folder of splits."""
+    split: str | None = None
+    """Split of a data set on the hub or in a folder of splits; none: the only one there is."""
     limit: int | None = None
     """Take no more than this many questions."""
     skip_bad: bool = False
     """Leave out records that cannot be used, and say how many, instead of refusing the file."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.fields) - set(QUESTION_FIELDS)):
+            raise UserError(f"`fields` of {self.path} maps {unknown[0]!r}; a question has {', '.join(QUESTION_FIELDS)}.")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"`limit` of {self.path} must be at least 1, got {self.limit}.")
+        if self.folds < 1 or not all(0 <= fold < self.folds for fold in self.take):
+            raise UserError(f"`take` of {self.path} must name folds from 0 to `folds` less 1, got {list(self.take)} with {self.folds} folds.")
+        if self.folds > 1 and not self.take:
+            raise UserError(f"`folds` of {self.path} is {self.folds}, but `take` names none of them; add for example take: [0].")
 
 
 @dataclass(frozen=True)
@@ -133,12 +147,8 @@ class RealmConfig:
                 f"reader.context_tokens ({context}) must be 0 or lie between corpus.block_tokens ({block}) and reader.max_tokens less "
                 f"retriever.max_query_tokens ({joint - query}); change it, or raise reader.max_tokens."
             )
-        for name in ("train", "validation", "test"):
-            source: QuestionSource | None = getattr(self.data, name)
-            if source is not None and (source.folds < 1 or not all(0 <= fold < source.folds for fold in source.take)):
-                raise UserError(
-                    f"data.{name}.take must name folds from 0 to data.{name}.folds less 1, got {list(source.take)} with {source.folds} folds."
-                )
+        for name, section in vars(self).items():
+            _check_ranges(name, section)
         for name, threads in (("pretrain", self.pretrain.threads), ("engine", self.engine.threads)):
             if threads < 0:
                 raise UserError(f"{name}.threads must be 0 (torch's choice) or more, got {threads}.")
@@ -150,3 +160,22 @@ class RealmConfig:
             raise UserError("refresh.every_steps is 0 and refresh.max_drift is not set, so that nothing would be exported; set one of them.")
         if self.refresh.staleness_multiplier < 1:
             raise UserError(f"refresh.staleness_multiplier must be at least 1, got {self.refresh.staleness_multiplier}.")
+
+
+_LEAST = {"steps": 0, "batch_size": 1, "checkpoint_every": 1, "read": 1, "retrieve": 1, "negatives": 0, "keep_checkpoints": 1, "token_budget": 1,
+          "reader_buckets": 1, "extra_retrieved": 0, "shard_rows": 1, "keep_last": 1, "max_span_tokens": 1, "warmup_steps": 0}  # fmt: skip
+_SHARES = ("keep_sentence", "mask_spans", "null_share", "substitution", "topic_share", "final_lr_share")
+_POSITIVE = ("lr", "clip", "temperature")
+
+
+def _check_ranges(name: str, section: object) -> None:
+    """Raises UserError for a number in a section, or in the sections below, that cannot be meant. By field name: it means the same everywhere."""
+    for field_name, value in vars(section).items() if is_dataclass(section) else ():
+        where = f"{name}.{field_name}"
+        _check_ranges(where, value)
+        if field_name in _LEAST and value is not None and value < _LEAST[field_name]:
+            raise UserError(f"{where} must be at least {_LEAST[field_name]}, got {value}.")
+        if field_name in _SHARES and not 0 <= value <= 1:
+            raise UserError(f"{where} is a share and must lie between 0 and 1, got {value}.")
+        if field_name in _POSITIVE and not 0 < value < math.inf:
+            raise UserError(f"{where} must be a positive number, got {value}.")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -16,22 +16,52 @@ from draccus.utils import DraccusException
 from realm.config import RealmConfig
 from realm.errors import UserError
 
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no mapping names a key twice: the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
     """Read a YAML file with `--section.field value` overrides.
 
     Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
     """
-    tree = _spelled_out(RealmConfig, _merge(_read_yaml(path), parse_overrides(overrides)))
-    if complaints := list(_misplaced(RealmConfig, tree)):
-        raise UserError(f"{path}: {'; '.join(complaints)}.")
+    return _decoded(RealmConfig, merge(_read_yaml(path), parse_overrides(overrides)), str(path))
+
+
+def parse_section(kind: type[T], text: str, where: str) -> T:
+    """A path, or a mapping in YAML, as a config class with a `SHORTHAND`. Raises UserError that begins with `where`."""
     try:
-        return draccus.decode(RealmConfig, tree)
+        tree = text if Path(text).exists() else yaml.safe_load(text)
+    except (yaml.YAMLError, OSError) as error:
+        raise UserError(f"{where}: {text!r} is neither a path nor a mapping.") from error
+    return _decoded(kind, tree if isinstance(tree, dict) else text, where)
+
+
+def _decoded(kind: type[T], value: Any, where: str) -> T:
+    tree = _spelled_out(kind, value)
+    if complaints := list(_misplaced(kind, tree)):
+        raise UserError(f"{where}: {'; '.join(complaints)}.")
+    try:
+        return draccus.decode(kind, tree)
     except (DraccusException, ValueError) as error:
         # A config class that refuses a value says why; draccus only says that it did.
-        if isinstance(error.__cause__, UserError):
-            raise UserError(f"{path}: {error.__cause__}") from error
-        raise UserError(f"{path}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are.") from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise UserError(f"{where}: {cause}") from error
+        raise UserError(f"{where}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are.") from error
 
 
 def dump_config(config: RealmConfig) -> str:
@@ -58,7 +88,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--{name}: {text!r} is no YAML value.") from error
         for part in reversed(name.split(".")):
             value = {part: value}
-        tree = _merge(tree, value)
+        tree = merge(tree, value)
     return tree
 
 
@@ -94,6 +124,12 @@ def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
         for number, part in enumerate(value):
             yield from _misplaced(entry, part, f"{name}[{number}]")
         return
+    if get_origin(kind) is tuple and not isinstance(value, list | tuple):
+        yield f"`{name}` must be a list, got {value!r}"
+        return
+    if isinstance(value, bool) and kind in (int, float):
+        yield f"`{name}` must be a number, got {value!r}"
+        return
     section = is_dataclass(kind) or get_origin(kind) is dict
     if section != isinstance(value, dict) and kind is not Any:
         yield f"`{name}` must be {'a mapping of fields' if section else 'a value'}, got {value!r}"
@@ -112,7 +148,7 @@ def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
 
 def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -128,13 +164,14 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"config file {path}: `extends` must name a file, got {base!r}.")
     if path.resolve() in extending:
         raise UserError(f"config file {path} extends itself, by way of {extending[-1]}.")
-    return _merge(_read_yaml(path.parent / base, (*extending, path.resolve())), tree)
+    return merge(_read_yaml(path.parent / base, (*extending, path.resolve())), tree)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `over` in their places, sections merged likewise."""
     merged = dict(base)
     for key, value in over.items():
         # A section that names another `type` replaces the base's: the fields of one variant are not those of another.
         same_kind = isinstance(value, dict) and isinstance(merged.get(key), dict) and value.get("type", None) in (None, merged[key].get("type"))
-        merged[key] = _merge(merged[key], value) if same_kind else value
+        merged[key] = merge(merged[key], value) if same_kind else value
     return merged

@@ -6,7 +6,7 @@ A *document* is one record of the input. A *block* is what is retrieved and read
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -66,6 +66,13 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserError(f"corpus.limit must be at least 1 document of each source, got {self.limit}.")
+        if not self.passages:
+            raise UserError("corpus.passages names no source; give at least one path.")
+
+    def limited(self, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
+        """Sources of this corpus with `limit` applied to each."""
+        limits = [[limit for limit in (source.limit, self.limit) if limit is not None] for source in sources]
+        return [replace(source, limit=min(some, default=None)) for source, some in zip(sources, limits, strict=True)]
 
 
 class _Batch:

@@ -4,22 +4,20 @@ A format reads, names places, and puts fields under their names here; what makes
 """
 
 import csv
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, stem
+from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, read_text, stem
 from realm.hub import require_on_hub
 
 FIELDS = ("id", "title", "text")
 """What a document has."""
 
 _SUFFIXES = {".jsonl": "jsonl", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-_TEXT_SUFFIXES = (".txt", ".md")
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
@@ -32,20 +30,34 @@ class SourceConfig:
     path: str
     """File or folder, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a name on the Hugging Face hub."""
     format: str = "auto"
-    """`jsonl`, `tsv` (DPR's passages), `parquet`, `squad`, `timeqa`, `text` (a folder of text files) or `datasets`; `auto`: by the path's
-    suffix, or by what a folder holds."""
+    """`jsonl`, `tsv` (DPR's passages), `parquet`, `text` (a document a file), each one file or a folder of them, `squad`, `timeqa` or
+    `datasets`; `auto`: by the path's suffix, of JSON by its content, or by what a folder holds."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Where `id`, `title` and `text` stand if not under these names: `{text: contents}`; `{id: "#"}` numbers the records."""
+    """Where `id`, `title` and `text` stand if not under these names: `{text: contents}`. An id with `#` numbers the records: `{id: "wiki-#"}`."""
     name: str | None = None
     """Configuration of a data set on the hub, such as `20231101.en` of `wikimedia/wikipedia`."""
-    split: str = "train"
-    """Split of a data set on the hub or in a folder of splits."""
+    split: str | None = None
+    """Split of a data set on the hub or in a folder of splits; none: the only one there is."""
     limit: int | None = None
     """Read no more than this many documents."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.fields) - set(FIELDS):
             raise UserError(f"corpus: `fields` of {self.path} maps {', '.join(sorted(unknown))}; a document has id, title and text.")
+        if self.limit is not None and self.limit < 0:
+            raise UserError(f"corpus: `limit` of {self.path} must be 0 or more, got {self.limit}.")
+
+    @property
+    def id_template(self) -> str | None:
+        """What ids are made from by putting a number for `#`, or None where records bring their own."""
+        theirs = self.fields.get("id", "")
+        return theirs if "#" in theirs else None
+
+    def columns(self, there: Collection[str]) -> tuple[list[str], list[str]]:
+        """Of a table's columns those that are read, and those that are missing: a title need not be there unless it is mapped."""
+        wanted = {self.fields.get(name, name) for name in FIELDS} - {self.id_template}
+        optional = set() if "title" in self.fields else {"title"}
+        return [name for name in there if name in wanted], sorted(wanted - set(there) - optional)
 
 
 class Record(NamedTuple):
@@ -60,7 +72,10 @@ def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
     Raises UserError where the source cannot be read at all, or its format is not known.
     """
-    return FORMATS[format_of(source)](source, report)
+    name = format_of(source)
+    if source.fields and name in ("squad", "timeqa", "text"):
+        raise UserError(f"`fields` of {source.path} is for records with fields of their own, and this source is {name}; leave it out")
+    return FORMATS[name](source, report)
 
 
 def format_of(source: SourceConfig) -> str:
@@ -72,17 +87,36 @@ def format_of(source: SourceConfig) -> str:
         names = {entry.name for entry in path.iterdir()}
         if names & set(_DATASET_FILES):
             return "datasets"
-        kinds = {_SUFFIXES[file.suffix] for file in path.rglob("*") if file.is_file() and file.suffix in (".parquet", *_TEXT_SUFFIXES)}
+        kinds = sorted({kind for file in path.rglob("*") if file.is_file() and (kind := _kind(file))})
         if len(kinds) == 1:
-            return kinds.pop()
-        found = "both Parquet and text files" if kinds else "neither a saved data set nor Parquet nor text files"
+            return kinds[0]
+        found = f"{' and '.join(kinds)} files" if kinds else f"neither a saved data set nor files ending in {', '.join(_SUFFIXES)}"
         raise UserError(f"{path} is a folder of {found}; name its format, one of {', '.join(FORMATS)}")
-    _, suffix = stem(path)
-    if suffix in _SUFFIXES:
-        return _SUFFIXES[suffix]
+    if kind := _kind(path):
+        return kind
     if not path.exists():
         raise UserError(f"{path} does not exist; for a data set on the Hugging Face hub set `format: datasets`")
+    if stem(path)[1] == ".json":
+        content = read_json(path, "documents")
+        first = content[0] if isinstance(content, list) and content else content
+        for name, key in (("squad", "data"), ("timeqa", "paras")):
+            if isinstance(first, dict) and key in first:
+                return name
     raise UserError(f"the format of {path} cannot be told from its name; name it, one of {', '.join(FORMATS)}")
+
+
+def _kind(file: Path) -> str | None:
+    """The format that a file's name tells."""
+    return _SUFFIXES.get(stem(file)[1])
+
+
+def files_of(source: SourceConfig, kind: str) -> list[Path]:
+    """The file of a source, or those of its format in its folder and the folders below, in the order of their paths. Raises UserError for none."""
+    root = Path(source.path)
+    files = sorted(file for file in root.rglob("*") if file.is_file() and _kind(file) == kind) if root.is_dir() else [root]
+    if not files:
+        raise UserError(f"{root} holds no file ending in {' or '.join(suffix for suffix, name in _SUFFIXES.items() if name == kind)}")
+    return files
 
 
 def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[str, object]:
@@ -92,8 +126,8 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
     taken = set(source.fields.values())
     mapped: dict[str, object] = {name: value for name, value in record.items() if name not in taken and name not in source.fields}
     for name, theirs in source.fields.items():
-        if theirs == "#":
-            mapped[name] = number
+        if name == "id" and source.id_template:
+            mapped[name] = theirs.replace("#", str(number))
         elif theirs in record:
             mapped[name] = record[theirs]
         elif name != "title":
@@ -103,13 +137,20 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
 
 def _read_jsonl(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """One JSON object a line."""
-    numbers = itertools.count()
+    number, heading = 0, source.fields.get("title")
+    without_title = 0
 
     def parse(place: Place, line: bytes) -> Record:
-        number = next(numbers)
-        return Record(place, _mapped(parse_object(line), source, number))
+        nonlocal number, without_title
+        number += 1
+        record = parse_object(line)
+        without_title += heading is not None and heading not in record
+        return Record(place, _mapped(record, source, number - 1))
 
-    return parsed_lines(Path(source.path), "one JSON object a line", report, parse)
+    for file in files_of(source, "jsonl"):
+        yield from parsed_lines(file, "one JSON object a line", report, parse)
+    if number and without_title == number:
+        report.add(Place(source.path), f'no field "{heading}" (for title)', " in any record")
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -118,7 +159,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecord("broken JSON", f" ({error})") from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object", f" but {json_type(record)}")
@@ -142,23 +183,26 @@ def parse_tsv(line: bytes) -> list[str]:
 
 def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """DPR's `psgs_w100.tsv`: a line of column names (id, text, title), then a passage a line."""
-    path = Path(source.path)
-    check_file(path, "tab-separated lines of id, text and title, the first with these names")
-    columns: list[str] = []
-    for number, (place, line) in enumerate(lines(path, report.add), -1):
-        try:
-            values = parse_tsv(line)
-            if not columns:
-                columns = values
-                wanted = [source.fields.get(name, name) for name in ("id", "text")]
-                if missing := [name for name in wanted if name != "#" and name not in columns]:
-                    raise UserError(f"{place}: the first line must name the columns, and {', '.join(missing)} is not among {', '.join(columns[:8])}")
-                continue
-            if len(values) != len(columns):
-                raise BadRecord(f"not {len(columns)} columns", f" but {len(values)}")
-            yield Record(place, _mapped(dict(zip(columns, values, strict=True)), source, number))
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
+    number = 0
+    for file in files_of(source, "tsv"):
+        check_file(file, "tab-separated lines of id, text and title, the first with these names")
+        columns: list[str] = []
+        for place, line in lines(file, report.add):
+            try:
+                values = parse_tsv(line)
+                if not columns:
+                    columns = values
+                    if missing := source.columns(columns)[1]:
+                        raise UserError(
+                            f"{place}: the first line must name the columns, and {', '.join(missing)} is not among {', '.join(columns[:8])}"
+                        )
+                    continue
+                number += 1
+                if len(values) != len(columns):
+                    raise BadRecord(f"not {len(columns)} columns", f" but {len(values)}")
+                yield Record(place, _mapped(dict(zip(columns, values, strict=True)), source, number - 1))
+            except BadRecord as bad:
+                report.add(place, bad.kind, bad.detail)
 
 
 def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -166,18 +210,13 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    path = Path(source.path)
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path} holds no .parquet file")
     number = 0
-    for file in files:
+    for file in files_of(source, "parquet"):
         check_file(file, "a Parquet table")
         try:
             table = pa.parquet.ParquetFile(file)
-            wanted = {source.fields.get(name, name) for name in FIELDS}
-            columns = [name for name in table.schema_arrow.names if name in wanted]
-            if missing := sorted(wanted - set(columns) - {"#", source.fields.get("title", "title")}):
+            columns, missing = source.columns(table.schema_arrow.names)
+            if missing:
                 raise UserError(f"{file} has no column {', '.join(missing)} but {', '.join(table.schema_arrow.names)}; map them with `fields`")
             row = 0
             for batch in table.iter_batches(1000, columns=columns):
@@ -194,15 +233,17 @@ def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     squad = read_json(path, "SQuAD's articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
         raise UserError(f'{path} is not in SQuAD format: it must be an object with a list under "data"')
-    for article in squad["data"]:
-        try:
-            title, contexts = article["title"], [paragraph["context"] for paragraph in article["paragraphs"]]
-        except (KeyError, TypeError) as error:
-            report.add(Place(str(path)), "not an article of SQuAD", f" ({error!r} is missing in {str(article)[:60]!r})")
+    for a, article in enumerate(squad["data"]):
+        title, paragraphs = (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
+        if not isinstance(title, str) or not isinstance(paragraphs, list):
+            report.add(Place(f"{path}, data[{a}]"), "not an article of SQuAD", ": it needs a title and a list of paragraphs")
             continue
-        for number, context in enumerate(contexts):
+        for number, paragraph in enumerate(paragraphs):
             place = Place(f"{path}, {title!r}, paragraph {number}")
-            yield Record(place, {"id": f"{title}/{number}", "title": str(title).replace("_", " "), "text": context})
+            if not isinstance(paragraph, dict) or "context" not in paragraph:
+                report.add(place, "not a paragraph of SQuAD", ": it has no context")
+                continue
+            yield Record(place, {"id": f"{title}/{number}", "title": title.replace("_", " "), "text": paragraph["context"]})
 
 
 def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -223,36 +264,26 @@ def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
             yield Record(place, {"id": link, "title": title, "text": text})
 
 
-def text_files(folder: Path) -> list[Path]:
-    """The text files of a folder and its subfolders, in the order of their paths."""
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT_SUFFIXES)
-
-
 def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """A folder of `.txt` and `.md` files: the path inside it is the id, the name the title. A single file is one document."""
     root = Path(source.path)
-    files = text_files(root) if root.is_dir() else [root]
-    if not files:
-        raise UserError(f"{root} holds no file ending in {' or '.join(_TEXT_SUFFIXES)}")
-    for file in files:
+    for file in files_of(source, "text"):
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            text = read_text(file)
         except UnicodeDecodeError as error:
             report.add(Place(str(file)), "not UTF-8", f", byte {error.start + 1}")
             continue
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        yield Record(Place(str(file)), {"id": name, "title": file.stem.replace("_", " "), "text": text})
+        yield Record(Place(str(file)), {"id": name, "title": stem(file)[0].replace("_", " "), "text": text})
 
 
 def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the hub."""
     dataset = load_split(source.path, source.name, source.split)
-    wanted = {source.fields.get(name, name) for name in FIELDS}
-    if missing := sorted(wanted - set(dataset.column_names) - {"#", source.fields.get("title", "title")}):
+    columns, missing = source.columns(dataset.column_names)
+    if missing:
         raise UserError(f"data set {source.path} has no column {', '.join(missing)} but {', '.join(dataset.column_names)}; map them with `fields`")
-    rows: Iterable[dict] = dataset.select_columns([name for name in dataset.column_names if name in wanted])
+    rows: Iterable[dict] = dataset.select_columns(columns)
     for number, record in enumerate(rows):
         place = Place(source.path, number + 1)
         try:
@@ -261,8 +292,8 @@ def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]
             report.add(place, bad.kind, bad.detail)
 
 
-def load_split(path: str, name: str | None, split: str) -> Any:
-    """One split of a data set, saved in a folder or on the hub. Raises UserError naming it where it cannot be had."""
+def load_split(path: str, name: str | None, split: str | None) -> Any:
+    """One split of a data set, saved in a folder or on the hub; without a name the only one. Raises UserError naming it where it cannot be had."""
     import datasets
 
     if Path(path).is_dir():
@@ -270,16 +301,20 @@ def load_split(path: str, name: str | None, split: str) -> Any:
             loaded = datasets.load_from_disk(path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} is no data set saved by the datasets library ({str(error).splitlines()[0]})") from error
-        if isinstance(loaded, datasets.DatasetDict):
-            if split not in loaded:
-                raise UserError(f"data set {path} has no split {split!r} but {', '.join(map(str, loaded))}")
-            return loaded[split]
+    else:
+        require_on_hub(path, "data set", kind="dataset")
+        try:
+            loaded = datasets.load_dataset(path, name, split=split)
+        except (OSError, ValueError) as error:
+            raise UserError(f"data set {path} cannot be loaded ({str(error).splitlines()[0]}); check `name` and `split`") from error
+    if not isinstance(loaded, datasets.DatasetDict):
         return loaded
-    require_on_hub(path, "data set", kind="dataset")
-    try:
-        return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
-        raise UserError(f"data set {path} cannot be loaded ({str(error).splitlines()[0]}); check `name` and `split`") from error
+    splits = list(map(str, loaded))
+    if split is None and len(splits) > 1:
+        raise UserError(f"data set {path} has the splits {', '.join(splits)}; name one with `split`")
+    if split is not None and split not in splits:
+        raise UserError(f"data set {path} has no split {split!r} but {', '.join(splits)}")
+    return loaded[split or splits[0]]
 
 
 FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {
@@ -296,9 +331,13 @@ FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {
 
 def source_files(source: SourceConfig) -> list[Path]:
     """The files that decide what a source holds, in a fixed order; none where it lies on the hub."""
+    path, kind = Path(source.path), format_of(source)
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    return files_of(source, kind) if kind in _SUFFIXES.values() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def passed_over(source: SourceConfig) -> int:
+    """How many files of a source's folder are not read, being of another kind."""
     path = Path(source.path)
-    if format_of(source) == "text" and path.is_dir():
-        return text_files(path)
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    return [path] if path.exists() else []
+    return sum(file.is_file() for file in path.rglob("*")) - len(source_files(source)) if path.is_dir() else 0

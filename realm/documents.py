@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from realm.document_formats import SourceConfig, read_records
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, json_type
+from realm.files import BadRecord, BadRecords, Place, check_text, json_type
 
 
 class Document(NamedTuple):
@@ -87,8 +87,7 @@ def _parse(record: dict[str, object]) -> Document:
             raise BadRecord(f'no field "{name}"', f"; the record has {', '.join(sorted(record)) or 'no fields'}")
         if not isinstance(value, str):
             raise BadRecord(f'"{name}" is not text', f" but {json_type(value)}")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise BadRecord("half of a surrogate pair", f' in "{name}"')
+        check_text(value, f' in "{name}"')
         values.append(value)
     document = Document(*values)
     if not document.id:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from realm.attention import count_update
+from realm.config_file import merge
 from realm.errors import UserError
 from realm.publish import published
 from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
@@ -80,11 +81,17 @@ class Engine:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             if is_main() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print("  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32")
-        for name in ("gradient_accumulation_steps", "train_batch_size"):
+        for name, remedy in (
+            ("gradient_accumulation_steps", "batch_size of the stage"),
+            ("train_batch_size", "batch_size of the stage"),
+            ("train_micro_batch_size_per_gpu", "batch_size of the stage"),
+            ("optimizer", "optim of the stage"),
+            ("scheduler", "optim of the stage"),
+        ):
             if name in config.deepspeed:
-                raise UserError(f"engine.deepspeed.{name} would part a step from an update; set batch_size of the stage instead.")
-        settings |= config.deepspeed
-        parted = settings["zero_optimization"].get("stage") == 3
+                raise UserError(f"engine.deepspeed.{name} would not be followed; set {remedy} instead.")
+        settings = merge(settings, config.deepspeed)
+        parted = (settings["zero_optimization"] or {}).get("stage") == 3
         self._copies = {part: copy.deepcopy(part) for part in read_between} if parted else {}
         try:
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
@@ -158,8 +165,13 @@ class Engine:
 
 def newest_checkpoint(stage: Path) -> Path | None:
     """The newest published checkpoint of a stage's folder."""
-    found = sorted((stage / "checkpoints").glob("step-*"))
+    found = checkpoints(stage)
     return found[-1] if found else None
+
+
+def checkpoints(stage: Path) -> list[Path]:
+    """The published checkpoints of a stage's folder, oldest first."""
+    return sorted((stage / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -211,7 +223,7 @@ class Loop:
             seconds = seconds_before + time.monotonic() - began
             self.engine.save(self.stage / "checkpoints" / f"step-{step:06d}", step, {"seconds": seconds, **state()}, write_extra)
             if is_main():
-                for old in sorted((self.stage / "checkpoints").glob("step-*"))[: -self.config.keep_checkpoints]:
+                for old in checkpoints(self.stage)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old)
 
         with stop_signals() as stop, progress(self.title, self.steps, start, every_s=self.config.log_every_s) as ticker:

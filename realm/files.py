@@ -40,10 +40,16 @@ class Place(NamedTuple):
 class BadRecords:
     """The records that cannot be used: the first twenty with place and reason, all of them counted by kind."""
 
+    no_mistakes: tuple[str, ...] = ()
+    """Kinds that are left out as their authors meant it: counted in `left_out`, and neither listed nor part of the total."""
+    left_out: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, place: Place, kind: str, detail: str = "") -> None:
+        if kind in self.no_mistakes:
+            self.left_out[kind] += 1
+            return
         if len(self.first) < 20:
             self.first.append(f"{place}: {kind}{detail}")
         self.counts[kind] += 1
@@ -145,8 +151,25 @@ def read_json(path: Path, holds: str) -> Any:
             return json.loads(stream.read().decode("utf-8-sig"))
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} is broken off or not compressed as its name says ({error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON ({error}); it must hold {holds}") from error
+    except (ValueError, RecursionError) as error:
+        remedy = "name its format, jsonl, if it has one object a line" if "Extra data" in str(error) else f"it must hold {holds}"
+        raise UserError(f"{path} is no JSON ({error}); {remedy}") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file, plain or compressed, byte order mark gone. Raises UnicodeDecodeError, and UserError where it cannot be read."""
+    try:
+        with path.open("rb") as raw, _decompressed(raw, path) as stream:
+            content = stream.read()
+    except (EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{path} cannot be read, or is not compressed as its name says ({error})") from error
+    return content.decode("utf-8-sig")
+
+
+def check_text(text: str, where: str = "") -> None:
+    """Raises BadRecord for text that no encoding can write; `where` says where it stands."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise BadRecord("half of a surrogate pair", where)
 
 
 def json_type(value: object) -> str:

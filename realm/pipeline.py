@@ -24,7 +24,7 @@ from pretrain.reader_warmup import train_reader_warmup
 from pretrain.search import FrozenSearch
 from pretrain.train import train_realm
 from realm.config import RealmConfig
-from realm.document_formats import SourceConfig, format_of
+from realm.document_formats import SourceConfig, format_of, passed_over
 from realm.documents import read_documents
 from realm.errors import UserError
 from realm.growth import grow_corpus
@@ -51,12 +51,12 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
         )
     skip_bad = skip_bad or corpus.skip_bad
     resolved = {
-        kind: [replace(source, path=str(source_path(source.path, prepared)), limit=_smaller(source.limit, corpus.limit)) for source in group]
-        for kind, group in sources.items()
+        kind: [replace(source, path=str(source_path(source.path, prepared))) for source in corpus.limited(group)] for kind, group in sources.items()
     }
     for kind, group in resolved.items():
         for source in group:
-            console.print(f"  {kind}: {source.path} ({format_of(source)}{', by its name' if source.format == 'auto' else ''})")
+            told, others = ", told by name or content" if source.format == "auto" else "", passed_over(source)
+            console.print(f"  {kind}: {source.path} ({format_of(source)}{told}{f'; {others:,} other files passed over' if others else ''})")
 
     def texts() -> list[str]:
         return [f"{document.title} {document.text}" for group in resolved.values() for document in read_documents(group, skip_bad)]
@@ -100,10 +100,6 @@ def add_documents(run: Run, sources: Sequence[SourceConfig], delete: Sequence[st
         refresh(store, config.refresh, corpus, once=True, log=lambda line: console.print(f"  {line}"))
 
 
-def _smaller(*limits: int | None) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
 def run_all(config: RealmConfig, resume: bool = False) -> None:
     """Every stage whose `steps` is not 0, a probe after each, evaluation, a summary, a picture and a few answers.
 
@@ -111,6 +107,10 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     """
     if (Path(config.run) / "config.yaml").exists() and not resume:
         raise UserError(f"run folder {config.run} exists; add --resume to go on with it, or give another with --run.")
+    for stage in ("finetune_retriever", "finetune"):
+        steps = getattr(config, stage).steps
+        if steps and config.data.train is None:
+            raise UserError(f"{stage}.steps is {steps}, but data.train names no questions; name some, or set {stage}.steps to 0.")
     stage_times: dict[str, float] = {}
     began = time.monotonic()
     console.print("[bold]prepare[/bold]")

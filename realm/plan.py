@@ -44,13 +44,16 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
 
     Raises UserError where nothing is prepared and `passages` is not given, and for everything that would stop the run itself.
     """
+    if passages is not None and passages < 1:
+        raise UserError(f"--passages must be at least 1, got {passages}.")
     with tempfile.TemporaryDirectory(prefix="realm-plan-") as folder:
         prepared = (Path(config.corpus.prepared) / "passages" / "manifest.json").exists()
         if not prepared:
             if passages is None:
                 raise UserError("nothing is prepared yet, so the size of the corpus is not known; give it with --passages N, or run realm prepare.")
-            console.print(f"calibrating on a sample of {SAMPLE_DOCUMENTS:,} documents of each source")
-            sample = replace(config.corpus, prepared=folder, limit=SAMPLE_DOCUMENTS)
+            limit = min(SAMPLE_DOCUMENTS, config.corpus.limit or SAMPLE_DOCUMENTS)
+            console.print(f"calibrating on a sample of {limit:,} documents of each source")
+            sample = replace(config.corpus, prepared=folder, limit=limit)
             config = replace(config, corpus=sample)
             prepare(config)
         run = Run(Path(folder), config)

@@ -20,6 +20,7 @@ from realm.config import QuestionSource, RealmConfig
 from realm.config_file import dump_config, load_config
 from realm.context import Contexts
 from realm.corpus import PreparedCorpus
+from realm.document_formats import SourceConfig
 from realm.errors import UserError
 from realm.inputs import Wordpieces
 from realm.telemetry import console
@@ -43,7 +44,7 @@ class Run:
     def create(cls, config: RealmConfig) -> "Run":
         """Make the folder with its config, or go on with one that holds the same config.
 
-        Raises UserError where the folder holds another config.
+        Raises UserError where the folder holds another config, or the corpus is not prepared as the config says.
         """
         folder = Path(config.run)
         path, text = folder / "config.yaml", dump_config(config)
@@ -58,11 +59,13 @@ class Run:
             return cls(folder, config)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"run folder {folder} exists and holds no config.yaml; give another folder or empty it.")
+        run = cls(folder, config)
+        run.passages, run.statements  # noqa: B018  (refused before anything is written, if at all)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / ".config.yaml"
         temporary.write_text(text)
         temporary.rename(path)
-        return cls(folder, config)
+        return run
 
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = ()) -> "Run":
@@ -118,7 +121,7 @@ class Run:
     @cached_property
     def passages(self) -> PreparedCorpus:
         """The passages to retrieve from."""
-        return PreparedCorpus.open(self.prepared / "passages")
+        return self._opened("passages", self.config.corpus.passages)
 
     @cached_property
     def contexts(self) -> Contexts:
@@ -128,7 +131,24 @@ class Run:
     @cached_property
     def statements(self) -> PreparedCorpus:
         """The sentences to mask: a corpus of their own, or the passages."""
-        return self.passages if self.config.corpus.statements is None else PreparedCorpus.open(self.prepared / "statements")
+        sources = self.config.corpus.statements
+        return self.passages if sources is None else self._opened("statements", sources)
+
+    def _opened(self, kind: str, sources: Sequence[SourceConfig]) -> PreparedCorpus:
+        """Raises UserError for a corpus that was prepared from other sources than the config names, as far as that shows without reading them."""
+        corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
+        made = corpus.manifest["inputs"]
+        for name, there, here in (
+            ("corpus.block_tokens", made["block_tokens"], config.block_tokens),
+            (f"the number of sources of corpus.{kind}", len(made["sources"]), len(sources)),
+            ("the limit of documents of each source", [source["limit"] for source in made["sources"]], [s.limit for s in config.limited(sources)]),
+        ):
+            if there != here:
+                raise UserError(
+                    f"{corpus.path} was prepared otherwise: {name} was {there} and is now {here}; restore it, "
+                    "or prepare into another folder with --corpus.prepared."
+                )
+        return corpus
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from finetune.evaluate import _labels
 from realm.config_file import load_config
 from realm.publish import checksum
 from realm.run import Run
@@ -110,6 +111,10 @@ def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: 
         assert "exact_recall@5" not in figures, "no question names its document"
         assert ("em" in figures) == (label not in ("start", "ict")), "stages without a reader are judged by what they retrieve"
     assert report["figures"]["bm25"]["recall@1"] > 85, "a name in the question finds its passage"
+    (finished / "elsewhere").mkdir(exist_ok=True)
+    shutil.copy(finished / "open.jsonl", finished / "elsewhere" / "open.jsonl")
+    refused = realm("evaluate", "--run", run, "--questions", finished / "elsewhere" / "open.jsonl")
+    assert refused.returncode == 2 and "holds the figures of" in refused.stderr and "--name" in refused.stderr
     refused = realm("evaluate", "--run", run, "--compare", "bm42")
     assert refused.returncode == 2 and "'bm42' is no retriever" in refused.stderr and "Traceback" not in refused.stderr
 
@@ -124,6 +129,11 @@ def test_a_sentence_transformers_model_stands_beside_and_its_embeddings_are_kept
     assert (run / "evaluations" / "beside.retriever.predictions.jsonl").exists()
     embeddings = list((run / "frozen").glob("retriever-*/embeddings.npy"))
     assert len(embeddings) == 1 and np.load(embeddings[0]).shape == (12, 32)
+
+
+def test_retrievers_of_one_name_are_told_apart() -> None:
+    assert _labels(("finetune", "a/x/model", "b/x/model")) == {"finetune": "finetune", "a/x/model": "a-x-model", "b/x/model": "b-x-model"}
+    assert _labels(("finetune", "org/model")) == {"finetune": "finetune", "org/model": "model"}
 
 
 def test_ask_shows_answer_and_passage(finished: Path) -> None:

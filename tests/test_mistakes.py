@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from realm.cli import main
+from realm.cli import _dotted, main
 from tests.tiny import write_config, write_sources
 
 
@@ -57,6 +57,26 @@ def test_config_mistakes_name_the_field(capsys: pytest.CaptureFixture[str], fold
 
 def test_nothing_prepared_yet(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert "realm prepare" in complaint(capsys, "ict", "--config", write_config(folder))
+
+
+def test_a_corpus_prepared_from_a_part_is_not_taken_for_the_whole(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    config = write_config(folder)
+    assert main(["prepare", "--config", str(config), "--limit", "5"]) == 0
+    said = complaint(capsys, "ict", "--config", config)
+    assert "was prepared otherwise: the limit of documents of each source was [5] and is now [None]" in said and "--corpus.prepared" in said
+    assert "corpus.block_tokens was 80 and is now 70" in complaint(capsys, "ict", "--config", config, "--limit", "5", "--corpus.block_tokens", "70")
+
+
+def test_stages_that_need_questions_are_refused_before_anything_is_trained(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    config = write_config(folder, data={"train": None})
+    assert "data.train names no questions" in complaint(capsys, "run", "--config", config)
+    assert not (folder / "prepared").exists()
+
+
+def test_an_override_before_an_argument_is_not_taken_for_it() -> None:
+    rest, overrides = _dotted(["ask", "--run", "r", "--refresh.search_parameters", "nprobe=64", "--a.b=3", "Who discovered radium?"])
+    assert rest == ["ask", "--run", "r", "Who discovered radium?"]
+    assert overrides == ["--refresh.search_parameters", "nprobe=64", "--a.b=3"]
 
 
 def test_no_such_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

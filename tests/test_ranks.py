@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from realm.engine import Engine
+from realm.errors import UserError
+from realm.stage_config import EngineConfig, OptimConfig
 from realm.telemetry import read_metrics
 from tests.tiny import write_config, write_sources
 
@@ -98,7 +102,13 @@ def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) 
     assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"
 
 
-def test_settings_that_part_a_step_from_an_update_are_refused(tmp_path: Path) -> None:
+def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = prepared(tmp_path)
     refused = run([sys.executable, "-m", "realm", "ict", "--config", str(config), "--engine.deepspeed", "{gradient_accumulation_steps: 2}"])
     assert refused.returncode == 2 and "gradient_accumulation_steps" in refused.stderr and "Traceback" not in refused.stderr
+    with pytest.raises(UserError, match=r"engine.deepspeed.optimizer would not be followed; set optim of the stage"):
+        Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(deepspeed={"optimizer": {"type": "Lamb"}}), 1, 1)
+    given = {}
+    monkeypatch.setattr("deepspeed.initialize", lambda **arguments: given.update(arguments["config"]) or (None,))
+    Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}), 1, 1)
+    assert given["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

@@ -1,6 +1,7 @@
 """The command line: one subcommand a program, each importing what it needs when it runs, so that `realm --help` answers at once."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +16,9 @@ _DESCRIPTION = "Retrieval-augmented pretraining: retriever and reader trained en
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a mistake of the user, 130 after an interrupt that can be resumed."""
-    options, overrides = _parser().parse_known_args(arguments)
+    rest, overrides = _dotted(list(sys.argv[1:] if arguments is None else arguments))
+    options, others = _parser().parse_known_args(rest)
+    overrides += others
     if overrides and not options.takes_overrides:
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     if getattr(options, "limit", None) is not None:
@@ -38,6 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         raise
     return 0
+
+
+def _dotted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments without overrides of the form `--section.field value`, and these: argparse would take such a value for one of its own."""
+    rest, overrides = [], []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if re.match(r"--\w+\.[\w.]+(=|$)", argument):
+            overrides += [argument] if "=" in argument else [argument, *([value] if (value := next(remaining, None)) is not None else [])]
+        else:
+            rest.append(argument)
+    return rest, overrides
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """`realm index …`: look after the index versions of a run."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from realm.cli.common import open_run
@@ -28,8 +29,8 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         if name == "verify":
             verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
         if name == "add":
-            verb.add_argument("documents", nargs="*", help="files or folders of documents, as in corpus.passages")
-            verb.add_argument("--format", default="auto", help="format of the documents (default: by name and content)")
+            verb.add_argument("documents", nargs="*", help="files or folders of documents, or mappings as in corpus.passages")
+            verb.add_argument("--format", help="format of the documents (default: told by name and content)")
             verb.add_argument("--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line")
             verb.add_argument("--replace", action="store_true", help="added documents take the place of those of the same id")
             verb.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
@@ -87,11 +88,14 @@ def _gc(options: argparse.Namespace) -> None:
 
 
 def _add(options: argparse.Namespace) -> None:
+    from realm.config_file import parse_section
     from realm.document_formats import SourceConfig
     from realm.files import read_names
     from realm.pipeline import add_documents
 
-    sources = [SourceConfig(path, options.format) for path in options.documents]
+    sources = [parse_section(SourceConfig, text, "documents") for text in options.documents]
+    if options.format is not None:
+        sources = [replace(source, format=options.format) for source in sources]
     delete = [] if options.delete is None else read_names(options.delete)
     if not sources and not delete:
         raise UserError("nothing to add and nothing to take away; name files of documents, or a file of ids with --delete.")

@@ -2,10 +2,18 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realm.cli.common import EPILOG, open_run
 from realm.errors import UserError
+
+if TYPE_CHECKING:
+    from realm.run import Run
+
+_QUESTIONS = "file of questions, or a mapping as in data.train: '{path: rajpurkar/squad, format: datasets, split: validation}'"
+_FORMAT = "format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets (default: told by name and content)"
 
 
 def add_stage_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -46,13 +54,14 @@ def add_stage_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         ("finetune", "finetune reader and query tower on questions"),
     ):
         finetune = add(name, _finetune, about, "run")
-        finetune.add_argument("--questions", help="file of questions; default: data.train of the run's config")
+        finetune.add_argument("--questions", help=f"{_QUESTIONS}; default: data.train of the run's config")
+        finetune.add_argument("--format", help=_FORMAT)
         finetune.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
         finetune.set_defaults(stage=name.replace("-", "_"))
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
-    evaluate.add_argument("--questions", help="file of questions; default: those of --split")
-    evaluate.add_argument("--format", default="auto", help="format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets")
-    evaluate.add_argument("--name", help="name of the result under evaluations/ (default: the file's, or the split's)")
+    evaluate.add_argument("--questions", help=f"{_QUESTIONS}; default: those of --split")
+    evaluate.add_argument("--format", help=_FORMAT)
+    evaluate.add_argument("--name", help="name of the result under evaluations/ (default: that of the file or the split, and of the stage)")
     evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, or a training stage (default: finetune)")
     evaluate.add_argument(
         "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models"
@@ -119,9 +128,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from finetune.retriever import train_finetune_retriever
     from finetune.train import train_finetune
 
-    if options.questions is not None:
-        options.overrides = [*options.overrides, "--data.train", options.questions]
-    run = open_run(options)
+    run = _asked(open_run(options), options, "train")
     if options.questions is not None and run.finished(options.stage):
         raise UserError(
             f"run {run.folder} is finetuned already, and not again on {options.questions}; remove {run.stage(options.stage)} or copy the run."
@@ -131,13 +138,30 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from finetune.evaluate import evaluate, print_results
-    from realm.config import QuestionSource
+    from finetune.evaluate import STAGE, evaluate, print_results
 
-    run = open_run(options)
-    source = None if options.questions is None else QuestionSource(options.questions, options.format)
-    name = options.name or (options.split if source is None else Path(options.questions).name.split(".")[0])
-    print_results(run, evaluate(run, source, options.split, options.stage, options.compare, name), name)
+    run = _asked(open_run(options), options, options.split)
+    source = run.questions(options.split)
+    name = options.name or (options.split if options.questions is None or source is None else Path(source.path).name.split(".")[0])
+    if options.name is None and options.stage != STAGE:
+        name += f"-{options.stage}"
+    print_results(run, evaluate(run, options.split, options.stage, options.compare, name), name)
+
+
+def _asked(run: "Run", options: argparse.Namespace, field: str) -> "Run":
+    """The run with the questions of `--questions` in the place of `data.FIELD`."""
+    from realm.config import QuestionSource
+    from realm.config_file import parse_section
+
+    if options.questions is None:
+        if options.format is not None:
+            raise UserError(f"--format says how --questions are read; give them too, or set data.{field}.format.")
+        return run
+    source = parse_section(QuestionSource, options.questions, "--questions")
+    if options.format is not None:
+        source = replace(source, format=options.format)
+    data = replace(run.config.data, **{field: source})  # type: ignore[arg-type]
+    return replace(run, config=replace(run.config, data=data))
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -10,7 +10,10 @@ from realm.errors import UserError
 
 
 def write(path: Path, rights: list[bool], ranks: list[int | None]) -> Path:
-    records = [{"id": f"q{n}", "em": right, "f1": 0.5, "rank_of_answer": rank} for n, (right, rank) in enumerate(zip(rights, ranks, strict=True))]
+    records = [
+        {"id": f"q{n % 90}", "retrieved": ["p"] * 5, "em": right, "f1": 0.5, "rank_of_answer": rank}  # some ids stand there twice
+        for n, (right, rank) in enumerate(zip(rights, ranks, strict=True))
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -23,16 +26,23 @@ def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
     assert 12 < rows["em"]["low"] < 20 < rows["em"]["high"] < 29, "every change is for the better: far narrower than two separate intervals"
     assert (rows["f1"]["low"], rows["f1"]["high"]) == (0.0, 0.0)
     assert rows["recall@1"]["second"] == 0.0 and rows["recall@5"]["second"] == 60.0
+    assert rows["em"]["questions"] == 100 and "recall@20" not in rows, "no more than five were retrieved"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "holds no predictions"), ("{", r"b\.jsonl:1 is no prediction"), ('{"id": "other", "em": true}\n', "different questions")],
+    [
+        ("", "is empty; it must hold predictions"),
+        ("\n", "holds no predictions"),
+        ("{", r"b\.jsonl:1: broken JSON"),
+        ('{"id": "q0", "em": true, "retrieved": ["p"], "rank_of_document": 0}\n', r"b\.jsonl:1: no prediction"),
+        ('{"id": "other", "em": true, "retrieved": []}\n', "different questions"),
+    ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, content: str, message: str) -> None:
     first = write(tmp_path / "a.jsonl", [True], [1])
     (tmp_path / "b.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         compare(first, tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="does not exist"):
         compare(first, tmp_path / "none.jsonl")

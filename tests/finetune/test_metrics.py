@@ -111,6 +111,8 @@ def test_answers_in_a_corpus_agree_with_one_text_at_a_time(answers: list[str], t
 def test_patterns_in_a_corpus_do_not_reach_across_passages() -> None:
     texts = ["It ends with New", "York begins it"] * 600
     assert patterns_in_corpus(texts, [re.compile(r"New\s?York"), re.compile("begins")]).tolist() == [False, True]
+    asked = [re.compile(pattern) for pattern in ("^York", "New$", r"\AIt", r"^begins", r"New\W+York", r"It\W|x")]
+    assert patterns_in_corpus(texts, asked).tolist() == [True, True, True, False, False, True]
 
 
 def test_bootstrap_intervals_cover_the_mean_and_repeat() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,8 +188,66 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
     source = QuestionSource(str(tmp_path / "saved"), split="validation")
     (question,) = load_questions(source, run)
     assert question.answers == ("Ada",) and question.passage is None
+    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run)) == 1, "the only split there is"
     with pytest.raises(UserError, match="no split 'train' but validation"):
-        load_questions(QuestionSource(str(tmp_path / "saved")), run)
+        load_questions(replace(source, split="train"), run)
+    two = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
+    datasets.DatasetDict(two).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(UserError, match="has the splits train, test; name one with `split`"):
+        load_questions(QuestionSource(str(tmp_path / "two")), run)
+
+
+def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Path) -> None:
+    path = tmp_path / "curatedtrec-test.qas.csv"
+    path.write_text("where?\t['New\\\\s?York', 'Albany']\nwhen?\t[\"18[0-9]+\"]\nwho?\t[Aa]da\n")
+    with pytest.raises(UserError, match="name its format, trec for patterns or qas for answers"):
+        format_of(QuestionSource(str(path)))
+    records, report = read(path, format="trec")
+    assert [record.answers[0] for record in records] == [r"(?:New\s?York)|(?:Albany)", "18[0-9]+", "[Aa]da"] and not report.total
+
+
+def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "open.jsonl"
+    path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
+    with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: broken JSON"):
+        load_questions(QuestionSource(str(path)), run)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ({"fields": {"qestion": "q"}}, "maps 'qestion'; a question has id, question, answers"),
+        ({"limit": 0}, "`limit` of .* must be at least 1"),
+        ({"folds": 5}, "`take` names none of them"),
+    ],
+)
+def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        QuestionSource("a.jsonl", **source)
+
+
+@pytest.mark.parametrize(("name", "option"), [("open.jsonl", {"articles": ("x",)}), ("squad.json", {"fields": {"question": "q"}})])
+def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option: dict) -> None:
+    (tmp_path / name).write_text(FILES[name][0])
+    with pytest.raises(UserError, match="leave it out"):
+        read(tmp_path / name, **option)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", '{"question": "a", "answer": [1%s]}' % ("0" * 5000), "broken JSON"),
+        ("a.jsonl", '{"question": "a\\ud800", "answer": ["x"]}', "half of a surrogate pair"),
+        ("a.jsonl", '{"question": "a", "answer": [1969]}', "answers are no list of texts: a number is among them"),
+        ("a.qas", "a\t{[]: 1}", "answers are no list"),
+        ("a.qas", "a\t" + "[" * 5000, "answers are no list"),
+        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "not as SQuAD has it"),
+    ],
+)
+def test_no_content_ends_in_a_traceback(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=reason):
+        load_questions(QuestionSource(str(tmp_path / name)), run)
 
 
 PUBLISHED = {

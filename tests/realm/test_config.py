@@ -108,6 +108,15 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {steps: {x: 3}}", ["ict.steps"]),
         (BASE + "ict: {optim: {betas: [0.9]}}", ["ict.optim.betas", "2"]),
         (BASE + "ict: 5", ["ict", "mapping", "5"]),
+        (BASE + "ict: {steps: true}", ["ict.steps", "number", "True"]),
+        (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
+        (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
+        (BASE + "ict: {null_share: 7}", ["ict.null_share", "between 0 and 1"]),
+        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "positive", "nan"]),
+        (BASE + "ict: {steps: 5}\nict: {batch_size: 3}", ["'ict' is given twice", "line"]),
+        ("run: x\ncorpus: {passages: []}", ["corpus.passages names no source"]),
+        (BASE + "data: {test: {path: q.json, articles: Oxygen}}", ["data.test.articles", "list", "'Oxygen'"]),
+        (BASE + "data: {test: {path: q.json, limit: 0}}", ["`limit` of q.json", "at least 1"]),
         (BASE + "ict:", ["ict", "empty"]),
         (BASE + "engine: {deepspeed: [1]}", ["engine.deepspeed", "mapping"]),
         (BASE + "retriever: {pooling: max}", ["retriever.pooling", "'max'", "cls, mean"]),
@@ -194,5 +203,5 @@ def test_a_stage_has_threads_of_its_own(tmp_path):
 @pytest.mark.parametrize(("folds", "take"), [(4, [4]), (4, [0, -1]), (0, [])])
 def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
     path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, folds: {folds}, take: {take}}}}}\n")
-    with pytest.raises(UserError, match=r"data\.test\.take must name folds"):
+    with pytest.raises(UserError, match=r"`take` of .* must name folds"):
         load_config(path)

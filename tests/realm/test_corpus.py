@@ -154,7 +154,7 @@ def test_unusable_paths_are_refused_in_one_line(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     cases = {
         "nowhere.jsonl": "does not exist",
-        "folder.jsonl": "is a folder of neither a saved data set nor Parquet nor text files",
+        "folder.jsonl": "is a folder of neither a saved data set nor files ending in .jsonl",
         "c.unknown": r"cannot be told from its name; name it, one of jsonl, tsv",
         "empty.jsonl": "is empty",
         "blank.jsonl": "holds no document",

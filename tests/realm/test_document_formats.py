@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realm.document_formats import SourceConfig, format_of, parse_tsv, source_files
+from realm.document_formats import SourceConfig, format_of, parse_tsv, passed_over, source_files
 from realm.documents import Document, read_documents
 from realm.errors import UserError
 from realm.files import BadRecords
@@ -93,6 +94,44 @@ def test_a_folder_of_text_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad.txt: not UTF-8, byte 4"):
         read(SourceConfig(str(tmp_path)))
     assert read(SourceConfig(str(tmp_path)), skip_bad=True) == expected
+
+
+def test_text_files_may_be_compressed_and_their_suffixes_of_any_case(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"One."))
+    (tmp_path / "B.TXT").write_text("Two.")
+    assert read(SourceConfig(str(tmp_path))) == [Document("B.TXT", "B", "Two."), Document("a.txt.gz", "a", "One.")]
+
+
+def test_a_folder_of_jsonl_is_one_source_and_a_mixture_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in (1, 0):
+        (tmp_path / "data" / f"part-{number}.jsonl").write_text(f'{{"text": "Number {number}."}}\n')
+    source = SourceConfig(str(tmp_path), fields={"id": "part-#"})
+    assert read(source) == [Document("part-0", "", "Number 0."), Document("part-1", "", "Number 1.")]
+    (tmp_path / "README.md").write_text("About the data.")
+    with pytest.raises(UserError, match="is a folder of jsonl and text files; name its format"):
+        read(source)
+    assert len(read(replace(source, format="jsonl"))) == 2 and passed_over(replace(source, format="jsonl")) == 1
+
+
+def test_a_mapped_title_that_no_record_has_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "1", "text": "One.", "title": "T"}\n{"id": "2", "text": "Two."}\n')
+    with pytest.raises(UserError, match=r'no field "heading" \(for title\) in any record'):
+        read(SourceConfig(str(path), fields={"title": "heading"}))
+    (tmp_path / "a.tsv").write_text("id\ttext\ttitle\n1\tOne.\tT\n")
+    with pytest.raises(UserError, match="heading is not among id, text, title"):
+        read(SourceConfig(str(tmp_path / "a.tsv"), fields={"title": "heading"}))
+
+
+def test_json_is_told_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "One."}, {"qas": []}, {"context": "Two."}]}]}))
+    assert [document.id for document in read(SourceConfig(str(tmp_path / "a.json")), skip_bad=True)] == ["T/0", "T/2"], "one paragraph is lost"
+    (tmp_path / "b.json").write_text('{"id": 1, "text": "One."}\n{"id": 2, "text": "Two."}\n')
+    with pytest.raises(UserError, match="name its format, jsonl, if it has one object a line"):
+        read(SourceConfig(str(tmp_path / "b.json")))
+    with pytest.raises(UserError, match=r"`fields` of .* this source is squad"):
+        read(SourceConfig(str(tmp_path / "a.json"), fields={"id": "x"}))
 
 
 def test_fields_of_other_names_are_mapped(tmp_path: Path) -> None:
