@@ -42,6 +42,8 @@ class Setting:
     head_width: int = 64
     precision: str = "fp32"
     """fp32, or bf16 by autocast."""
+    projections: bool = True
+    """Whether queries, keys and values are made by the module, or hidden states stand for them."""
     limit_s: float = 60.0
     """Lengths likely to take longer a pass are left out."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +68,8 @@ def bench_attention(variants: Sequence[str] | None, setting: Setting, peers: boo
         for name, reason in missing.items():
             console.print(f"  {name} is left out ({reason})")
     size = f"{setting.heads} heads of {setting.head_width}"
-    console.print(f"  {setting.device}, {setting.precision}, {size}, one row, forward and backward of the self-attention module")
+    what = "module" if setting.projections else "alone, without projections"
+    console.print(f"  {setting.device}, {setting.precision}, {size}, one row, forward and backward of the self-attention {what}")
     rows: list[Row] = []
     with progress("attention", len(cases), unit="variant", every_s=20) as ticker:
         for number, (name, case) in enumerate(cases.items(), 1):
@@ -111,7 +114,7 @@ def _measure(pipe: Any, case: AttentionConfig | str, setting: Setting) -> None:
     for length in setting.lengths:
         if slowest * 2 > setting.limit_s:
             break
-        shape = Shape(setting.heads, setting.head_width, length)
+        shape = Shape(setting.heads, setting.head_width, length, setting.projections)
         try:
             call = build_call(case, shape, device)
             forward_s, total_s = _times(call, torch.randn(1, length, shape.width, device=device, requires_grad=True), setting.precision, device)

@@ -1,4 +1,4 @@
-"""What `realm bench attention` measures: a self-attention module, projections included, of every variant, and of peers where installed.
+"""What `realm bench attention` measures: a self-attention module, with projections or without, of every variant, and of peers where installed.
 
 All have the same heads and widths and see [CLS] and a question of 32 tokens as global where they know global tokens. Peers' output projection,
 which BERT has outside its self-attention, is taken off. Windows, features and projected lengths are equal where both have them.
@@ -32,11 +32,12 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the module."""
+    """Size of the module, and whether it makes queries, keys and values, or takes hidden states for them: the attention alone."""
 
     heads: int
     head_width: int
     length: int
+    projections: bool = True
 
     @property
     def width(self) -> int:
@@ -82,6 +83,15 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
     return layers[0].attention.self
 
 
+def placed(module: nn.Module, shape: Shape, device: str) -> Any:
+    """On the device, and without its projections where the shape says so."""
+    if not shape.projections:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, nn.Identity())
+    return module.to(device)
+
+
 def global_mask(length: int, device: torch.device | str = "cpu") -> Tensor:
     """True on the tokens that see all and are seen by all, (1, L)."""
     return torch.arange(length, device=device)[None] < NUM_GLOBAL
@@ -89,7 +99,7 @@ def global_mask(length: int, device: torch.device | str = "cpu") -> Tensor:
 
 def call_variant(attention: AttentionConfig, shape: Shape, device: str) -> Call:
     """A variant, ready to be called."""
-    module, mask_BL = build_variant(attention, shape).to(device), global_mask(shape.length, device)
+    module, mask_BL = placed(build_variant(attention, shape), shape, device), global_mask(shape.length, device)
     extra = {"global_mask": mask_BL} if "global_mask" in inspect.signature(module.forward).parameters else {}
     return lambda hidden_BLW: module(hidden_BLW, None, **extra)[0]
 
@@ -101,7 +111,7 @@ def _transformers_longformer(shape: Shape, device: str) -> Call:
     config = LongformerConfig(
         hidden_size=shape.width, num_attention_heads=shape.heads, attention_window=[2 * _WINDOW], attention_probs_dropout_prob=0.0
     )
-    module, length = LongformerSelfAttention(config, 0).to(device), -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW
+    module, length = placed(LongformerSelfAttention(config, 0), shape, device), -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW
     is_global = global_mask(length, device)
     arguments = {
         "attention_mask": torch.where(is_global, 10000.0, 0.0),
@@ -122,7 +132,7 @@ def _transformers_bigbird(shape: Shape, device: str) -> Call:
         max_position_embeddings=shape.length,
         attention_probs_dropout_prob=0.0,
     )
-    module = BigBirdBlockSparseAttention(config, seed=0).to(device)
+    module = placed(BigBirdBlockSparseAttention(config, seed=0), shape, device)
     masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, shape.length, device=device), config.block_size)
     blocked, band, from_mask, to_mask = masks
     return lambda hidden_BLW: module(hidden_BLW, band, from_mask, to_mask, blocked, blocked)[0]
@@ -133,7 +143,7 @@ def _performer_pytorch(shape: Shape, device: str) -> Call:
 
     module = SelfAttention(shape.width, heads=shape.heads, dim_head=shape.head_width, nb_features=_FEATURES)
     module.to_out = nn.Identity()
-    return module.to(device)
+    return placed(module, shape, device)
 
 
 def _linformer(shape: Shape, device: str) -> Call:
@@ -141,7 +151,7 @@ def _linformer(shape: Shape, device: str) -> Call:
 
     module = LinformerSelfAttention(shape.width, shape.length, k=_FEATURES, heads=shape.heads)
     module.to_out = nn.Identity()
-    return module.to(device)
+    return placed(module, shape, device)
 
 
 def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
@@ -150,6 +160,8 @@ def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
 
     module = CausalAttention(shape.width, dim_head=shape.head_width, heads=shape.heads, use_mem_delta_rule=True)
     module.to_out = nn.Identity()
+    if not shape.projections:
+        raise UserError("its queries, keys and values are one projection that cannot be taken off")
     module.to(device)
 
     def call(hidden_BLW: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     attention.add_argument("--heads", type=int, default=6, help="attention heads (default: 6)")
     attention.add_argument("--head-width", type=int, default=64, help="width of a head (default: 64)")
     attention.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)")
+    attention.add_argument("--no-projections", action="store_true", help="the attention alone, without making queries, keys and values")
     attention.add_argument("--no-peers", action="store_true", help="our variants alone")
     attention.add_argument("--limit", type=float, default=60.0, metavar="S", help="leave out lengths likely to take longer a pass (default: 60)")
     attention.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
@@ -66,7 +67,7 @@ def _attention(options: argparse.Namespace) -> None:
     from realm.bench.attention import LENGTHS, Setting, bench_attention
 
     lengths = tuple(sorted(set(options.lengths or LENGTHS)))
-    setting = Setting(lengths, options.heads, options.head_width, options.precision, options.limit)
+    setting = Setting(lengths, options.heads, options.head_width, options.precision, not options.no_projections, options.limit)
     bench_attention(options.variants, setting, not options.no_peers, options.json, options.picture)
 
 

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from realm.attention.longformer import LongformerAttention
 from realm.bench.attention import Setting, approximation_errors, bench_attention, growth
-from realm.bench.attention_cases import every_variant, parse_variant
+from realm.bench.attention_cases import Shape, build_call, every_variant, parse_variant
 from realm.errors import UserError
 
 
@@ -16,6 +17,15 @@ def test_variants_are_measured_and_written(tmp_path):
     assert [(row["what"], row["tokens"]) for row in rows] == expected
     assert all(0 < row["forward_s"] < row["seconds"] and row["mib"] >= 0 for row in rows)
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_without_projections_hidden_states_are_queries_keys_and_values():
+    shape = Shape(2, 8, 40, projections=False)
+    hidden = torch.randn(1, 40, 16)
+    heads = hidden.view(1, 40, 2, 8).transpose(1, 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(1, 40, 16)
+    for case in ("dense", "{type: longformer, window: 40}", "{type: infini, segment: 40}"):
+        torch.testing.assert_close(build_call(parse_variant(case), shape, "cpu")(hidden), expected)
 
 
 def test_a_length_that_cannot_be_read_says_why(tmp_path):
