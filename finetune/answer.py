@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -90,7 +89,7 @@ class Answerer:
         if (rows < 0).all():
             return [NO_ANSWER] * len(questions)
         batch = self.batches.batch(questions, self.batches.queries(questions), rows, rows).to(self.device)
-        with torch.inference_mode(), self._arithmetic():
+        with torch.inference_mode(), self.run.config.engine.arithmetic(self.device):
             query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             span_score_QLW = torch.full(batch.allowed_QLW.shape, NEVER, device=self.device)
             lengths = batch.mask_QL.sum(1)
@@ -101,10 +100,6 @@ class Answerer:
                 span_score_QLW[at, :longest] = self.model.reader.span_scores(hidden)
             score_BNS, read_score_BN = self.model.scored(batch, span_score_QLW.masked_fill(~batch.allowed_QLW, NEVER), query_emb_BD)
         return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
-
-    def _arithmetic(self) -> AbstractContextManager[object]:
-        bf16 = self.run.config.engine.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def _best(self, batch: QuestionBatch, score_BNS: torch.Tensor, p_z_BN: torch.Tensor, rows: np.ndarray) -> list[Answer]:
         B, N, S = score_BNS.shape

@@ -78,7 +78,7 @@ def masked_accuracy(reader: Reader, run: Run, examples: list[MaskedSentence], ro
     device = next(reader.parameters()).device
     training = reader.training
     reader.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), run.config.engine.arithmetic(device):
         for start in range(0, len(examples), batch_size):
             parts = [[maker.reading(row)] for row in rows[start : start + batch_size]]
             batch = maker.masked(examples[start : start + batch_size], parts).to(device)
@@ -142,7 +142,7 @@ def read_retrieved(
     reader.eval()
     width = min(retrieved.shape[1], run.config.pretrain.candidates - 1)
     rng = np.random.default_rng(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), run.config.engine.arithmetic(device):
         for start in range(0, len(examples), batch_size):
             batch = maker.realm(examples[start : start + batch_size], retrieved[start : start + batch_size, :width], None, 0.0, rng).to(device)
             query_emb_BD = retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)

@@ -165,7 +165,7 @@ class RealmConfig:
 _LEAST = {"steps": 0, "batch_size": 1, "checkpoint_every": 1, "read": 1, "retrieve": 1, "negatives": 0, "keep_checkpoints": 1, "token_budget": 1,
           "reader_buckets": 1, "extra_retrieved": 0, "shard_rows": 1, "keep_last": 1, "max_span_tokens": 1, "warmup_steps": 0}  # fmt: skip
 _SHARES = ("keep_sentence", "mask_spans", "null_share", "substitution", "topic_share", "final_lr_share")
-_POSITIVE = ("lr", "clip", "temperature")
+_NOT_NEGATIVE = ("lr", "retriever_lr", "clip", "weight_decay", "grace_s")
 
 
 def _check_ranges(name: str, section: object) -> None:
@@ -177,5 +177,5 @@ def _check_ranges(name: str, section: object) -> None:
             raise UserError(f"{where} must be at least {_LEAST[field_name]}, got {value}.")
         if field_name in _SHARES and not 0 <= value <= 1:
             raise UserError(f"{where} is a share and must lie between 0 and 1, got {value}.")
-        if field_name in _POSITIVE and not 0 < value < math.inf:
-            raise UserError(f"{where} must be a positive number, got {value}.")
+        if field_name in _NOT_NEGATIVE and value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{where} must be a number from 0 up, got {value}.")

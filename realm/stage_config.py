@@ -1,7 +1,10 @@
 """What each stage does: the sections of the configuration that belong to training, refreshing, finetuning and evaluating."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class EngineConfig:
     """Newest checkpoints kept per stage."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed settings merged over those made from this config."""
+
+    def arithmetic(self, device: torch.device) -> AbstractContextManager[object]:
+        """Within it, forward passes compute as training does."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
         (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
         (BASE + "ict: {null_share: 7}", ["ict.null_share", "between 0 and 1"]),
-        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "positive", "nan"]),
+        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "from 0 up", "nan"]),
         (BASE + "ict: {steps: 5}\nict: {batch_size: 3}", ["'ict' is given twice", "line"]),
         ("run: x\ncorpus: {passages: []}", ["corpus.passages names no source"]),
         (BASE + "data: {test: {path: q.json, articles: Oxygen}}", ["data.test.articles", "list", "'Oxygen'"]),
