@@ -14,9 +14,11 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
 
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
-from index.gpu import Searcher, on_gpu
+from index.exact import Searcher, TiledExact, is_flat, vectors
+from index.gpu import on_gpu
 from index.store import Hold
 from realm.errors import UserError
 from realm.publish import Lineage, PublishError, Version, check_files, checksum, newest
@@ -54,8 +56,9 @@ class PassageIndex:
         """Check `folder` against its manifest and against what the caller has, and map it.
 
         `dim`, `tokenizer_fingerprint`, `encoder` (folder of the encoder version it must come from): compared where given. `threads`: OpenMP
-        threads of a search; None leaves FAISS as it is. `search_on`: cpu or gpu (see `index.gpu`). Raises IndexRefused for an index that is
-        broken, partial, or of another corpus, tokenizer, dimension or encoder.
+        threads of a search beside other work; None: the machine is the caller's, and a flat index is searched through torch, which is faster.
+        `search_on`: cpu or gpu (see `index.gpu`). Raises IndexRefused for an index that is broken, partial, or of another corpus, tokenizer,
+        dimension or encoder.
         """
         try:
             version = Version.parse(folder.name)
@@ -81,7 +84,12 @@ class PassageIndex:
             raise IndexRefused(f"{folder} does not hold the {promise} its manifest promises; {rebuild}")
         set_search_parameters(index, manifest.search_parameters)
         deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else np.zeros(0, np.int64)
-        return cls(version, manifest, index, on_gpu(index) if search_on == "gpu" else index, threads, deleted)
+        searcher: Searcher = index
+        if search_on == "gpu":
+            searcher = on_gpu(index)
+        elif threads is None and is_flat(index):
+            searcher = TiledExact(torch.from_numpy(vectors(index)))
+        return cls(version, manifest, index, searcher, threads, deleted)
 
     @property
     def step(self) -> int:

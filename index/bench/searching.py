@@ -17,7 +17,7 @@ import torch
 from index.bench.timing import timed
 from index.build import build_index, index_bytes, set_search_parameters
 from index.encode import load_encoder
-from index.gpu import Searcher, TiledExact
+from index.exact import Searcher, TiledExact
 from index.manage import Entry
 from realm.corpus import PreparedCorpus
 from realm.errors import UserError
@@ -90,7 +90,7 @@ def bench_search(
     seconds, exact_QK = _search(flat, query_emb_QD)
     results: list[dict[str, Any]] = [_result("Flat", "", 1.0, len(query_emb_QD) / seconds, 0.0, embeddings_ND.nbytes)]
     del flat
-    tiles = TiledExact(embeddings_ND, torch.device("cpu"))
+    tiles = TiledExact(torch.from_numpy(embeddings_ND))
     seconds, _ = _search(tiles, query_emb_QD)
     results.append(_result(TILES, "", 1.0, len(query_emb_QD) / seconds, 0.0, embeddings_ND.nbytes))
     del tiles

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from index.build import build_index
-from index.gpu import TiledExact, on_gpu, vectors
+from index.exact import TiledExact, to_device, vectors
+from index.gpu import on_gpu
 from realm.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -19,7 +20,7 @@ QUERIES_BD = RNG.standard_normal((7, 12)).astype(np.float32)
 def test_tiles_find_what_a_flat_index_finds(tile_rows: int, k: int) -> None:
     if tile_rows == 1 and k > 40:
         pytest.skip("slow and no different")
-    scores, rows = TiledExact(EMBEDDINGS_ND, torch.device("cpu"), tile_rows).search(QUERIES_BD, k)
+    scores, rows = TiledExact(to_device(EMBEDDINGS_ND, torch.device("cpu"), tile_rows), tile_rows).search(QUERIES_BD, k)
     exact_scores, exact_rows = build_index(EMBEDDINGS_ND).search(QUERIES_BD, k)
     assert rows.dtype == np.int64 and scores.dtype == np.float32
     np.testing.assert_array_equal(rows, exact_rows)
