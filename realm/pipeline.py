@@ -65,12 +65,7 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
     tagger = SpanTagger.load(config.spans)
     for kind, group in resolved.items():
         with progress(f"prepare {kind}", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
-
-            def update(done: int, total: int | None, ticker: object = ticker) -> None:
-                ticker.total = total or done  # type: ignore[attr-defined]
-                ticker.update(done)  # type: ignore[attr-defined]
-
-            ready = prepare_corpus(group, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, update)
+            ready = prepare_corpus(group, prepared / kind, tokenizer, corpus.block_tokens, tagger, corpus.num_workers, skip_bad, ticker.of)
         console.print(
             f"  {kind}: {len(ready):,} blocks of {ready.manifest['documents']:,} documents, {ready.manifest['spans']:,} salient spans "
             f"({tagger.name}), {ready.manifest['skipped']} records skipped"
@@ -84,13 +79,10 @@ def add_documents(run: Run, sources: Sequence[SourceConfig], delete: Sequence[st
     """
     before, config = run.passages, run.config
     with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
-
-        def update(done: int, total: int | None) -> None:
-            ticker.total = total or done
-            ticker.update(done)
-
         tagger = SpanTagger.load(config.spans)
-        corpus = grow_corpus(run.prepared / "passages", sources, delete, replace_, run.tokenizer, tagger, config.corpus.num_workers, skip_bad, update)
+        corpus = grow_corpus(
+            run.prepared / "passages", sources, delete, replace_, run.tokenizer, tagger, config.corpus.num_workers, skip_bad, ticker.of
+        )
     added, gone = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
     console.print(f"  {added:,} blocks added, {gone:,} taken away; {len(corpus.rows):,} can be found now")
     stores = [store for store in (run.folder, *(path.parent for path in (run.folder / FROZEN).glob("*/encoders"))) if (store / "encoders").is_dir()]

@@ -48,6 +48,13 @@ class Ticker:
             eta = "" if done >= self.total else f", {format_seconds(left)} left"
             console.print(f"  {self.title}: {done:,}/{self.total:,} {self.unit}s, {rate:,.1f}/s{eta}{'  ' + note if note else ''}")
 
+    def of(self, done: int, total: int | None) -> None:
+        """`done` units are finished, of `total` where that is known by now."""
+        self.total = total or done
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self.update(done)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
