@@ -79,10 +79,8 @@ def add_documents(run: Run, sources: Sequence[SourceConfig], delete: Sequence[st
     """
     before, config = run.passages, run.config
     with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
-        tagger = SpanTagger.load(config.spans)
-        corpus = grow_corpus(
-            run.prepared / "passages", sources, delete, replace_, run.tokenizer, tagger, config.corpus.num_workers, skip_bad, ticker.of
-        )
+        prepared, tagger = run.prepared / "passages", SpanTagger.load(config.spans)
+        corpus = grow_corpus(prepared, sources, delete, replace_, run.tokenizer, tagger, config.corpus.num_workers, skip_bad, ticker.of)
     added, gone = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
     console.print(f"  {added:,} blocks added, {gone:,} taken away; {len(corpus.rows):,} can be found now")
     stores = [store for store in (run.folder, *(path.parent for path in (run.folder / FROZEN).glob("*/encoders"))) if (store / "encoders").is_dir()]
