@@ -18,6 +18,7 @@ from realm.errors import UserError
 from realm.inputs import token_budget_batches
 from realm.model import OpenQaModel, QuestionBatch
 from realm.objectives import NEVER
+from realm.ranks import local_device
 from realm.reader import Reader, load_reader
 from realm.retriever import embed_plain, load_retriever
 from realm.run import STAGES, Run
@@ -53,7 +54,7 @@ class Answerer:
     def __init__(self, run: Run, stage: str = STAGE) -> None:
         self.run, self.stage = run, stage
         retriever, source = self._retriever()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = local_device()
         self.index = index_for(run, source, lambda line: console.print(f"  {line}"))
         self.retriever = retriever.to(self.device)
         reader = self._reader()

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import regex
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b(?![\u0300-\u036f])")
+"""As whole words; after decomposition the "the" of "thé" is followed by its accent."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 """DPR's tokens: runs of letters, digits and marks, and every other visible character by itself."""

@@ -109,7 +109,7 @@ class _Passages:
                 return self.corpus.row_of_id(name)
             except KeyError:
                 continue
-        raise UserError(f"{record.place}: the corpus has no document {record.passage!r}; the questions are of another corpus.")
+        raise UserError(f"{record.place}: the corpus has no document {record.passage!r} (any more); leave the question out, or use its corpus.")
 
     def _holding(self, first: int, record: QuestionRecord) -> int:
         document, row, passed = self.corpus.document(first), first, 0

@@ -16,7 +16,7 @@ from realm.engine import Engine
 from realm.errors import UserError
 from realm.inputs import epoch_rows, pad_batch, passage_input
 from realm.model import DualEncoderModel, PairBatch
-from realm.ranks import rank, world_size
+from realm.ranks import local_device, rank, world_size
 from realm.retriever import Retriever, embed_plain, load_retriever
 from realm.run import Run
 from realm.stage import save_models, train_stage
@@ -84,8 +84,7 @@ class RetrieverBatches:
 
     def _retrieve(self, retriever: Retriever, questions: Sequence[Question], depth: int) -> np.ndarray:
         found, size = [], 256
-        if torch.cuda.is_available():
-            retriever.to("cuda")
+        retriever.to(local_device())
         with progress("retrieve", len(questions), unit="question", every_s=self.run.config.engine.log_every_s) as ticker:
             for start in range(0, len(questions), size):
                 query = self.batches.queries(questions[start : start + size])

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from realm.ranks import local_device
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
@@ -33,7 +35,7 @@ class Workers:
         if size == 1:
             return cls()
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(local_device())
         store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
         # torchrun may keep one store over its restarts, and with it the addresses of the dead.
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

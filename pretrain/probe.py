@@ -13,6 +13,7 @@ from pretrain.stage import batch_maker
 from realm.errors import UserError
 from realm.model import read_masked
 from realm.objectives import candidate_log_prior
+from realm.ranks import local_device
 from realm.reader import Reader, load_reader
 from realm.retriever import Retriever
 from realm.run import Run
@@ -36,10 +37,12 @@ def load_probe(path: Path, run: Run, split: str | None = None) -> list[ProbeItem
     """
     maker, records = batch_maker(run), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # and at no other sign that Python takes for the end of a line
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check data.probe, data.orphans and data.closed_book.") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             start, answer = record["answer"]["start"], record["answer"]["text"]
@@ -111,7 +114,7 @@ def probe(run: Run, items: list[ProbeItem], retriever: Path | None, reader: Read
     if reader is not None:
         rng = np.random.default_rng(run.config.seed + 11)
         figures["accuracy_null"] = masked_accuracy(reader, run, examples, [NULL] * len(examples))
-        figures["accuracy_random"] = masked_accuracy(reader, run, examples, rng.integers(len(run.passages), size=len(examples)).tolist())
+        figures["accuracy_random"] = masked_accuracy(reader, run, examples, rng.choice(run.passages.rows, len(examples)).tolist())
         if gold:
             figures["accuracy_gold"] = masked_accuracy(reader, run, [example for example, _ in gold], [row for _, row in gold])
     if retriever is not None:
@@ -161,5 +164,5 @@ def probe_stage(run: Run, stage: str) -> dict[str, float]:
     path = run.data("probe")
     items = load_probe(path, run) if path else sampled_probe(run)
     retriever = run.latest("retriever", until=stage)
-    reader = load_reader(folder / "reader") if (folder / "reader").exists() else None
+    reader = load_reader(folder / "reader").to(local_device()) if (folder / "reader").exists() else None
     return probe(run, items, retriever, reader)

@@ -9,6 +9,7 @@ from torch import nn
 from index.frozen import index_for
 from pretrain.data import BatchMaker, MaskedSentence
 from pretrain.stage import batch_maker
+from realm.ranks import local_device
 from realm.retriever import embed_plain, load_retriever
 from realm.run import Run
 from realm.telemetry import console
@@ -18,7 +19,7 @@ class FrozenSearch:
     """The passages as a saved retriever embeds them, searched with its queries."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        self.retriever = load_retriever(folder)[0]
+        self.retriever = load_retriever(folder)[0].to(local_device())
         self.maker, self.precision = batch_maker(run), run.config.engine.precision
         self.index = index_for(run, folder, lambda line: console.print(f"  {line}"))
 

@@ -15,6 +15,7 @@ from index.drift import PROBE_FILE, ProbePassages
 from index.frozen import publish_frozen
 from index.live import LiveIndex
 from index.replay import read_replay
+from index.search import PassageIndex
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.probe import masked_accuracy
 from pretrain.reader_warmup import evidence
@@ -26,7 +27,7 @@ from realm.errors import UserError
 from realm.inputs import epoch_rows
 from realm.model import RealmBatch, RealmModel
 from realm.publish import Version
-from realm.ranks import is_main, on_main, rank, world_size
+from realm.ranks import is_main, local_device, on_main, rank, world_size
 from realm.reader import Reader
 from realm.retriever import Retriever, load_retriever
 from realm.run import Run
@@ -74,7 +75,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             live.start_refresher()
         live.wait_for_first(start)
         if checkpoint is None and config.reader_check:
-            check_reader(run, retriever, reader, live)  # before DeepSpeed takes the parameters apart
+            check_reader(run, retriever.to(local_device()), reader.to(local_device()), live)  # before DeepSpeed takes the parameters apart
         model = RealmModel(retriever, reader, config.marginal)
         towers = [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
         engine = Engine(model, config.optim, engine_config, config.steps, config.batch_size, towers)
@@ -186,6 +187,8 @@ class Candidates:
     def batch(self, step: int) -> RealmBatch:
         """The batch of `step`; starts the search for the next one."""
         began = time.monotonic()
+        if self._pending is not None:
+            self._pending[2].result()  # a swap closes the index that this searches
         self.live.swap(step)
         if self._pending is None:
             self._search_ahead(step)
@@ -206,9 +209,8 @@ class Candidates:
         }
         return batch
 
-    def search(self, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int) -> np.ndarray:
-        """Non-trivial candidates of the current index, (B, count) passage rows, EMPTY where there are too few."""
-        index = self.live.index
+    def search(self, index: PassageIndex, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int) -> np.ndarray:
+        """Non-trivial candidates, (B, count) passage rows, EMPTY where there are too few."""
         wanted = min(count + self.config.extra_retrieved, len(index))
         _, retrieved = index.search(query_emb_BD, wanted)
         chosen = [
@@ -220,7 +222,7 @@ class Candidates:
     def _search_ahead(self, step: int) -> None:
         examples = self.examples(step)
         query_emb_BD = embed_masked(self.query_tower(), examples, self.maker, self.run.config.engine.precision)
-        self._pending = (step, examples, self._thread.submit(self.search, examples, query_emb_BD, self.config.candidates - 1))
+        self._pending = (step, examples, self._thread.submit(self.search, self.live.index, examples, query_emb_BD, self.config.candidates - 1))
 
     def save(self, checkpoint: Path) -> None:
         """Add this rank's pending candidates, and the index version, to a checkpoint."""

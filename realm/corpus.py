@@ -212,12 +212,12 @@ class PreparedCorpus:
         return np.concatenate([batch.place for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
-        """Row of the block with this id; KeyError where there is none. The first call reads all ids into memory."""
+        """Row of the block with this id; KeyError where there is none, or it was taken away. The first call reads all ids into memory."""
         return self._rows[block_id]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        return {block_id: row for row, block_id in enumerate(self.ids)}
+        return {block_id: row for row, block_id in enumerate(self.ids) if row not in self.deleted}
 
     def _at(self, row: int) -> tuple[_Batch, int]:
         if not 0 <= row < self._first_rows[-1]:

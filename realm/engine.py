@@ -21,7 +21,7 @@ from realm.attention import count_update
 from realm.config_file import merge
 from realm.errors import UserError
 from realm.publish import published
-from realm.ranks import any_rank, barrier, is_main, mean_over_ranks, on_main, rank, world_size
+from realm.ranks import any_rank, barrier, is_main, local_device, mean_over_ranks, on_main, rank, world_size
 from realm.stage_config import EngineConfig, OptimConfig
 from realm.telemetry import Metrics, console, peak_memory, progress
 
@@ -268,6 +268,8 @@ def start_processes() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_device())  # DeepSpeed does so later, and much is placed before
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
         # A world of one has nobody to share memory with: no need to compile DeepSpeed's shared-memory collectives first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -80,7 +80,7 @@ class RealmBatch(Batch):
     valid_BN: Tensor
     """False on slots that hold nothing."""
     holds_BN: Tensor
-    """True where the candidate holds the masked span (telemetry alone)."""
+    """True where the masked span stands in the candidate with what is around it (telemetry alone)."""
     masked: MaskedBatch
 
 

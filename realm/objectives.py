@@ -45,7 +45,8 @@ def in_batch_loss(query_emb_BD: Tensor, passage_emb_CD: Tensor, target_B: Tensor
     The inverse cloze task (Lee et al. 2019, section 4) and finetuning on questions with hard negatives (Karpukhin et al. 2020, section 3.2)
     differ in what the batch holds. Query b should choose passage `target_B[b]`; passages with `excluded_BC` are none of its candidates.
     """
-    score_BC = (query_emb_BD @ passage_emb_CD.T).float() / temperature
+    with torch.autocast(query_emb_BD.device.type, enabled=False):  # a product rounded to bf16 tells near passages no longer apart
+        score_BC = query_emb_BD.float() @ passage_emb_CD.float().T / temperature
     score_BC = score_BC.masked_fill(excluded_BC, NEVER)
     return F.cross_entropy(score_BC, target_B), (score_BC.argmax(-1) == target_B).float().mean()
 

@@ -30,6 +30,7 @@ from realm.errors import UserError
 from realm.growth import grow_corpus
 from realm.prepare import prepare_corpus
 from realm.publish import write_json_atomic
+from realm.ranks import local_device
 from realm.reader import load_reader
 from realm.report import draw_curves, print_next, print_summary
 from realm.run import BUILTIN, STAGES, Run, source_path
@@ -166,13 +167,13 @@ def closed_book_accuracy(run: Run) -> dict[str, float]:
     assert path is not None
     if reader is None:
         return {}
-    items = load_probe(path, run, split="test")
-    return {"closed_book_accuracy": masked_accuracy(load_reader(reader), run, [item.example for item in items], [NULL] * len(items))}
+    examples = [item.example for item in load_probe(path, run, split="test")]
+    return {"closed_book_accuracy": masked_accuracy(load_reader(reader).to(local_device()), run, examples, [NULL] * len(examples))}
 
 
 def null_masses(run: Run) -> dict[str, list[float]]:
     """p(null|x) of every statement whose fact stands in a passage (`known`) and of every one whose fact stands in none (`orphan`)."""
-    reader = load_reader(run.model("pretrain") / "reader")
+    reader = load_reader(run.model("pretrain") / "reader").to(local_device())
     search = FrozenSearch(run, run.model("pretrain") / "retriever")
     masses = {}
     for name, field in (("known", "probe"), ("orphan", "orphans")):

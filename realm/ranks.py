@@ -30,6 +30,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_device() -> torch.device:
+    """Where this process computes: its own GPU among those of this host, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def is_main() -> bool:
     """Whether this process writes what all share."""
     return rank() == 0

@@ -65,14 +65,15 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BLH = self.bert(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        dtype = torch.promote_types(hidden_BLH.dtype, torch.float32)  # from here on: rounded lengths would be rounded scores
+        dtype = torch.promote_types(hidden_BLH.dtype, torch.float32)  # from here on, whatever autocast says: scores must not be rounded
         if self.pooling == "cls":
             pooled_BH = hidden_BLH[:, 0].to(dtype)
         else:
             pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(1, keepdim=True)
         if isinstance(self.projection, nn.Linear):
             pooled_BH = pooled_BH.to(self.projection.weight.dtype)
-        emb_BD = self.projection(pooled_BH)
+        with torch.autocast(pooled_BH.device.type, enabled=False):
+            emb_BD = self.projection(pooled_BH)
         return F.normalize(emb_BD, dim=-1) if self.normalize else emb_BD
 
 
@@ -105,7 +106,8 @@ class Retriever(nn.Module):
 
     def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
         """Relevance f(x, z) of N candidates a query, (B, N): inner product over temperature (section 3.1)."""
-        return torch.einsum("bd,bnd->bn", query_emb_BD, candidate_emb_BND).float() / self.temperature
+        with torch.autocast(query_emb_BD.device.type, enabled=False):
+            return torch.einsum("bd,bnd->bn", query_emb_BD.float(), candidate_emb_BND.float()) / self.temperature
 
 
 def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4) -> Tensor:

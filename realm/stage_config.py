@@ -26,7 +26,7 @@ class OptimConfig:
     schedule: Literal["linear", "constant"] = "linear"
     """After the warm-up: falling linearly to `final_lr_share` at the last step, or constant."""
     final_lr_share: float = 0.0
-    """Share of the peak rate left at the last step of a linear schedule."""
+    """Share of the peak rate towards which a linear schedule falls."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class EvaluateConfig:
     read: int = 5
     """Passages read per question."""
     batch_size: int = 64
-    """Questions per forward pass."""
+    """Questions retrieved for at a time."""
     retrieve: int = 20
     """Passages retrieved per question: the deepest recall reported."""
     token_budget: int = 8192

@@ -236,7 +236,7 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
 
 def test_training_stops_with_one_sentence_where_no_refresher_runs(finished: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
-    refresh = {"wait_timeout_s": 1.0, "max_stale_steps": 2, "stale_policy": "wait"}
+    refresh = {"wait_timeout_s": 1.0, "max_stale_steps": 4, "stale_policy": "wait"}
     config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh=refresh)
     for stage in ("ict", "reader-warmup"):
         assert realm(stage, "--config", config).returncode == 0

@@ -108,6 +108,11 @@ def test_answers_in_a_corpus_agree_with_one_text_at_a_time(answers: list[str], t
     assert found.tolist() == [any(has_answer(text, [answer]) for text in texts) for answer in answers]
 
 
+def test_articles_are_words_and_no_part_of_an_accented_one() -> None:
+    assert not exact_match("thé", ["á"]) and f1("théâtre", ["thé"]) == 0.0
+    assert exact_match("the thé", ["thé"]) and exact_match("a tea", ["the tea"])
+
+
 def test_patterns_in_a_corpus_do_not_reach_across_passages() -> None:
     texts = ["It ends with New", "York begins it"] * 600
     assert patterns_in_corpus(texts, [re.compile(r"New\s?York"), re.compile("begins")]).tolist() == [False, True]

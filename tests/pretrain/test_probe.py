@@ -1,12 +1,13 @@
 """Measuring masked spans: what counts as found, and that no sentence is found in itself."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pretrain.probe
-from pretrain.probe import ProbeItem, probe, retrieval_recall, sampled_probe
+from pretrain.probe import ProbeItem, load_probe, probe, retrieval_recall, sampled_probe
 from pretrain.stage import batch_maker
 from realm.config_file import load_config
 from realm.pipeline import prepare
@@ -64,3 +65,10 @@ def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) ->
     found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])
     assert retrieval_recall(run, items, found, (1, 2))["exact_recall@1"] == 100.0
     assert retrieval_recall(run, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
+
+
+def test_statements_are_lines_and_no_other_sign_ends_one(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "probe.jsonl"
+    record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
+    assert [item.passage for item in load_probe(path, run)] == [0]

@@ -79,6 +79,8 @@ def test_documents_taken_away_keep_their_rows(run, corpus):
     grown = grow(run, corpus, delete=("town-3",))
     assert mine and grown.deleted == frozenset(mine) and len(grown) == len(before)
     assert sorted({*grown.rows.tolist(), *mine}) == list(range(len(before))) and not {*mine} & {*grown.rows.tolist()}
+    with pytest.raises(KeyError):
+        grown.row_of_id("town-3#0")
     with pytest.raises(UserError, match="'town-3' to take away"):
         grow(run, corpus, delete=("town-3",))
 

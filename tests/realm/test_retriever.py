@@ -12,6 +12,7 @@ from torch import nn
 from realm.bert import BertSource
 from realm.errors import UserError
 from realm.inputs import pad_batch, passage_input, query_input
+from realm.objectives import in_batch_loss
 from realm.retriever import RetrieverConfig, build_retriever, load_retriever, read_retriever_settings, save_retriever
 
 QUERIES = ["Where does the Danube rise?", "[MASK] was born in London in [MASK] .", "ada", ""]
@@ -163,6 +164,16 @@ def test_score_is_the_inner_product_over_the_temperature(tokenizer):
         for n in range(4):
             inner = sum(float(q * c) for q, c in zip(query_emb_BD[b], candidate_emb_BND[b, n], strict=True))
             assert score_BN[b, n].item() == pytest.approx(4 * inner, abs=1e-4)
+
+
+def test_scores_are_not_rounded_under_autocast(tokenizer):
+    retriever = build_retriever(replace(CONFIG, temperature=0.5), tokenizer)
+    query_emb_BD, candidate_emb_BND = torch.tensor([[12.0, 5.0, 1.0]]), torch.tensor([[[12.0, 5.0, 1.0], [12.0, 5.0, 1.3], [12.0, 5.0, 1.45]]])
+    expected = torch.tensor([[340.0, 340.6, 340.9]])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(retriever.score(query_emb_BD, candidate_emb_BND), expected)
+        loss, _ = in_batch_loss(query_emb_BD, candidate_emb_BND[0], torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool), 0.5)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0])))
 
 
 def test_unit_embeddings(tokenizer, wordpieces):
