@@ -83,12 +83,21 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
     return layers[0].attention.self
 
 
+class Given(nn.Module):
+    """In the place of a projection: hidden states as they are, in the dtype that a projection would give them under autocast."""
+
+    def forward(self, hidden_BLW: Tensor) -> Tensor:
+        """(1, L, W) to the same."""
+        kind = hidden_BLW.device.type
+        return hidden_BLW.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden_BLW
+
+
 def placed(module: nn.Module, shape: Shape, device: str) -> Any:
     """On the device, and without its projections where the shape says so."""
     if not shape.projections:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, nn.Identity())
+                setattr(module, name, Given())
     return module.to(device)
 
 
