@@ -11,7 +11,20 @@ from typing import Any
 from realm.config import QuestionSource
 from realm.document_formats import load_split, parse_object, parse_tsv
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, check_text, json_type, lines, named_format, parsed_lines, read_json, stem
+from realm.files import (
+    BadRecord,
+    BadRecords,
+    Place,
+    check_file,
+    check_text,
+    json_type,
+    lines,
+    named_format,
+    parsed_lines,
+    read_json,
+    stem,
+    told_by_key,
+)
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""
@@ -73,11 +86,8 @@ def format_of(source: QuestionSource) -> str:
         return "jsonl"
     check_file(path, "questions")
     if suffix == ".json":
-        content = read_json(path, "questions")
-        first = content[0] if isinstance(content, list) and content else content
-        for name, key in (("squad", "data"), ("timeqa", "paras"), ("webq", "qText")):
-            if isinstance(first, dict) and key in first:
-                return name
+        if kind := told_by_key(path, "questions", {"squad": "data", "timeqa": "paras", "webq": "qText"}):
+            return kind
     elif suffix in (".tsv", ".csv", ".txt", ".qas"):
         columns = _columns(path)
         if columns == 2 and "trec" in path.name.lower():

@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, check_file, json_type, lines, named_format, parsed_lines, read_json, read_text, stem
+from realm.files import (
+    BadRecord,
+    BadRecords,
+    Place,
+    check_file,
+    json_type,
+    lines,
+    named_format,
+    parsed_lines,
+    read_json,
+    read_text,
+    stem,
+    told_by_key,
+)
 from realm.hub import require_on_hub
 
 FIELDS = ("id", "title", "text")
@@ -96,12 +109,8 @@ def format_of(source: SourceConfig) -> str:
         return kind
     if not path.exists():
         raise UserError(f"{path} does not exist; for a data set on the Hugging Face hub set `format: datasets`")
-    if stem(path)[1] == ".json":
-        content = read_json(path, "documents")
-        first = content[0] if isinstance(content, list) and content else content
-        for name, key in (("squad", "data"), ("timeqa", "paras")):
-            if isinstance(first, dict) and key in first:
-                return name
+    if stem(path)[1] == ".json" and (kind := told_by_key(path, "documents", {"squad": "data", "timeqa": "paras"})):
+        return kind
     raise UserError(f"the format of {path} cannot be told from its name; name it, one of {', '.join(FORMATS)}")
 
 

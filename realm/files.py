@@ -5,7 +5,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -154,6 +154,13 @@ def read_json(path: Path, holds: str) -> Any:
     except (ValueError, RecursionError) as error:
         remedy = "name its format, jsonl, if it has one object a line" if "Extra data" in str(error) else f"it must hold {holds}"
         raise UserError(f"{path} is no JSON ({error}); {remedy}") from error
+
+
+def told_by_key(path: Path, holds: str, formats: Mapping[str, str]) -> str | None:
+    """The format whose key stands in a JSON file's object, or in the first of its list; `formats` names the key of each."""
+    content = read_json(path, holds)
+    first = content[0] if isinstance(content, list) and content else content
+    return next((name for name, key in formats.items() if isinstance(first, dict) and key in first), None)
 
 
 def read_text(path: Path) -> str:

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, BertModel, 
 
 from realm.attention import AttentionConfig
 from realm.attention.dense import DenseAttention, dense_attention
-from realm.attention.projected import ForeignHeads, ProjectedSelfAttention
+from realm.attention.projected import ForeignHeads, ProjectedSelfAttention, may_be_padded
 from realm.errors import UserError
 
 _DENSE = "realm_dense"
@@ -25,9 +25,9 @@ def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None
 
 def _padding_mask_if_padded(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
     """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation, and compiled code cannot look."""
-    if attention_mask is None or attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+    if attention_mask is None or torch.compiler.is_compiling() or may_be_padded(attention_mask):
         return attention_mask
-    return None if bool(attention_mask.all()) else attention_mask
+    return None
 
 
 def _never_called(*_: object, **__: object) -> tuple[Tensor, None]:

@@ -48,18 +48,6 @@ def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyP
     assert figures["recall@5"] <= 100 * np.mean(elsewhere)
 
 
-def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run: Run) -> None:
-    maker, items = batch_maker(run), sampled_probe(run, 4)
-    own = np.array([[item.example.row] for item in items])
-    assert retrieval_recall(run, items, own, (1,)) == {"recall@1": 100.0}
-    maker.contexts.context_tokens = 10_000  # shared with the run
-    try:
-        without = [row for row in range(len(run.passages)) if not maker.holds(maker.passage(row), items[0].example.span_ids)]
-        assert retrieval_recall(run, items[:1], np.array([without[:1]]), (1,)) == {"recall@1": 0.0}
-    finally:
-        maker.contexts.context_tokens = 0
-
-
 def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) -> None:
     items = [ProbeItem(item.example, item.example.row) for item in sampled_probe(run, 3)]
     found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])

@@ -14,6 +14,7 @@ from finetune.answer import NO_ANSWER, Answerer
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from pretrain.data import EMPTY, SpanSampler, choose_candidates
+from pretrain.probe import ProbeItem, retrieval_recall
 from pretrain.stage import batch_maker
 from realm.config_file import load_config
 from realm.context import Contexts
@@ -108,6 +109,20 @@ def test_the_masked_sentence_is_never_in_view(run):
         others = [other for other in every.tolist() if run.passages.document(other) != run.passages.document(row)]
         assert [other for other in chosen if other != EMPTY] == others, "the whole document is left out"
         assert not any(run.wordpieces.find(run.contexts.around(other).text_ids, example.sentence_ids) for other in others)
+
+
+def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run):
+    maker, rng = batch_maker(run), np.random.default_rng(0)
+    sampler = SpanSampler(run.passages, 10, 30)
+    beside = 0
+    for row in sampler.rows.tolist():
+        example = sampler.draw(row, rng)
+        for other in run.contexts.around(row).rows:
+            if maker.holds(maker.reading(other), example.span_ids) and not maker.holds(maker.passage(other), example.span_ids):
+                beside += 1
+                assert retrieval_recall(run, [ProbeItem(example, None)], np.array([[other]]), (1,)) == {"recall@1": 0.0}
+        assert retrieval_recall(run, [ProbeItem(example, None)], np.array([[row]]), (1,)) == {"recall@1": 100.0}
+    assert beside, "some passage is read with a neighbour that holds the span"
 
 
 def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up(run):
