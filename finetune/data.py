@@ -36,14 +36,13 @@ class QuestionBatches:
     def positions(self, question: Question, row: int) -> list[tuple[int, int]]:
         """Start and length in wordpieces of every occurrence of an accepted answer in the text of a passage."""
         if question.is_pattern:
-            return self._matches(question, row)
+            return self._matches(question, self.passages.text(row))
         return self._occurrences(question.answer_ids, self.passages.text_ids(row))
 
-    def _occurrences(self, answers: Sequence[IntArray], text_ids: IntArray) -> list[tuple[int, int]]:
-        return [(start, len(ids)) for ids in answers if len(ids) for start in self.words.find(text_ids, ids)]
+    def _occurrences(self, answers: Sequence[IntArray], within: IntArray) -> list[tuple[int, int]]:
+        return [(start, len(ids)) for ids in answers if len(ids) for start in self.words.find(within, ids)]
 
-    def _matches(self, question: Question, row: int) -> list[tuple[int, int]]:
-        text = self.passages.text(row)
+    def _matches(self, question: Question, text: str) -> list[tuple[int, int]]:
         spans = [(match.start(), match.end(), "") for match in question.pattern.finditer(text) if match.group().strip()]
         if not spans:
             return []
@@ -77,28 +76,16 @@ class QuestionBatches:
         read: np.ndarray,
         substitutes: Sequence[Substitute | None] | None = None,
     ) -> QuestionBatch:
-        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, their texts changed by `substitutes`; rows below
-        0 are no passages."""
-        limit = self.run.config.reader.max_tokens
+        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, what is read changed by `substitutes`; rows
+        below 0 are no passages. To the reader an answer is right in the title as in the text, as it is when answers are counted."""
         reading_BN = np.array([self.run.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
         row_Q = np.flatnonzero(reading_BN == np.arange(read.shape[1]))
         joints, spots = [], []
         for place in row_Q.tolist():
             b, n = divmod(place, read.shape[1])
-            question, row = questions[b], int(read[b, n])
-            change = None if substitutes is None else substitutes[b]
-            context = self.run.contexts.around(row)
-            text_ids = context.text_ids
-            if change is not None:
-                text_ids = replace_span(text_ids, change[0], change[1], self.words)
-                places = self._occurrences((change[1],), text_ids)
-            else:
-                blocks = zip(context.rows, context.starts, strict=True)
-                places = [(begin + start, length) for other, begin in blocks for start, length in self.positions(question, other)]
-            query_ids = question.ids[: self.run.config.retriever.max_query_tokens - 2]
-            ids, first, text_at = joint_input(query_ids, self.passages.title_ids(row), text_ids, self.words.cls, self.words.sep, limit)
+            ids, first, places = self._joint(questions[b], int(read[b, n]), None if substitutes is None else substitutes[b])
             joints.append((ids, first))
-            spots.append([(text_at + start, length) for start, length in places if text_at + start + length < len(ids)])
+            spots.append(places)
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
         is_answer_QLW, allowed_QLW = span_targets(spots, ids_QL, mask_QL, type_QL, self.words, self.width)
         return QuestionBatch(
@@ -115,6 +102,25 @@ class QuestionBatches:
             is_answer_QLW,
             allowed_QLW,
         )
+
+    def _joint(self, question: Question, row: int, change: Substitute | None) -> tuple[IntArray, int, list[tuple[int, int]]]:
+        """What is read for a passage, the length of its first segment, and start and length of every answer in it."""
+        words, config = self.words, self.run.config
+        context = self.run.contexts.around(row)
+        title_ids, text_ids = self.passages.title_ids(row), context.text_ids
+        if change is not None:
+            title_ids, text_ids = (replace_span(ids, *change, words) for ids in (title_ids, text_ids))
+        query_ids = question.ids[: config.retriever.max_query_tokens - 2]
+        ids, first, text_at = joint_input(query_ids, title_ids, text_ids, words.cls, words.sep, config.reader.max_tokens)
+        if question.is_pattern:
+            in_title = self._matches(question, self.passages.title(row))
+            places = [(first + start, length) for start, length in in_title if first + start + length < text_at]
+            for other, begin in zip(context.rows, context.starts, strict=True):
+                places += [(text_at + begin + start, length) for start, length in self.positions(question, other)]
+        else:
+            answers = question.answer_ids if change is None else (change[1],)
+            places = [(first + start, length) for start, length in self._occurrences(answers, ids[first:])]
+        return ids, first, [(start, length) for start, length in places if start + length < len(ids)]
 
     def relevant(self, questions: Sequence[Question], rows: np.ndarray) -> np.ndarray:
         """Which retrieved passages the retriever should prefer, (B, K) bool: all that hold an answer (Lee et al. 2019, section 5), or, with

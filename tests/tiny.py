@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import yaml
 
 if TYPE_CHECKING:
@@ -93,3 +94,11 @@ def prepared_run(folder: Path, **changes: dict) -> "Run":
     config = load_config(write_config(folder, **changes))
     prepare(config)
     return Run.create(config)
+
+
+class NoIndex:
+    """Embeddings that tell nothing, for batches of which only what is read matters."""
+
+    def embeddings(self, rows: np.ndarray) -> np.ndarray:
+        """(R,) rows to (R, 32)."""
+        return np.zeros((len(rows), 32), np.float32)

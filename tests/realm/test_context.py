@@ -25,7 +25,7 @@ from realm.retriever import build_retriever
 from realm.run import Run
 from realm.start import initial_reader
 from realm.tokenizer import encode_plain
-from tests.tiny import FOUNDERS, RIVERS, TOWNS, write_config, write_sources
+from tests.tiny import FOUNDERS, RIVERS, TOWNS, NoIndex, write_config, write_sources
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,6 @@ def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up
     document = torch.stack((score_N[0], score_N[1:3].logsumexp(0))).log_softmax(0)  # the document scores log Σ exp of its blocks
     expected = -(document + log_p_y_N[:2]).logsumexp(0)
     assert model(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-class NoIndex:
-    def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        return np.zeros((len(rows), 32), np.float32)
 
 
 def question(run: Run, text: str, answer: str) -> Question:
