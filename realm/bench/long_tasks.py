@@ -55,14 +55,9 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Passkey(Task):
-    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of that kind is to be returned.
+class Kinds(Task):
+    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for words by their kinds, a mask behind each."""
 
-    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys in the text.
-    """
-
-    test_tokens: tuple[int, ...] = (64, 256, 1024)
-    keys: int = 4
     kinds: int = 8
     words: int = 16
     """Of each kind."""
@@ -72,46 +67,60 @@ class Passkey(Task):
     def vocabulary(self) -> int:
         return _FIRST + self.kinds * (1 + self.words) + self.noise
 
+    def word(self, kind: np.ndarray, number: np.ndarray) -> np.ndarray:
+        """Ids of words by kind and number."""
+        return _FIRST + self.kinds + kind * self.words + number
+
+    def ask(self, kinds: np.ndarray, tokens: int, strewn: np.ndarray, answer: np.ndarray, rng: np.random.Generator) -> Example:
+        """`strewn` words in a text of noise, and the one to be found of each of the `kinds`."""
+        room = tokens - len((CLS, SEP, SEP)) - 2 * len(kinds)
+        text = self.word(np.array(self.kinds), rng.integers(self.noise, size=room))
+        text[rng.choice(room, len(strewn), replace=False)] = strewn
+        return joint([id for kind in kinds.tolist() for id in (_FIRST + kind, MASK)], text.tolist(), tuple(answer.tolist()))
+
+
+@dataclass(frozen=True)
+class Passkey(Kinds):
+    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of that kind is to be returned.
+
+    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys in the text.
+    """
+
+    test_tokens: tuple[int, ...] = (64, 256, 1024)
+    keys: int = 4
+
     def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
         return 1 / self.keys
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
-        first_word = _FIRST + self.kinds
-        room = tokens - len((CLS, 0, MASK, SEP, SEP))
-        text = first_word + self.kinds * self.words + rng.integers(self.noise, size=room)
         kinds = rng.choice(self.kinds, self.keys, replace=False)
-        keys = first_word + kinds * self.words + rng.integers(self.words, size=self.keys)
-        text[rng.choice(room, self.keys, replace=False)] = keys
-        return joint([_FIRST + int(kinds[0]), MASK], text.tolist(), (int(keys[0]),))
+        keys = self.word(kinds, rng.integers(self.words, size=self.keys))
+        return self.ask(kinds[:1], tokens, keys, keys[:1], rng)
 
 
 @dataclass(frozen=True)
-class MaskedSpan(Task):
-    """A document of statements `subject relation object .`, subjects and objects of two words; x says one in other words, its object masked.
+class MaskedSpan(Kinds):
+    """A document about one entity of every kind, which names others too, less often; x is a sentence with the entities of two kinds masked.
 
-    Subjects share words, so that no single word finds the statement: a masked salient span whose evidence is far away.
+    What is to be filled in is what the whole document speaks of most, so that the evidence is spread over all of it and grows with it: of
+    every kind one word stands in the text three times for each training length, and two others once. A guess is a mention of each kind.
     """
 
     train_tokens: int = 128
     test_tokens: tuple[int, ...] = (128, 512, 2048)
-    words: int = 24
-    relations: int = 8
+    mentions: tuple[int, ...] = (3, 1, 1)
+    """Of the entity and of the others, for each training length."""
+    masked: int = 2
 
-    @property
-    def vocabulary(self) -> int:
-        return _FIRST + 1 + 2 * self.relations + 4 * self.words
+    def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
+        return (self.mentions[0] / sum(self.mentions)) ** self.masked
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
-        stop, relation, words = _FIRST, _FIRST + 1, _FIRST + 1 + 2 * self.relations
-        count = (tokens - len((CLS, 0, 0, 0, MASK, MASK, SEP, SEP))) // 6
-        pairs = rng.choice(self.words**2, min(count, self.words**2), replace=False)  # each subject once
-        subjects = np.stack((pairs // self.words, self.words + pairs % self.words), 1) + words
-        objects = words + self.words * np.array([2, 3]) + rng.integers(self.words, size=(len(pairs), 2))
-        kinds = rng.integers(self.relations, size=len(pairs))
-        asked = int(rng.integers(len(pairs)))
-        text = [int(id) for s, k, o in zip(subjects, kinds, objects, strict=True) for id in (*s, relation + k, *o, stop)]
-        other_words = relation + self.relations + int(kinds[asked])
-        return joint([*map(int, subjects[asked]), other_words, MASK, MASK], text, tuple(map(int, objects[asked])))
+        kinds = np.arange(self.kinds)[:, None]
+        named = self.word(kinds, rng.random((self.kinds, self.words)).argsort(1)[:, : len(self.mentions)])
+        strewn = named.repeat(np.array(self.mentions) * max(1, tokens // self.train_tokens), axis=1).ravel()
+        asked = rng.choice(self.kinds, self.masked, replace=False)
+        return self.ask(asked, tokens, strewn, named[asked, 0], rng)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tasks of `realm bench long` against their definitions, and one tiny run of it."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,19 +11,31 @@ from hypothesis import strategies as st
 
 from realm.attention import AttentionConfig
 from realm.bench.long import ShiftedPositions, bench_long
-from realm.bench.long_tasks import CLS, MASK, OPERATORS, SEP, TASKS, Example, ListOps, MaskedSpan, Passkey
+from realm.bench.long_tasks import CLS, MASK, OPERATORS, SEP, TASKS, Example, Kinds, ListOps, MaskedSpan, Passkey
 from realm.errors import UserError
 
 SEEDS = st.integers(0, 10_000)
 
 
-def parts(example: Example, masks: int) -> tuple[list[int], list[int]]:
-    """x without its masks, and the text."""
+def parts(example: Example) -> tuple[list[int], list[int]]:
+    """x and the text."""
     ids = example.ids.tolist()
-    assert ids[0] == CLS and ids[example.first - 1] == SEP and ids[-1] == SEP and len(example.answer) == masks
-    x = ids[1 : example.first - 1]
-    assert x[len(x) - masks :] == [MASK] * masks and MASK not in ids[example.first :]
-    return x[: len(x) - masks], ids[example.first : -1]
+    assert ids[0] == CLS and ids[example.first - 1] == SEP and ids[-1] == SEP
+    x, text = ids[1 : example.first - 1], ids[example.first : -1]
+    assert x.count(MASK) == len(example.answer) and MASK not in text
+    return x, text
+
+
+def asked(example: Example, task: Kinds) -> list[tuple[int, Counter[int]]]:
+    """For every mask its answer, and how often the text names each word of the kind before it."""
+    x, text = parts(example)
+    first = 4 + task.kinds
+    assert max(example.ids) < task.vocabulary and min(text) >= first and x[1::2] == [MASK] * len(example.answer)
+    named = Counter(id for id in text if id < first + task.kinds * task.words)
+    return [
+        (answer, Counter({id: count for id, count in named.items() if (id - first) // task.words == kind - 4}))
+        for kind, answer in zip(x[::2], example.answer, strict=True)
+    ]
 
 
 @given(SEEDS, st.sampled_from([64, 65, 256]))
@@ -30,24 +43,22 @@ def parts(example: Example, masks: int) -> tuple[list[int], list[int]]:
 def test_the_passkey_is_the_one_key_of_its_kind(seed, tokens):
     task = Passkey()
     example = task.example(tokens, np.random.default_rng(seed))
-    (kind,), text = parts(example, 1)
-    assert len(example.ids) == tokens and max(example.ids) < task.vocabulary
-    first = 4 + task.kinds
-    keys = [id for id in text if id < first + task.kinds * task.words]
-    assert min(text) >= first and len(keys) == task.keys, "several keys, one of which is asked for"
-    assert [key for key in keys if (key - first) // task.words == kind - 4] == [example.answer[0]]
+    assert len(example.ids) == tokens
+    assert asked(example, task) == [(example.answer[0], {example.answer[0]: 1})]
+    assert sum(4 + task.kinds <= id < 4 + task.kinds * (1 + task.words) for id in example.ids) == task.keys, "several, one of which is asked for"
 
 
 @given(SEEDS, st.sampled_from([128, 300, 2048]))
 @settings(max_examples=50, deadline=None)
-def test_one_statement_alone_answers_a_masked_span(seed, tokens):
+def test_a_masked_span_is_what_the_text_names_most(seed, tokens):
     task = MaskedSpan()
     example = task.example(tokens, np.random.default_rng(seed))
-    (first, second, relation), text = parts(example, 2)
-    assert len(example.ids) <= tokens and max(example.ids) < task.vocabulary
-    statements = [text[at : at + 6] for at in range(0, len(text), 6)]
-    (found,) = [statement for statement in statements if statement[:2] == [first, second]]
-    assert tuple(found[3:5]) == example.answer and found[2] + task.relations == relation and relation not in text
+    times = tokens // 128
+    assert len(example.ids) == tokens
+    (first, second), (one, other) = example.answer, (counts for _, counts in asked(example, task))
+    for answer, counts in ((first, one), (second, other)):
+        assert counts[answer] == 3 * times and sorted(counts.values()) == [times, times, 3 * times]
+    assert one.keys().isdisjoint(other)
 
 
 @given(SEEDS)
@@ -55,7 +66,7 @@ def test_one_statement_alone_answers_a_masked_span(seed, tokens):
 def test_listops_answers_are_the_values_of_their_lists(seed):
     task = ListOps()
     example = task.example(128, np.random.default_rng(seed))
-    _, text = parts(example, 1)
+    _, text = parts(example)
     names = list(OPERATORS)
 
     def value(at: int) -> tuple[int, int]:
