@@ -145,7 +145,7 @@ class LiveIndex:
             )
 
     def telemetry(self, step: int) -> dict[str, float | str]:
-        """Index version used, steps it is behind, swaps so far."""
+        """Index version in use after `step` steps (the next step searches it one step ahead), steps it is behind, swaps so far."""
         return {"index": self.index.version.name, "steps_behind": float(step - self.index.step), "swaps": float(self.swaps)}
 
     def training_ended(self) -> None:
