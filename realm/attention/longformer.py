@@ -4,7 +4,7 @@ Every token attends to the tokens at most `window` places away and to the global
 query, key and value projections of its own that start as copies of the local ones. Windows may differ by layer, small ones below; a head may
 be dilated and see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with the length.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, W = H·D, G global tokens of the row that has most, X = G·H.
+Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most.
 """
 
 import copy
@@ -95,31 +95,17 @@ class LongformerSelfAttention(nn.Module):
         out_BHLD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, torch.tensor(order).argsort().tolist()]
 
         hidden_BGW = hidden_states.gather(1, at_BG[..., None].expand(-1, -1, width))
+        global_out_BHGD = F.scaled_dot_product_attention(
+            heads(self.query_global(hidden_BGW)),
+            heads(self.key_global(hidden_states)),
+            heads(self.value_global(hidden_states)),
+            attn_mask=real_BL[:, None, None, :],
+            dropout_p=dropout,
+        )
         out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
-        global_out_BGW = self._global_rows(hidden_BGW, hidden_states, real_BL, dropout).to(out_BLW.dtype)
+        global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
         at_BGW = at_BG[..., None].expand_as(global_out_BGW)
         return out_BLW.scatter(1, at_BGW, torch.where(present_BG[..., None], global_out_BGW, out_BLW.gather(1, at_BGW))), None
-
-    def _global_rows(self, hidden_BGW: Tensor, hidden_BLW: Tensor, real_BL: Tensor, dropout: float) -> Tensor:
-        """Attention of the global tokens to every token, (B, G, W).
-
-        With keys K x + b and values V x + c, a query q scores (Kᵀ q)·x + q·b, where q·b is the same for all x and falls out of the softmax, and
-        its output is V Σ p x + c. So where queries are few, the projections are applied to them and nothing as long as the text is projected.
-        """
-        (B, G, W), H = hidden_BGW.shape, self.num_heads
-        D = W // H
-        q_BGHD = self.query_global(hidden_BGW).view(B, G, H, D)
-        if G * H >= W:  # projecting the text is less work
-            k_BHLD, v_BHLD = (project(hidden_BLW).view(B, -1, H, D).transpose(1, 2) for project in (self.key_global, self.value_global))
-            out_BHGD = F.scaled_dot_product_attention(q_BGHD.transpose(1, 2), k_BHLD, v_BHLD, real_BL[:, None, None, :], dropout)
-            return out_BHGD.transpose(1, 2).reshape(B, G, W)
-        key_HDW, value_HDW = (project.weight.view(H, D, W) for project in (self.key_global, self.value_global))
-        towards_BXW = torch.einsum("bghd,hdw->bghw", q_BGHD * D**-0.5, key_HDW).flatten(1, 2)
-        score_BXL = towards_BXW @ hidden_BLW.transpose(1, 2)
-        score_BXL = score_BXL.masked_fill(~real_BL[:, None], torch.finfo(score_BXL.dtype).min)
-        mixed_BXW = F.dropout(score_BXL.softmax(-1), dropout) @ hidden_BLW
-        out_BGHD = torch.einsum("bghw,hdw->bghd", mixed_BXW.view(B, G, H, W), value_HDW)
-        return out_BGHD.reshape(B, G, W) + self.value_global.bias
 
 
 def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:

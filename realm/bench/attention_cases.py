@@ -84,15 +84,7 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
 
 
 class Given(nn.Module):
-    """In the place of a projection: hidden states as they are, in the dtype that a projection would give them under autocast.
-
-    What it is made of stands in it for a variant that applies it elsewhere: the identity.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.eye(width), persistent=False)
-        self.register_buffer("bias", torch.zeros(width), persistent=False)
+    """In the place of a projection: hidden states as they are, in the dtype that a projection would give them under autocast."""
 
     def forward(self, hidden_BLW: Tensor) -> Tensor:
         """(1, L, W) to the same."""
@@ -105,7 +97,7 @@ def placed(module: nn.Module, shape: Shape, device: str) -> Any:
     if not shape.projections:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Given(shape.width))
+                setattr(module, name, Given())
     return module.to(device)
 
 
