@@ -56,7 +56,7 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Kinds(Task):
-    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for words by their kinds, a mask behind each."""
+    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for a word by its kind, a mask behind it."""
 
     kinds: int = 8
     words: int = 16
@@ -67,16 +67,16 @@ class Kinds(Task):
     def vocabulary(self) -> int:
         return _FIRST + self.kinds * (1 + self.words) + self.noise
 
-    def word(self, kind: np.ndarray, number: np.ndarray) -> np.ndarray:
+    def word(self, kind: np.ndarray | int, number: np.ndarray) -> np.ndarray:
         """Ids of words by kind and number."""
         return _FIRST + self.kinds + kind * self.words + number
 
-    def ask(self, kinds: np.ndarray, tokens: int, strewn: np.ndarray, answer: np.ndarray, rng: np.random.Generator) -> Example:
-        """`strewn` words in a text of noise, and the one to be found of each of the `kinds`."""
-        room = tokens - len((CLS, SEP, SEP)) - 2 * len(kinds)
-        text = self.word(np.array(self.kinds), rng.integers(self.noise, size=room))
+    def ask(self, kind: int, answer: int, strewn: np.ndarray, tokens: int, rng: np.random.Generator) -> Example:
+        """For the word `answer` of a kind, in a text of noise with the words `strewn`."""
+        room = tokens - len((CLS, kind, MASK, SEP, SEP))
+        text = self.word(self.kinds, rng.integers(self.noise, size=room))
         text[rng.choice(room, len(strewn), replace=False)] = strewn
-        return joint([id for kind in kinds.tolist() for id in (_FIRST + kind, MASK)], text.tolist(), tuple(answer.tolist()))
+        return joint([_FIRST + kind, MASK], text.tolist(), (answer,))
 
 
 @dataclass(frozen=True)
@@ -95,32 +95,31 @@ class Passkey(Kinds):
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         kinds = rng.choice(self.kinds, self.keys, replace=False)
         keys = self.word(kinds, rng.integers(self.words, size=self.keys))
-        return self.ask(kinds[:1], tokens, keys, keys[:1], rng)
+        return self.ask(int(kinds[0]), int(keys[0]), keys, tokens, rng)
 
 
 @dataclass(frozen=True)
 class MaskedSpan(Kinds):
-    """A document about one entity of every kind, which names others too, less often; x is a sentence with the entities of two kinds masked.
+    """A document about one entity of every kind, which names others too, less often; x is a sentence with the entity of one kind masked.
 
     What is to be filled in is what the whole document speaks of most, so that the evidence is spread over all of it and grows with it: of
-    every kind one word stands in the text three times for each training length, and two others once. A guess is a mention of each kind.
+    every kind one word stands in the text three times for each training length, and two others once. A guess is a mention of the kind.
     """
 
     train_tokens: int = 128
     test_tokens: tuple[int, ...] = (128, 512, 2048)
     mentions: tuple[int, ...] = (3, 1, 1)
     """Of the entity and of the others, for each training length."""
-    masked: int = 2
 
     def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
-        return (self.mentions[0] / sum(self.mentions)) ** self.masked
+        return self.mentions[0] / sum(self.mentions)
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         kinds = np.arange(self.kinds)[:, None]
         named = self.word(kinds, rng.random((self.kinds, self.words)).argsort(1)[:, : len(self.mentions)])
         strewn = named.repeat(np.array(self.mentions) * max(1, tokens // self.train_tokens), axis=1).ravel()
-        asked = rng.choice(self.kinds, self.masked, replace=False)
-        return self.ask(asked, tokens, strewn, named[asked, 0], rng)
+        asked = int(rng.integers(self.kinds))
+        return self.ask(asked, int(named[asked, 0]), strewn, tokens, rng)
 
 
 @dataclass(frozen=True)
