@@ -3,6 +3,7 @@
 Each is put as the reader is asked: `[CLS] x [SEP] text [SEP]`, x with masks whose wordpieces the text decides.
 """
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,21 +142,22 @@ class ListOps(Task):
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         room = tokens - len((CLS, MASK, SEP, SEP))
+        draws = random.Random(int(rng.integers(2**63)))  # one number at a time is what Python's own generator is fast at
         while True:
-            text, value = self._list(1, rng, room)
+            text, value = self._list(1, draws, room)
             if room // 2 < len(text) <= room:
                 return joint([MASK], text, (_FIRST + value,))
 
-    def _list(self, depth: int, rng: np.random.Generator, room: int) -> tuple[list[int], int]:
+    def _list(self, depth: int, draws: random.Random, room: int) -> tuple[list[int], int]:
         """Ids and value of one operator with its arguments; the root is always one."""
-        operator = int(rng.integers(len(OPERATORS)))
+        operator = draws.randrange(len(OPERATORS))
         ids, values = [_FIRST + 10 + operator], []
-        for _ in range(int(rng.integers(2, self.max_arguments + 1))):
-            if depth < self.max_depth and len(ids) < room and rng.random() < 0.25:
-                inner, value = self._list(depth + 1, rng, room)
+        for _ in range(draws.randint(2, self.max_arguments)):
+            if depth < self.max_depth and len(ids) < room and draws.random() < 0.25:
+                inner, value = self._list(depth + 1, draws, room)
                 ids += inner
             else:
-                value = int(rng.integers(10))
+                value = draws.randrange(10)
                 ids.append(_FIRST + value)
             values.append(value)
         return [*ids, _FIRST + 10 + len(OPERATORS)], list(OPERATORS.values())[operator](values)
