@@ -7,9 +7,8 @@ import numpy as np
 
 from finetune.evaluate import RECALL_DEPTHS, values_of
 from finetune.metrics import bootstrap_interval
-from realm.document_formats import parse_object
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, parsed_lines
+from realm.files import BadRecord, BadRecords, Place, parse_object, parsed_lines
 from realm.telemetry import console, print_table
 
 Row = dict[str, Any]

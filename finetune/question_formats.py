@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from realm.config import QuestionSource
-from realm.document_formats import load_split, parse_object, parse_tsv
 from realm.errors import UserError
 from realm.files import (
     BadRecord,
@@ -20,11 +19,14 @@ from realm.files import (
     json_type,
     lines,
     named_format,
+    parse_object,
+    parse_tsv,
     parsed_lines,
     read_json,
     stem,
     told_by_key,
 )
+from realm.hub import load_split
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""

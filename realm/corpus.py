@@ -15,8 +15,8 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from realm.document_formats import SourceConfig
 from realm.errors import UserError
+from realm.source_config import SourceConfig
 
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"

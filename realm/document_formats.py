@@ -3,12 +3,9 @@
 A format reads, names places, and puts fields under their names here; what makes a record a document is judged in `documents`.
 """
 
-import csv
-import json
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from realm.errors import UserError
 from realm.files import (
@@ -16,61 +13,21 @@ from realm.files import (
     BadRecords,
     Place,
     check_file,
-    json_type,
     lines,
     named_format,
+    parse_object,
+    parse_tsv,
     parsed_lines,
     read_json,
     read_text,
     stem,
     told_by_key,
 )
-from realm.hub import require_on_hub
-
-FIELDS = ("id", "title", "text")
-"""What a document has."""
+from realm.hub import load_split
+from realm.source_config import SourceConfig
 
 _SUFFIXES = {".jsonl": "jsonl", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One source of documents; in YAML its path alone may stand for it."""
-
-    SHORTHAND: ClassVar[str] = "path"
-
-    path: str
-    """File or folder, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a name on the Hugging Face hub."""
-    format: str = "auto"
-    """`jsonl`, `tsv` (DPR's passages), `parquet`, `text` (a document a file), each one file or a folder of them, `squad`, `timeqa` or
-    `datasets`; `auto`: by the path's suffix, of JSON by its content, or by what a folder holds."""
-    fields: dict[str, str] = field(default_factory=dict)
-    """Where `id`, `title` and `text` stand if not under these names: `{text: contents}`. An id with `#` numbers the records: `{id: "wiki-#"}`."""
-    name: str | None = None
-    """Configuration of a data set on the hub, such as `20231101.en` of `wikimedia/wikipedia`."""
-    split: str | None = None
-    """Split of a data set on the hub or in a folder of splits; none: the only one there is."""
-    limit: int | None = None
-    """Read no more than this many documents."""
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.fields) - set(FIELDS):
-            raise UserError(f"corpus: `fields` of {self.path} maps {', '.join(sorted(unknown))}; a document has id, title and text.")
-        if self.limit is not None and self.limit < 0:
-            raise UserError(f"corpus: `limit` of {self.path} must be 0 or more, got {self.limit}.")
-
-    @property
-    def id_template(self) -> str | None:
-        """What ids are made from by putting a number for `#`, or None where records bring their own."""
-        theirs = self.fields.get("id", "")
-        return theirs if "#" in theirs else None
-
-    def columns(self, there: Collection[str]) -> tuple[list[str], list[str]]:
-        """Of a table's columns those that are read, and those that are missing: a title need not be there unless it is mapped."""
-        wanted = {self.fields.get(name, name) for name in FIELDS} - {self.id_template}
-        optional = set() if "title" in self.fields else {"title"}
-        return [name for name in there if name in wanted], sorted(wanted - set(there) - optional)
 
 
 class Record(NamedTuple):
@@ -160,34 +117,6 @@ def _read_jsonl(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
         yield from parsed_lines(file, "one JSON object a line", report, parse)
     if number and without_title == number:
         report.add(Place(source.path), f'no field "{heading}" (for title)', " in any record")
-
-
-def parse_object(line: bytes) -> dict[str, Any]:
-    """A line of JSONL. Raises BadRecord."""
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("broken JSON", f" ({error})") from None
-    if not isinstance(record, dict):
-        raise BadRecord("not a JSON object", f" but {json_type(record)}")
-    return record
-
-
-def parse_tsv(line: bytes) -> list[str]:
-    """The fields of a tab-separated line with CSV quoting, as DPR's files have it. Raises BadRecord, also for a quote that is not closed."""
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
-    if '"' not in text:
-        return text.split("\t")
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    try:
-        return next(csv.reader([text], delimiter="\t", strict=True))
-    except csv.Error as error:
-        raise BadRecord("broken quoting", f" ({error})") from None
 
 
 def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -299,31 +228,6 @@ def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]
             yield Record(place, _mapped(record, source, number))
         except BadRecord as bad:
             report.add(place, bad.kind, bad.detail)
-
-
-def load_split(path: str, name: str | None, split: str | None) -> Any:
-    """One split of a data set, saved in a folder or on the hub; without a name the only one. Raises UserError naming it where it cannot be had."""
-    import datasets
-
-    if Path(path).is_dir():
-        try:
-            loaded = datasets.load_from_disk(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is no data set saved by the datasets library ({str(error).splitlines()[0]})") from error
-    else:
-        require_on_hub(path, "data set", kind="dataset")
-        try:
-            loaded = datasets.load_dataset(path, name, split=split)
-        except (OSError, ValueError) as error:
-            raise UserError(f"data set {path} cannot be loaded ({str(error).splitlines()[0]}); check `name` and `split`") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    splits = list(map(str, loaded))
-    if split is None and len(splits) > 1:
-        raise UserError(f"data set {path} has the splits {', '.join(splits)}; name one with `split`")
-    if split is not None and split not in splits:
-        raise UserError(f"data set {path} has no split {split!r} but {', '.join(splits)}")
-    return loaded[split or splits[0]]
 
 
 FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {

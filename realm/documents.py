@@ -4,9 +4,10 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from realm.document_formats import SourceConfig, read_records
+from realm.document_formats import read_records
 from realm.errors import UserError
 from realm.files import BadRecord, BadRecords, Place, check_text, json_type
+from realm.source_config import SourceConfig
 
 
 class Document(NamedTuple):

@@ -1,5 +1,6 @@
 """Text files as people have them, plain or compressed: lines with their places, whole JSON files, and a report of what cannot be used."""
 
+import csv
 import gzip
 import io
 import json
@@ -192,3 +193,31 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
         # zstandard's own reader takes a truncated file for a complete one; Arrow's does not.
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 16)
     return raw
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """A line of JSONL. Raises BadRecord."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("broken JSON", f" ({error})") from None
+    if not isinstance(record, dict):
+        raise BadRecord("not a JSON object", f" but {json_type(record)}")
+    return record
+
+
+def parse_tsv(line: bytes) -> list[str]:
+    """The fields of a tab-separated line with CSV quoting, as DPR's files have it. Raises BadRecord, also for a quote that is not closed."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
+    if '"' not in text:
+        return text.split("\t")
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    try:
+        return next(csv.reader([text], delimiter="\t", strict=True))
+    except csv.Error as error:
+        raise BadRecord("broken quoting", f" ({error})") from None

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from realm.corpus import ADDITIONS, PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.errors import UserError
 from realm.prepare import Progress, identity, prepare_corpus
 from realm.publish import TEMPORARY
 from realm.salient_spans import SpanTagger
+from realm.source_config import SourceConfig
 from realm.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from pretrain.reader_warmup import train_reader_warmup
 from pretrain.search import FrozenSearch
 from pretrain.train import train_realm
 from realm.config import RealmConfig
-from realm.document_formats import SourceConfig, format_of, passed_over
+from realm.document_formats import format_of, passed_over
 from realm.documents import read_documents
 from realm.errors import UserError
 from realm.growth import grow_corpus
@@ -35,6 +35,7 @@ from realm.reader import load_reader
 from realm.report import draw_curves, print_next, print_summary
 from realm.run import BUILTIN, STAGES, Run, source_path
 from realm.salient_spans import SpanTagger
+from realm.source_config import SourceConfig
 from realm.telemetry import console, progress, read_metrics
 from realm.tokenizer import obtain_tokenizer
 

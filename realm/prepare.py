@@ -22,13 +22,14 @@ import pyarrow as pa
 
 from realm.corpus import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
 from realm.cpu import cores
-from realm.document_formats import SourceConfig, format_of, source_files
+from realm.document_formats import format_of, source_files
 from realm.documents import Document, read_documents
 from realm.errors import UserError
 from realm.files import BadRecords
 from realm.publish import checksum, write_file_atomic, write_json_atomic
 from realm.salient_spans import SpanTagger
 from realm.shards import Chunk, ShardMaker, make_in_process, start_process, write_batches
+from realm.source_config import SourceConfig
 from realm.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from realm.config import QuestionSource, RealmConfig
 from realm.config_file import dump_config, load_config
 from realm.context import Contexts
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.errors import UserError
 from realm.inputs import Wordpieces
+from realm.source_config import SourceConfig
 from realm.telemetry import console
 from realm.tokenizer import load_tokenizer
 

@@ -20,12 +20,12 @@ from index.search import IndexWatcher, PassageIndex
 from index.store import Collector
 from realm.bert import BertSource
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.inputs import Wordpieces, pad_batch, passage_input
 from realm.prepare import prepare_corpus
 from realm.publish import Lineage, Version, newest, published, start_attempt
 from realm.retriever import Retriever, RetrieverConfig, build_retriever, embed_plain, save_retriever
 from realm.salient_spans import SpanConfig, SpanTagger
+from realm.source_config import SourceConfig
 from realm.stage_config import RefreshConfig
 from realm.tokenizer import TokenizerConfig, train_wordpiece
 

@@ -89,9 +89,9 @@ def _gc(options: argparse.Namespace) -> None:
 
 def _add(options: argparse.Namespace) -> None:
     from realm.config_file import parse_section
-    from realm.document_formats import SourceConfig
     from realm.files import read_names
     from realm.pipeline import add_documents
+    from realm.source_config import SourceConfig
 
     sources = [parse_section(SourceConfig, text, "documents") for text in options.documents]
     if options.format is not None:

@@ -3,8 +3,8 @@
 import json
 
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.prepare import prepare_corpus
+from realm.source_config import SourceConfig
 from realm.tokenizer import TokenizerConfig, train_wordpiece
 from tests.realm.stub_tagger import PLACES, StubTagger
 

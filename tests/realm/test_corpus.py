@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.documents import Document
 from realm.documents import read_documents as read_sources
 from realm.errors import UserError
 from realm.files import BadRecords
+from realm.source_config import SourceConfig
 
 RECORDS = [
     {"id": "danube", "title": "Danube", "text": "The Danube rises in the Black Forest."},

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from realm.document_formats import SourceConfig, format_of, parse_tsv, passed_over, source_files
+from realm.document_formats import format_of, passed_over, source_files
 from realm.documents import Document, read_documents
 from realm.errors import UserError
-from realm.files import BadRecords
+from realm.files import BadRecords, parse_tsv
+from realm.source_config import SourceConfig
 
 DOCUMENTS = [
     Document("1", "Danube", 'The Danube rises in the "Black" Forest.'),

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from realm.corpus import PreparedCorpus
-from realm.document_formats import SourceConfig
 from realm.errors import UserError
 from realm.growth import _write_step, grow_corpus
 from realm.prepare import prepare_corpus
 from realm.salient_spans import SpanConfig, SpanTagger
+from realm.source_config import SourceConfig
 from tests.tiny import TOWNS, prepared_run
 
 TEXT = "{town} lies by a lake. It was built by Max Berg in 1900. Few people know {town} and its old mill, which burned down in 1950."

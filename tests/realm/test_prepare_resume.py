@@ -81,7 +81,7 @@ def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeyp
 PROGRAM = """
 import sys
 from pathlib import Path
-from realm.document_formats import SourceConfig
+from realm.source_config import SourceConfig
 import realm.prepare
 from realm.tokenizer import load_tokenizer
 from tests.realm.rivers import all_texts, make_documents, river_tokenizer, write_jsonl
