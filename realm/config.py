@@ -158,14 +158,15 @@ class RealmConfig:
             raise UserError(f"pretrain.candidates must be at least 2, the null passage and one other, got {self.pretrain.candidates}.")
         if self.refresh.every_steps == 0 and self.refresh.max_drift is None:
             raise UserError("refresh.every_steps is 0 and refresh.max_drift is not set, so that nothing would be exported; set one of them.")
-        stale, period = self.refresh.max_stale_steps, self.refresh.every_steps
-        if stale is not None and self.refresh.stale_policy != "warn" and (period == 0 or stale < period):
-            raise UserError(
-                f"refresh.max_stale_steps ({stale}) must be at least refresh.every_steps ({period or 'exports by drift alone'}) with stale_policy "
-                f"{self.refresh.stale_policy}: a trainer would wait for an export that it has not made; raise it, or set stale_policy to warn."
-            )
         if self.refresh.staleness_multiplier < 1:
             raise UserError(f"refresh.staleness_multiplier must be at least 1, got {self.refresh.staleness_multiplier}.")
+        stale, period = self.refresh.max_stale_steps, self.refresh.period
+        if stale is not None and self.refresh.stale_policy != "warn" and (period == 0 or stale < period):
+            raise UserError(
+                f"refresh.max_stale_steps ({stale}) must be at least refresh.every_steps ({self.refresh.every_steps or 'exports by drift alone'}) "
+                f"times staleness_multiplier ({self.refresh.staleness_multiplier}) with stale_policy {self.refresh.stale_policy}: a trainer would "
+                "wait for an export that it has not made; raise it, or set stale_policy to warn."
+            )
 
 
 _LEAST = {"steps": 0, "batch_size": 1, "checkpoint_every": 1, "read": 1, "retrieve": 1, "negatives": 0, "keep_checkpoints": 1, "token_budget": 1,

@@ -109,6 +109,7 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {optim: {betas: [0.9]}}", ["ict.optim.betas", "2"]),
         (BASE + "ict: 5", ["ict", "mapping", "5"]),
         (BASE + "refresh: {max_stale_steps: 10, stale_policy: wait}", ["refresh.max_stale_steps (10)", "refresh.every_steps (500)", "wait"]),
+        (BASE + "refresh: {max_stale_steps: 500, stale_policy: stop, staleness_multiplier: 4}", ["stale_steps (500)", "staleness_multiplier (4)"]),
         (BASE + "ict: {steps: true}", ["ict.steps", "number", "True"]),
         (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
         (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
