@@ -7,6 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -144,29 +145,36 @@ class ListOps(Task):
         room = tokens - len((CLS, MASK, SEP, SEP))
         draws = random.Random(int(rng.integers(2**63)))  # one number at a time is what Python's own generator is fast at
         while True:
-            text, value = self._list(1, draws, room)
+            text: list[int] = []
+            value = self._append(text, 1, draws, room)
             if room // 2 < len(text) <= room:
                 return joint([MASK], text, (_FIRST + value,))
 
-    def _list(self, depth: int, draws: random.Random, room: int) -> tuple[list[int], int]:
-        """Ids and value of one operator with its arguments; the root is always one."""
+    def _append(self, text: list[int], depth: int, draws: random.Random, room: int) -> int:
+        """Append an operator with its arguments to `text` and return its value; the root is always one.
+
+        A text beyond `room` is thrown away whatever follows, so that its making stops there, with no value.
+        """
         operator = draws.randrange(len(OPERATORS))
-        ids, values = [_FIRST + 10 + operator], []
+        text.append(_FIRST + 10 + operator)
+        values: list[int] = []
         for _ in range(draws.randint(2, self.max_arguments)):
-            if depth < self.max_depth and len(ids) < room and draws.random() < 0.25:
-                inner, value = self._list(depth + 1, draws, room)
-                ids += inner
+            if len(text) > room:
+                return 0
+            if depth < self.max_depth and draws.random() < 0.25:
+                value = self._append(text, depth + 1, draws, room)
             else:
                 value = draws.randrange(10)
-                ids.append(_FIRST + value)
+                text.append(_FIRST + value)
             values.append(value)
-        return [*ids, _FIRST + 10 + len(OPERATORS)], list(OPERATORS.values())[operator](values)
+        text.append(_FIRST + 10 + len(OPERATORS))
+        return list(OPERATORS.values())[operator](values)
 
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "MAX": max,
     "MIN": min,
-    "MED": lambda values: int(np.median(values)),
+    "MED": lambda values: int(median(values)),
     "SM": lambda values: sum(values) % 10,
 }
 
