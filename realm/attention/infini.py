@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
-from realm.attention.projected import ProjectedSelfAttention
-from realm.attention.windowed import shared_attention
+from realm.attention.projected import ProjectedSelfAttention, masked_attention
 from realm.errors import UserError
 
 
@@ -76,8 +75,7 @@ def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor,
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(B * N, H, S, D)
 
-    seen_BNS = real_BNS | ~real_BNS.any(-1, keepdim=True)  # a segment of padding looks at itself instead of producing NaN
-    out = shared_attention(rows(query_BHNSD), rows(key_BHNSD), rows(value_BHNSD), seen_BNS.reshape(B * N, S), dropout)
+    out = masked_attention(rows(query_BHNSD), rows(key_BHNSD), rows(value_BHNSD), real_BNS.reshape(B * N, S), dropout)
     return out.view(B, N, H, S, D).transpose(1, 2)
 
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
-from realm.attention.projected import ProjectedSelfAttention, may_be_padded
-from realm.attention.windowed import shared_attention
+from realm.attention.projected import ProjectedSelfAttention, masked_attention, may_be_padded
 from realm.errors import UserError
 
 
@@ -89,7 +88,7 @@ class LinformerSelfAttention(ProjectedSelfAttention):
             return projected_BHKD * factor_BK[:, None, :, None]
 
         key_BHKD, value_BHKD = project(key_projection, key_BHLD), project(value_projection, value_BHLD)
-        return shared_attention(query_BHLD, key_BHKD, value_BHKD, filled_BK > 0, self.dropout if self.training else 0.0)
+        return masked_attention(query_BHLD, key_BHKD, value_BHKD, filled_BK > 0, self.dropout if self.training else 0.0)
 
 
 def stretches(rows: int, positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

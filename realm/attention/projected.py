@@ -7,6 +7,7 @@ Shape legend: B rows, H heads, L tokens, D width of a head.
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -25,6 +26,14 @@ class ForeignHeads(nn.Module):
 def may_be_padded(real_BL: Tensor) -> bool:
     """False where nothing is padded; on a GPU always true, since looking would wait for it."""
     return real_BL.device.type != "cpu" or not bool(real_BL.all())
+
+
+def masked_attention(query_BHLD: Tensor, key_BHGD: Tensor, value_BHGD: Tensor, seen_BG: Tensor, dropout: float) -> Tensor:
+    """Softmax attention to the keys where `seen_BG` is true, (B, H, L, D), by torch's fused kernel; where none is, to all of them, instead of NaN."""
+    mask = None
+    if may_be_padded(seen_BG):
+        mask = (seen_BG | ~seen_BG.any(-1, keepdim=True))[:, None, None, :]
+    return F.scaled_dot_product_attention(query_BHLD, key_BHGD, value_BHGD, mask, dropout)
 
 
 class ProjectedSelfAttention(nn.Module, ABC):

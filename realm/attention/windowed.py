@@ -71,14 +71,6 @@ def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
     return _all_blocks_at_once(inputs, window, dropout)
 
 
-def shared_attention(q_BHLD: Tensor, k_BHGD: Tensor, v_BHGD: Tensor, present_BG: Tensor, dropout: float) -> Tensor:
-    """Attention of every token to the same few keys, those where `present_BG` is true, (B, H, L, D)."""
-    if q_BHLD.device.type == "cpu" and not dropout:
-        none_BH0D, none_B0 = q_BHLD[:, :, :0], present_BG[:, :0]
-        return _Blocks.apply(*Windowed(q_BHLD, none_BH0D, none_BH0D, k_BHGD, v_BHGD, none_B0, present_BG), 0)  # type: ignore[no-untyped-call]
-    return F.scaled_dot_product_attention(q_BHLD, k_BHGD, v_BHGD, present_BG[:, None, None, :], dropout)
-
-
 class _Blocks(torch.autograd.Function):
     """Block after block by matrix products in the dtype of the inputs; the softmax adds up in single precision or better."""
 
@@ -111,8 +103,7 @@ class _Blocks(torch.autograd.Function):
             key_RHKD = score_RHCK.transpose(-1, -2) @ block.query_RHCD
             for whole, shared, part in ((k, shared_k, key_RHKD), (v, shared_v, value_RHKD)):
                 shared[block.rows] += part[:, :, :G]
-                if part.shape[2] > G:
-                    whole[block.keys] += part[:, :, G:]
+                whole[block.keys] += part[:, :, G:]
         return q, *(total.to(q.dtype) for total in sums), None, None, None
 
 
@@ -144,10 +135,10 @@ def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
     """All rows of a block at once where they are short, and fewer where their scores would not stay in the cache."""
     B, H, L, D = inputs.q_BHLD.shape
     scale = D**-0.5
-    G, length = inputs.shared_k_BHGD.shape[2], inputs.k_BHLD.shape[2]
-    C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window)) if length else max(_SHORTEST_BLOCK, CACHED_SCORES // (H * G))
+    G = inputs.shared_k_BHGD.shape[2]
+    C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window))
     for start in range(0, L, C):
-        here, around = slice(start, min(start + C, L)), slice(min(length, max(0, start - window)), min(start + C + window, length))
+        here, around = slice(start, min(start + C, L)), slice(max(0, start - window), min(start + C + window, L))
         # Keys before the window of the block's last query, and behind that of its first: only they are too far for some query.
         before = slice(around.start, max(around.start, min(around.stop, here.stop - 1 - window)))
         behind = slice(min(around.stop, max(around.start, start + window + 1)), around.stop)
@@ -163,10 +154,9 @@ def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
             queries, keys = (rows, heads, here), (rows, heads, around)
             seen_RK = torch.cat((inputs.present_BG[rows], inputs.local_BL[rows, around]), 1)
             absent = [] if bool(seen_RK.all()) else [(slice(None), ~seen_RK[:, None, None, :])]
-            query, key, value = inputs.q_BHLD[queries].contiguous() * scale, inputs.shared_k_BHGD[rows], inputs.shared_v_BHGD[rows]
-            if length:
-                key, value = torch.cat((key, inputs.k_BHLD[keys]), 2), torch.cat((value, inputs.v_BHLD[keys]), 2)
-            yield _Block(rows, queries, keys, query, key, value, [*far, *absent], scale)
+            key = torch.cat((inputs.shared_k_BHGD[rows], inputs.k_BHLD[keys]), 2)
+            value = torch.cat((inputs.shared_v_BHGD[rows], inputs.v_BHLD[keys]), 2)
+            yield _Block(rows, queries, keys, inputs.q_BHLD[queries].contiguous() * scale, key, value, [*far, *absent], scale)
 
 
 @functools.lru_cache(64)
