@@ -6,7 +6,7 @@ features (section 3, equation 5) keep the denominators away from zero; trigonome
 baseline) do not. Orthogonal rows (section 4.2) lower the variance. The ReLU kernel (appendix D.3's generalised attention) approximates nothing:
 it is a mechanism of its own.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, M features.
+Shape legend: B rows, H heads, L tokens, D width of a head, E = D + 1, M features.
 """
 
 import math
@@ -115,53 +115,52 @@ def random_feature_attention(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: T
             return work(*arguments, projection_MD, kernel)
         return checkpoint(work, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
 
-    parts = zip(key_BHLD.split(CHUNK, 2), value_BHLD.split(CHUNK, 2), real_BL.split(CHUNK, 1), strict=True)
-    memories, totals, levels = zip(*(in_chunk(_written, key, value, ~real if padded else None) for key, value, real in parts), strict=True)
+    projection_MD = projection_MD * projection_MD.shape[1] ** -0.25  # √ of the 1/√D that softmax attention divides by
+    value_BHLE = F.pad(value_BHLD, (0, 1), value=1.0)  # its sums are the denominators
+    parts = zip(key_BHLD.split(CHUNK, 2), value_BHLE.split(CHUNK, 2), real_BL.split(CHUNK, 1), strict=True)
+    memories, levels = zip(*(in_chunk(_written, key, value, ~real if padded else None) for key, value, real in parts), strict=True)
     highest_BH11 = torch.stack(levels).amax(0)
-    weights = [(level - highest_BH11).exp() for level in levels]
-    memory_BHMD = sum(memory * weight for memory, weight in zip(memories, weights, strict=True))
-    total_BHM1 = sum(total * weight for total, weight in zip(totals, weights, strict=True))
-    return torch.cat([in_chunk(_read, query, memory_BHMD, total_BHM1) for query in query_BHLD.split(CHUNK, 2)], 2)
+    memory_BHME = sum(memory * (level - highest_BH11).exp() for memory, level in zip(memories, levels, strict=True))
+    return torch.cat([in_chunk(_read, query, memory_BHME) for query in query_BHLD.split(CHUNK, 2)], 2)
 
 
-def _written(key_BHLD: Tensor, value_BHLD: Tensor, padding_BL: Tensor | None, projection_MD: Tensor, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
-    """φ(K)ᵀ V, (B, H, M, D), and φ(K)ᵀ 1, (B, H, M, 1), of a chunk, and the logarithm of what both are divided by, (B, H, 1, 1)."""
+def _written(key_BHLD: Tensor, value_BHLE: Tensor, padding_BL: Tensor | None, projection_MD: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """φ(K)ᵀ V of a chunk, (B, H, M, E), and the logarithm of what it is divided by, (B, H, 1, 1)."""
     feature_BHLM, level_BH11 = key_features(key_BHLD, projection_MD, padding_BL, kernel)
-    return feature_BHLM.transpose(-1, -2) @ value_BHLD, feature_BHLM.sum(2)[..., None], level_BH11
+    return feature_BHLM.transpose(-1, -2) @ value_BHLE, level_BH11
 
 
-def _read(query_BHLD: Tensor, memory_BHMD: Tensor, total_BHM1: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
+def _read(query_BHLD: Tensor, memory_BHME: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
     """(B, H, L, D)."""
-    feature_BHLM = query_features(query_BHLD, projection_MD, kernel)
-    return (feature_BHLM @ memory_BHMD) / _away_from_zero(feature_BHLM @ total_BHM1)
+    read_BHLE = query_features(query_BHLD, projection_MD, kernel) @ memory_BHME
+    return read_BHLE[..., :-1] / _away_from_zero(read_BHLE[..., -1:])
 
 
 def query_features(query_BHLD: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
     """Features, (B, H, L, M), but for a factor of each query, which stands in numerator and denominator alike."""
-    projected_BHLM = (query_BHLD * query_BHLD.shape[-1] ** -0.25) @ projection_MD.T  # √ of the 1/√D that softmax attention divides by
+    projected_BHLM = query_BHLD @ projection_MD.T
     if kernel == "relu":
         return F.relu(projected_BHLM) + _RELU_FLOOR
     if kernel == "trigonometric":
         return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1)
-    return (projected_BHLM - projected_BHLM.amax(-1, keepdim=True).detach()).exp()  # exp(-|q|²/2) is such a factor, and so is this
+    return projected_BHLM.sub_(projected_BHLM.detach().amax(-1, keepdim=True)).exp_()  # exp(-|q|²/2) is such a factor, and so is this
 
 
 def key_features(key_BHLD: Tensor, projection_MD: Tensor, padding_BL: Tensor | None, kernel: str) -> tuple[Tensor, Tensor]:
     """Features of keys, (B, H, L, M), zero where `padding_BL` is true, and the logarithm of what they are divided by lest an exponential overflows,
     (B, H, 1, 1)."""
-    key_BHLD = key_BHLD * key_BHLD.shape[-1] ** -0.25
     projected_BHLM = key_BHLD @ projection_MD.T
     padding_B1L1 = None if padding_BL is None else padding_BL[:, None, :, None]
     if kernel == "relu":
         feature_BHLM, level_BH11 = F.relu(projected_BHLM) + _RELU_FLOOR, projected_BHLM.new_zeros(*key_BHLD.shape[:2], 1, 1)
         return feature_BHLM if padding_B1L1 is None else feature_BHLM.masked_fill(padding_B1L1, 0.0), level_BH11
-    norm_BHL1 = key_BHLD.square().sum(-1, keepdim=True) / 2
+    norm_BHL1 = key_BHLD.square().sum(-1, keepdim=True) * (key_BHLD.shape[-1] ** -0.5 / 2)
     # exp(q·k) = exp(|q|²/2) cos(w·(q-k)) exp(|k|²/2) in expectation, or exp(w·q - |q|²/2) exp(w·k - |k|²/2)
-    logarithm = norm_BHL1 if kernel == "trigonometric" else projected_BHLM - norm_BHL1
+    logarithm = norm_BHL1 if kernel == "trigonometric" else projected_BHLM.add_(-norm_BHL1)
     if padding_B1L1 is not None:
         logarithm = logarithm.masked_fill(padding_B1L1, -math.inf)
-    level_BH11 = logarithm.amax((2, 3), keepdim=True).detach().clamp(min=torch.finfo(logarithm.dtype).min)
-    factor = (logarithm - level_BH11).exp()
+    level_BH11 = logarithm.detach().amax((2, 3), keepdim=True).clamp(min=torch.finfo(logarithm.dtype).min)
+    factor = logarithm.sub_(level_BH11).exp_()
     if kernel == "trigonometric":
         return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1) * factor, level_BH11
     return factor, level_BH11

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from realm.attention import AttentionConfig, count_update, performer, windowed
+from realm.attention import AttentionConfig, count_update, performer
 from realm.attention.infini import InfiniAttention
 from realm.attention.linformer import LinformerAttention, mean_pooling
 from realm.attention.performer import PerformerAttention, draw_projection, random_feature_attention
@@ -27,8 +27,7 @@ def parts(request):
     """Texts of a few tokens in one part as short texts are, or in several as long ones are."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "in small parts":
-            for place, name, value in ((performer, "CHUNK", 5), (windowed, "_SHORTEST_BLOCK", 3), (windowed, "CACHED_SCORES", 40)):
-                patch.setattr(place, name, value)
+            patch.setattr(performer, "CHUNK", 5)
         yield
 
 
