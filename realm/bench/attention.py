@@ -6,6 +6,7 @@ the best of a few repetitions of the module alone; memory is what the peak adds 
 Shape legend: B rows, H heads, L tokens, D width of a head, M features.
 """
 
+import itertools
 import math
 import multiprocessing
 import time
@@ -27,6 +28,8 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _REPEATS, _SECONDS_EACH = 5, 1.5
 _GROWTH_FROM = 4096
 _FEATURES = (16, 32, 64, 128, 256, 512)
+_DEVIATIONS = (0.5, 1.0)
+"""Of the entries of queries and keys: scores that differ little, and scores that differ much."""
 _DRAWS = 20
 
 Row = dict[str, Any]
@@ -158,25 +161,24 @@ def _memory(device: str) -> float:
 def approximation_errors(head_width: int, length: int = 512) -> list[Row]:
     """Relative error of random features for softmax attention by kind and number, median over drawings.
 
-    Entries of queries and keys have a deviation of one half, those of values of one (compare Choromanski et al. 2021, figure 4).
+    Twice, for scores that differ little and for such that differ much; entries of values have a deviation of one (compare Choromanski et al.
+    2021, figure 4).
     """
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, 1, length, head_width, generator=generator, dtype=torch.float64) for _ in range(3))
-    query, key = query / 2, key / 2
-    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    real_BL = torch.ones(1, length, dtype=torch.bool)
     rows: list[Row] = []
-    for kernel in ("softmax", "trigonometric"):
-        for orthogonal in (True, False):
-            for count in _FEATURES:
-                errors = []
-                for _ in range(_DRAWS):
-                    projection_MD = draw_projection(count // 2 if kernel == "trigonometric" else count, head_width, orthogonal, generator).double()
-                    out = random_feature_attention(query, key, value, projection_MD, real_BL, kernel)
-                    errors.append(float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt()))
-                median = sorted(errors)[len(errors) // 2]
-                kind = f"{'positive' if kernel == 'softmax' else 'trigonometric'}, {'orthogonal' if orthogonal else 'independent'}"
-                rows.append({"features": kind, "count": count, "error": median})
+    real_BL = torch.ones(1, length, dtype=torch.bool)
+    for deviation in _DEVIATIONS:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 1, length, head_width, generator=generator, dtype=torch.float64) for _ in range(3))
+        query, key = query * deviation, key * deviation
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        for kernel, orthogonal, count in itertools.product(("softmax", "trigonometric"), (True, False), _FEATURES):
+            errors = []
+            for _ in range(_DRAWS):
+                projection_MD = draw_projection(count // 2 if kernel == "trigonometric" else count, head_width, orthogonal, generator).double()
+                out = random_feature_attention(query, key, value, projection_MD, real_BL, kernel)
+                errors.append(float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt()))
+            kind = f"{'positive' if kernel == 'softmax' else 'trigonometric'}, {'orthogonal' if orthogonal else 'independent'}"
+            rows.append({"deviation": deviation, "features": kind, "count": count, "error": sorted(errors)[len(errors) // 2]})
     return rows
 
 
@@ -216,10 +218,11 @@ def report(rows: Sequence[Row], lengths: Sequence[int]) -> None:
 
 def report_errors(errors: Sequence[Row]) -> None:
     """The table of `approximation_errors`."""
-    kinds = list(dict.fromkeys(row["features"] for row in errors))
-    found = {(row["features"], row["count"]): row["error"] for row in errors}
-    table = [[kind, *(f"{found[kind, count]:.3g}" for count in _FEATURES)] for kind in kinds]
-    print_table("Random features: relative error of attention, median of drawings", ["features", *map(str, _FEATURES)], table)
+    found = {(row["deviation"], row["features"], row["count"]): row["error"] for row in errors}
+    cases = dict.fromkeys((row["deviation"], row["features"]) for row in errors)
+    table = [[str(deviation), kind, *(f"{found[deviation, kind, count]:.3g}" for count in _FEATURES)] for deviation, kind in cases]
+    title = "Random features: relative error of attention, median of drawings, by the deviation of the entries of queries and keys"
+    print_table(title, ["deviation", "features", *map(str, _FEATURES)], table)
 
 
 def draw(rows: Sequence[Row], errors: Sequence[Row], picture: Path) -> None:
@@ -229,7 +232,7 @@ def draw(rows: Sequence[Row], errors: Sequence[Row], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(19, 5.5), constrained_layout=True)
+    figure, panels = plt.subplots(1, 2 + len(_DEVIATIONS), figsize=(24, 5.5), constrained_layout=True)
     names = list(dict.fromkeys(row["what"] for row in rows))
     colours = {name: f"C{number % 10}" for number, name in enumerate(name for name in names if name not in RIVAL_OF.values())}
     colours |= {rival: colours[name] for name, rival in RIVAL_OF.items() if name in colours}
@@ -252,13 +255,15 @@ def draw(rows: Sequence[Row], errors: Sequence[Row], picture: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    for kind in dict.fromkeys(row["features"] for row in errors):
-        mine = [row for row in errors if row["features"] == kind]
-        panels[2].plot([row["count"] for row in mine], [row["error"] for row in mine], marker="o", markersize=3, label=kind)
-    panels[2].set(title="performer: relative error of softmax attention", xlabel="random features", xscale="log", yscale="log")
-    panels[2].set_xticks(_FEATURES, list(map(str, _FEATURES)))
-    panels[2].minorticks_off()
-    panels[2].grid(alpha=0.3)
-    panels[2].legend(fontsize=8)
+    for panel, deviation in zip(panels[2:], _DEVIATIONS, strict=True):
+        for kind in dict.fromkeys(row["features"] for row in errors):
+            mine = [row for row in errors if row["features"] == kind and row["deviation"] == deviation]
+            panel.plot([row["count"] for row in mine], [row["error"] for row in mine], marker="o", markersize=3, label=kind)
+        title = f"performer: relative error of softmax attention,\nentries of queries and keys of deviation {deviation:g}"
+        panel.set(title=title, xlabel="random features", xscale="log", yscale="log")
+        panel.set_xticks(_FEATURES, list(map(str, _FEATURES)))
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
     figure.savefig(picture, dpi=90)
     plt.close(figure)

@@ -38,9 +38,12 @@ def test_growth_is_per_doubling():
     assert growth(sorted(rows, key=lambda row: row["tokens"]), "seconds") == pytest.approx(3.0)
 
 
-def test_more_features_approximate_better():
-    errors = {(row["features"], row["count"]): row["error"] for row in approximation_errors(16, 128)}
-    assert all(errors[kind, 512] < errors[kind, 16] for kind, _ in errors)
+def test_more_features_approximate_better_and_positive_ones_where_scores_differ_much():
+    errors = {(row["deviation"], row["features"], row["count"]): row["error"] for row in approximation_errors(16, 128)}
+    for rows in ("orthogonal", "independent"):
+        positive, trigonometric = f"positive, {rows}", f"trigonometric, {rows}"
+        assert all(errors[0.5, kind, 512] < errors[0.5, kind, 16] for kind in (positive, trigonometric))
+        assert all(errors[1.0, positive, count] < errors[1.0, trigonometric, count] for count in (16, 64, 512))
 
 
 def test_variants_by_name_or_as_in_a_config():
