@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from realm.attention import AttentionConfig
+from realm.attention.projected import masked_attention
 from realm.attention.windowed import Windowed, dilated_attention
 from realm.errors import UserError
 
@@ -95,13 +95,8 @@ class LongformerSelfAttention(nn.Module):
         out_BHLD = parts[0] if len(parts) == 1 else torch.cat(parts, 1)[:, torch.tensor(order).argsort().tolist()]
 
         hidden_BGW = hidden_states.gather(1, at_BG[..., None].expand(-1, -1, width))
-        global_out_BHGD = F.scaled_dot_product_attention(
-            heads(self.query_global(hidden_BGW)),
-            heads(self.key_global(hidden_states)),
-            heads(self.value_global(hidden_states)),
-            attn_mask=real_BL[:, None, None, :],
-            dropout_p=dropout,
-        )
+        global_k, global_v = heads(self.key_global(hidden_states)), heads(self.value_global(hidden_states))
+        global_out_BHGD = masked_attention(heads(self.query_global(hidden_BGW)), global_k, global_v, real_BL, dropout)
         out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
         global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
         at_BGW = at_BG[..., None].expand_as(global_out_BGW)

@@ -16,6 +16,7 @@ from realm.attention import AttentionConfig, count_update, performer
 from realm.attention.infini import InfiniAttention
 from realm.attention.linformer import LinformerAttention, mean_pooling
 from realm.attention.performer import PerformerAttention, draw_projection, random_feature_attention
+from realm.attention.projected import masked_attention
 from realm.errors import UserError
 
 HEADS, D = 2, 3
@@ -272,6 +273,16 @@ def kernel_estimates(kernel: str, orthogonal: bool, number: int) -> tuple[Tensor
                 phi.append(norm.exp() * torch.cat((angle.cos(), angle.sin())) / math.sqrt(8))
         found.append(phi[0] @ phi[1])
     return torch.stack(found), (scale**2 * (q * k).sum()).exp()
+
+
+def test_keys_that_are_not_seen_do_not_count_unless_none_is():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, HEADS, 4, D, dtype=torch.float64) for _ in range(3))
+    seen = torch.tensor([[True, True, False, True], [False] * 4])
+    out = masked_attention(query, key, value, seen, 0.0)
+    for row, kept in ((0, [0, 1, 3]), (1, [0, 1, 2, 3])):
+        score = query[row] @ key[row][:, kept].transpose(-1, -2) / math.sqrt(D)
+        torch.testing.assert_close(out[row], score.softmax(-1) @ value[row][:, kept], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])
