@@ -36,7 +36,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
 
     Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
     """
-    return _decoded(RealmConfig, merge(_read_yaml(path), parse_overrides(overrides)), str(path))
+    return decoded(RealmConfig, merge(_read_yaml(path), parse_overrides(overrides)), str(path))
 
 
 def parse_section(kind: type[T], text: str, where: str) -> T:
@@ -45,10 +45,11 @@ def parse_section(kind: type[T], text: str, where: str) -> T:
         tree = text if Path(text).exists() else yaml.safe_load(text)
     except (yaml.YAMLError, OSError) as error:
         raise UserError(f"{where}: {text!r} is neither a path nor a mapping.") from error
-    return _decoded(kind, tree if isinstance(tree, dict) else text, where)
+    return decoded(kind, tree if isinstance(tree, dict) else text, where)
 
 
-def _decoded(kind: type[T], value: Any, where: str) -> T:
+def decoded(kind: type[T], value: Any, where: str) -> T:
+    """What YAML gave as a config class. Raises UserError that begins with `where`."""
     tree = _spelled_out(kind, value)
     if complaints := list(_misplaced(kind, tree)):
         raise UserError(f"{where}: {'; '.join(complaints)}.")

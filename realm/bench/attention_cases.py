@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import draccus
 import torch
 import yaml
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from transformers import BertConfig, BertModel
 
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention
+from realm.config_file import decoded
 from realm.errors import UserError
 
 NUM_GLOBAL = 32
@@ -55,10 +55,7 @@ def parse_variant(text: str) -> AttentionConfig:
     tree = {"type": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict) or tree.get("type") not in known:
         raise UserError(f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'.")
-    try:
-        return draccus.decode(AttentionConfig, tree)
-    except draccus.utils.DecodingError as error:
-        raise UserError(f"{text!r}: {str(error).splitlines()[0]}") from error
+    return decoded(AttentionConfig, tree, repr(text))
 
 
 def every_variant() -> dict[str, AttentionConfig]:

@@ -51,6 +51,19 @@ def test_variants_by_name_or_as_in_a_config():
     assert next(iter(every_variant())) == "dense"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{type: longformer, window: 0}", r"window: 0}': attention.window must be at least 1"),
+        ("{type: infini, segment: long}", r"segment: long}': .*segment"),
+        ("{type: performer, widow: 3}", r"widow: 3}': .*widow"),
+    ],
+)
+def test_a_variant_with_fields_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_variant(text)
+
+
 @pytest.mark.parametrize("text", ["nonsense", "{type", "{window: 3}", "[dense]"])
 def test_what_is_no_variant_is_refused(text):
     with pytest.raises(UserError, match="is no attention variant; name one of dense"):
