@@ -12,19 +12,19 @@ import torch
 
 from finetune.data import QuestionBatches
 from finetune.questions import Question
-from finetune.train import STAGE
+from finetune.train_reader import STAGE
 from index.frozen import index_for
 from realm.errors import UserError
-from realm.inputs import token_budget_batches
-from realm.model import OpenQaModel, QuestionBatch
-from realm.objectives import NEVER
-from realm.ranks import local_device
-from realm.reader import Reader, load_reader
-from realm.retriever import embed_plain, load_retriever
-from realm.run import STAGES, Run
-from realm.start import initial_retriever, start_reader, start_retriever
-from realm.telemetry import console
-from realm.tokenizer import encode_plain
+from realm.models.modules import OpenQaModel, QuestionBatch
+from realm.models.objectives import NEVER
+from realm.models.reader import Reader, load_reader
+from realm.models.retriever import embed_plain, load_retriever
+from realm.run.folder import STAGES, Run
+from realm.run.initial import initial_retriever, start_reader, start_retriever
+from realm.runtime.distributed import local_device
+from realm.runtime.telemetry import console
+from realm.text.inputs import token_budget_batches
+from realm.text.tokenizer import encode_plain
 
 START = "start"
 """Stage name of the retriever as the config builds it, before any training: a checkpoint off the shelf."""

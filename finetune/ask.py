@@ -6,9 +6,9 @@ from rich.markup import escape
 from finetune.answer import Answerer
 from finetune.questions import Question
 from realm.errors import UserError
-from realm.run import Run
-from realm.telemetry import console
-from realm.tokenizer import encode_plain
+from realm.run.folder import Run
+from realm.runtime.telemetry import console
+from realm.text.tokenizer import encode_plain
 
 
 def ask(run: Run, text: str, passages: int) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 
 from finetune.evaluate import RECALL_DEPTHS, values_of
 from finetune.metrics import bootstrap_interval
+from realm.corpus.text_files import BadRecord, BadRecords, Place, parse_object, parsed_lines
 from realm.errors import UserError
-from realm.files import BadRecord, BadRecords, Place, parse_object, parsed_lines
-from realm.telemetry import console, print_table
+from realm.runtime.telemetry import console, print_table
 
 Row = dict[str, Any]
 Key = tuple[str, int]

@@ -9,13 +9,13 @@ import torch
 from finetune.metrics import has_answer
 from finetune.questions import Question
 from index.search import PassageIndex
-from realm.blocks import align_spans
-from realm.inputs import IntArray, pad_batch, query_input
-from realm.model import QuestionBatch
-from realm.reader import joint_input, pad_joint, span_targets
-from realm.run import Run
-from realm.substitution import SpanPool, replace_span
-from realm.tokenizer import encode_plain
+from realm.corpus.substitution import SpanPool, replace_span
+from realm.models.modules import QuestionBatch
+from realm.models.reader import joint_input, pad_joint, span_targets
+from realm.run.folder import Run
+from realm.text.blocks import align_spans
+from realm.text.inputs import IntArray, pad_batch, query_input
+from realm.text.tokenizer import encode_plain
 
 Substitute: TypeAlias = tuple[IntArray, IntArray]
 """A span and what takes its place, as wordpieces."""

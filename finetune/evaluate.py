@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from finetune.answer import START, Answerer
+from finetune.baselines import Retrieves, rival
 from finetune.metrics import answers_in_corpus, bootstrap_interval, exact_match, f1, has_substring, pattern_match, patterns_in_corpus
 from finetune.questions import Question, load_questions
-from finetune.rivals import Retrieves, rival
-from finetune.train import STAGE
-from realm.config import QuestionSource
+from finetune.train_reader import STAGE
 from realm.errors import UserError
-from realm.publish import write_json_atomic
-from realm.run import STAGES, Run
-from realm.stage_config import EvaluateConfig
-from realm.telemetry import console, print_table, progress
+from realm.run.config import QuestionSource
+from realm.run.folder import STAGES, Run
+from realm.runtime.publish import write_json_atomic
+from realm.runtime.telemetry import console, print_table, progress
+from realm.training.sections import EvaluateConfig
 
 RECALL_DEPTHS = (1, 5, 20)
 _CONVENTIONS = {

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realm.config import QuestionSource
-from realm.errors import UserError
-from realm.files import (
+from realm.corpus.text_files import (
     BadRecord,
     BadRecords,
     Place,
@@ -26,7 +24,9 @@ from realm.files import (
     stem,
     told_by_key,
 )
-from realm.hub import load_split
+from realm.errors import UserError
+from realm.run.config import QuestionSource
+from realm.runtime.hub import load_split
 
 UNANSWERABLE = "no answer"
 """Kind under which questions that their authors left without an answer are counted; no mistake of the file."""

@@ -7,15 +7,15 @@ from functools import cached_property
 import numpy as np
 
 from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
-from realm.blocks import text_hash
-from realm.config import QuestionSource
-from realm.corpus import PreparedCorpus
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
-from realm.files import BadRecords
-from realm.inputs import IntArray
-from realm.run import Run
-from realm.telemetry import console
-from realm.tokenizer import encode_plain
+from realm.run.config import QuestionSource
+from realm.run.folder import Run
+from realm.runtime.telemetry import console
+from realm.text.blocks import text_hash
+from realm.text.inputs import IntArray
+from realm.text.tokenizer import encode_plain
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from index.gpu import clustering_on_gpu
 from realm.errors import UserError
-from realm.publish import PublishError, Version, published, read_manifest, write_manifest
+from realm.runtime.publish import PublishError, Version, published, read_manifest, write_manifest
 
 INDEX_FILE = "passages.index"
 DELETED_FILE = "deleted.npy"
@@ -30,7 +30,7 @@ class IndexManifest:
     encoder: str
     """Name of the encoder version."""
     encoder_checksum: str
-    """Checksum of the encoder's folder, see `realm.publish.checksum`."""
+    """Checksum of the encoder's folder, see `realm.runtime.publish.checksum`."""
     corpus: str
     """Fingerprint of the prepared corpus; row i of the index is passage i of it."""
     tokenizer: str

@@ -13,11 +13,11 @@ from torch import nn
 
 from index.encode import Encoder
 from index.search import PassageIndex
-from realm.inputs import Wordpieces, pad_batch, passage_input, query_input, token_budget_batches
-from realm.retriever import embed_plain
+from realm.models.retriever import embed_plain
+from realm.text.inputs import Wordpieces, pad_batch, passage_input, query_input, token_budget_batches
 
 if TYPE_CHECKING:
-    from realm.corpus import PreparedCorpus
+    from realm.corpus.prepared import PreparedCorpus
 
 PROBE_FILE = "probe.npy"
 """Embeddings of the probe passages, exact whatever the index does to its own, in every index version."""

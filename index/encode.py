@@ -17,14 +17,14 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 from index.workers import Workers
-from realm.bert import first_line
 from realm.errors import UserError
-from realm.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
-from realm.publish import write_file_atomic, write_json_atomic
+from realm.models.bert import first_line
+from realm.runtime.publish import write_file_atomic, write_json_atomic
+from realm.text.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
 
 if TYPE_CHECKING:
-    from realm.corpus import PreparedCorpus
-    from realm.retriever import Retriever, Tower
+    from realm.corpus.prepared import PreparedCorpus
+    from realm.models.retriever import Retriever, Tower
 
 ALONE = Workers()
 _ALIGNED_FROM, _ALIGNED = 64, 16
@@ -46,8 +46,8 @@ class Encoder(NamedTuple):
 
 def load_encoder(folder: Path) -> Encoder:
     """Read an exported retriever; UserError where `folder` is none."""
-    from realm.retriever import load_retriever, read_retriever_settings
-    from realm.tokenizer import tokenizer_fingerprint
+    from realm.models.retriever import load_retriever, read_retriever_settings
+    from realm.text.tokenizer import tokenizer_fingerprint
 
     retriever, tokenizer = load_retriever(folder)
     if torch.cuda.is_available():

@@ -14,12 +14,12 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
 from index.drift import PROBE_FILE
 from index.refresh import refresh
+from index.retention import Hold
 from index.search import IndexRefused, PassageIndex
-from index.store import Hold
-from realm.cpu import cpu_threads
-from realm.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
-from realm.ranks import on_main
-from realm.run import Run
+from realm.run.folder import Run
+from realm.runtime.distributed import on_main
+from realm.runtime.publish import Lineage, PublishError, Version, checksum, newest, published, start_attempt, versions_in, write_manifest
+from realm.runtime.threads import cpu_threads
 
 FROZEN = "frozen"
 """Folder of a run with the indexes that are built here, one store for each retriever."""

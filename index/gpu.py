@@ -8,7 +8,7 @@ import torch
 
 from index.exact import Searcher, TiledExact, to_device, vectors
 from realm.errors import UserError
-from realm.ranks import local_device
+from realm.runtime.distributed import local_device
 
 
 @contextmanager

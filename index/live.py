@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Self
 from index.refresh import TRAINING_ENDED, start_refresher
 from index.replay import announce, forget
 from index.search import IndexWatcher, PassageIndex
-from realm.corpus import PreparedCorpus
+from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.publish import TEMPORARY, Lineage, Version, newest, published, start_attempt
-from realm.ranks import all_ranks, any_rank, is_main, on_main, world_size
-from realm.stage_config import RefreshConfig
-from realm.telemetry import console, format_seconds
-from realm.tokenizer import tokenizer_fingerprint
+from realm.runtime.distributed import all_ranks, any_rank, is_main, on_main, world_size
+from realm.runtime.publish import TEMPORARY, Lineage, Version, newest, published, start_attempt
+from realm.runtime.telemetry import console, format_seconds
+from realm.text.tokenizer import tokenizer_fingerprint
+from realm.training.sections import RefreshConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING
 import faiss
 import torch
 
-from index.cycle import Cycle, Stopped, Superseded, is_current
 from index.encode import ALONE, BadEncoder, Encoder, load_encoder
 from index.lease import Lease
 from index.replay import wanted
-from index.store import Collector, process_name, remove_leftovers
+from index.retention import Collector, process_name, remove_leftovers
+from index.version_build import Cycle, Stopped, Superseded, is_current
 from index.workers import Workers
 from realm.errors import UserError
-from realm.publish import Lineage, Version, newest, versions_in
-from realm.stage_config import RefreshConfig
+from realm.runtime.publish import Lineage, Version, newest, versions_in
+from realm.training.sections import RefreshConfig
 
 if TYPE_CHECKING:
-    from realm.corpus import PreparedCorpus
+    from realm.corpus.prepared import PreparedCorpus
 
 TRAINING_ENDED = "training-ended"
 """File the trainer writes into the run folder when it will export nothing more."""

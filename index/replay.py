@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from realm.errors import UserError
-from realm.publish import Version, write_json_atomic
-from realm.telemetry import read_metrics
+from realm.runtime.publish import Version, write_json_atomic
+from realm.runtime.telemetry import read_metrics
 
 _WANTED = "wanted.json"
 

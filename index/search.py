@@ -19,9 +19,9 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
 from index.exact import Searcher, TiledExact, is_flat, vectors
 from index.gpu import on_gpu
-from index.store import Hold
+from index.retention import Hold
 from realm.errors import UserError
-from realm.publish import Lineage, PublishError, Version, check_files, checksum, newest
+from realm.runtime.publish import Lineage, PublishError, Version, check_files, checksum, newest
 
 
 class IndexRefused(UserError):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from realm.ranks import local_device
+from realm.runtime.distributed import local_device
 
 T = TypeVar("T")
 

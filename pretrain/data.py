@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from realm.context import Contexts
-from realm.corpus import PreparedCorpus
+from realm.corpus.context import Contexts
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.substitution import SpanPool, replace_span
 from realm.errors import UserError
-from realm.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
-from realm.model import JointBatch, MaskedBatch, RealmBatch, SpanTargets, WarmupBatch
-from realm.reader import joint_input, pad_joint, span_targets
-from realm.substitution import SpanPool, replace_span
+from realm.models.modules import JointBatch, MaskedBatch, RealmBatch, SpanTargets, WarmupBatch
+from realm.models.reader import joint_input, pad_joint, span_targets
+from realm.text.inputs import IntArray, Wordpieces, pad_batch, passage_input, query_input
 
 NULL = -1
 """Row number that stands for the null passage."""

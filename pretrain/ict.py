@@ -6,17 +6,17 @@ import torch.nn.functional as F
 
 from pretrain.data import NULL, BatchMaker
 from pretrain.stage import batch_maker
-from realm.corpus import PreparedCorpus
-from realm.engine import Engine
+from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.inputs import epoch_rows, pad_batch, query_input
-from realm.model import DualEncoderModel, PairBatch
-from realm.ranks import rank, world_size
-from realm.retriever import load_retriever
-from realm.run import Run
-from realm.stage import save_models, train_stage
-from realm.stage_config import IctConfig
-from realm.start import initial_retriever
+from realm.models.modules import DualEncoderModel, PairBatch
+from realm.models.retriever import load_retriever
+from realm.run.folder import Run
+from realm.run.initial import initial_retriever
+from realm.run.stage import save_models, train_stage
+from realm.runtime.distributed import rank, world_size
+from realm.text.inputs import epoch_rows, pad_batch, query_input
+from realm.training.engine import Engine
+from realm.training.sections import IctConfig
 
 STAGE = "ict"
 
@@ -81,11 +81,3 @@ class IctBatches:
         if len(inside):
             chosen = rng.choice(inside)
             sentence[starts[chosen] - offset : ends[chosen] - offset] = self.maker.wordpieces.mask
-
-
-if __name__ == "__main__":  # deepspeed --no_local_rank --module pretrain.ict …
-    import sys
-
-    from realm.cli import main
-
-    sys.exit(main(["ict", *sys.argv[1:]]))

@@ -9,10 +9,10 @@ from torch import nn
 from index.frozen import index_for
 from pretrain.data import BatchMaker, MaskedSentence
 from pretrain.stage import batch_maker
-from realm.ranks import local_device
-from realm.retriever import embed_plain, load_retriever
-from realm.run import Run
-from realm.telemetry import console
+from realm.models.retriever import embed_plain, load_retriever
+from realm.run.folder import Run
+from realm.runtime.distributed import local_device
+from realm.runtime.telemetry import console
 
 
 class FrozenSearch:

@@ -1,7 +1,7 @@
 """What the pretraining stages share: their batch maker."""
 
 from pretrain.data import BatchMaker
-from realm.run import Run
+from realm.run.folder import Run
 
 
 def batch_maker(run: Run) -> BatchMaker:

@@ -1,5 +1,5 @@
 """`python -m realm`."""
 
-from realm.cli import main
+from realm.app.cli import main
 
 raise SystemExit(main())

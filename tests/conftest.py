@@ -33,7 +33,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer() -> "PreTrainedTokenizerBase":
     """A WordPiece tokenizer of a few sentences' words and all their characters."""
-    from realm.tokenizer import TokenizerConfig, train_wordpiece
+    from realm.text.tokenizer import TokenizerConfig, train_wordpiece
 
     return train_wordpiece(SENTENCES * 2, TokenizerConfig(vocab_size=250))
 
@@ -41,6 +41,6 @@ def tokenizer() -> "PreTrainedTokenizerBase":
 @pytest.fixture
 def wordpieces(tokenizer: "PreTrainedTokenizerBase") -> "Callable[[str], np.ndarray]":
     """Function from a text to its wordpiece ids, without special tokens."""
-    from realm.tokenizer import encode_plain
+    from realm.text.tokenizer import encode_plain
 
     return lambda text: encode_plain(tokenizer, [text])[0][0]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from finetune.evaluate import _labels
-from realm.config_file import load_config
-from realm.publish import checksum
-from realm.run import Run
-from realm.telemetry import read_metrics
+from realm.run.config_file import load_config
+from realm.run.folder import Run
+from realm.runtime.publish import checksum
+from realm.runtime.telemetry import read_metrics
 from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
 
 

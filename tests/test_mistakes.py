@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from realm.cli import _dotted, main
+from realm.app.cli import _dotted, main
 from tests.tiny import write_config, write_sources
 
 
@@ -108,7 +108,7 @@ def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
     from index.build import IndexManifest
     from index.search import PassageIndex
     from realm.errors import UserError
-    from realm.publish import Version
+    from realm.runtime.publish import Version
 
     index = faiss.IndexFlatIP(4)
     index.add(np.eye(4, dtype=np.float32))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from realm.calibrate import StagePlan, extrapolate
-from realm.cli import main
-from realm.config_file import load_config
-from realm.plan import Plan, plan, warnings
+from realm.app.cli import main
+from realm.app.plan import Plan, plan, warnings
+from realm.app.step_timing import StagePlan, extrapolate
+from realm.run.config_file import load_config
 from tests.tiny import write_config, write_sources
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from index.replay import read_replay
-from realm.config_file import load_config
 from realm.errors import UserError
-from realm.publish import checksum
-from realm.run import Run
-from realm.telemetry import read_metrics
+from realm.run.config_file import load_config
+from realm.run.folder import Run
+from realm.runtime.publish import checksum
+from realm.runtime.telemetry import read_metrics
 from tests.test_loop import realm
 from tests.tiny import write_config, write_sources
 

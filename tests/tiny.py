@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 if TYPE_CHECKING:
-    from realm.run import Run
+    from realm.run.folder import Run
 
 TOWNS = ("Alda", "Brenno", "Calvia", "Dorne", "Elst", "Fenwick", "Garda", "Holm", "Istra", "Jonas", "Kelm", "Lorne")
 RIVERS = ("Ister", "Tamba", "Uller", "Vanda", "Wesser", "Yarrow", "Zenna", "Quill", "Rhomba", "Sarn", "Ouse", "Pell")
@@ -86,9 +86,9 @@ def write_config(folder: Path, **changes: dict) -> Path:
 
 def prepared_run(folder: Path, **changes: dict) -> "Run":
     """The tiny run with its corpus prepared and nothing trained."""
-    from realm.config_file import load_config
-    from realm.pipeline import prepare
-    from realm.run import Run
+    from realm.app.pipeline import prepare
+    from realm.run.config_file import load_config
+    from realm.run.folder import Run
 
     write_sources(folder)
     config = load_config(write_config(folder, **changes))

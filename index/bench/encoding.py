@@ -10,14 +10,14 @@ import faiss
 import numpy as np
 import torch
 
+from index.admin import Entry
 from index.bench.timing import timed
 from index.build import INDEX_FILE
 from index.encode import encode_passages, encoding_tower, load_encoder
-from index.manage import Entry
 from index.search import PassageIndex
-from realm.corpus import PreparedCorpus
+from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.telemetry import console, print_table
+from realm.runtime.telemetry import console, print_table
 
 _REPEATS = 3
 

@@ -13,21 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-import index.cycle as cycle
+import index.version_build as cycle
 from index.live import remove_export_leftovers
 from index.refresh import refresh
+from index.retention import Collector
 from index.search import IndexWatcher, PassageIndex
-from index.store import Collector
-from realm.bert import BertSource
-from realm.corpus import PreparedCorpus
-from realm.inputs import Wordpieces, pad_batch, passage_input
-from realm.prepare import prepare_corpus
-from realm.publish import Lineage, Version, newest, published, start_attempt
-from realm.retriever import Retriever, RetrieverConfig, build_retriever, embed_plain, save_retriever
-from realm.salient_spans import SpanConfig, SpanTagger
-from realm.source_config import SourceConfig
-from realm.stage_config import RefreshConfig
-from realm.tokenizer import TokenizerConfig, train_wordpiece
+from realm.corpus.prepare import prepare_corpus
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.sources import SourceConfig
+from realm.models.bert import BertSource
+from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_plain, save_retriever
+from realm.runtime.publish import Lineage, Version, newest, published, start_attempt
+from realm.spans.tagger import SpanConfig, SpanTagger
+from realm.text.inputs import Wordpieces, pad_batch, passage_input
+from realm.text.tokenizer import TokenizerConfig, train_wordpiece
+from realm.training.sections import RefreshConfig
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}
 """Moments at which each process is killed."""

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from index.admin import collect_garbage
 from index.bench.fault_processes import CONFIG, PASSAGES, PHASE_NUMBERS, PHASES, Scene, export, run_refresher, run_trainer, silently
 from index.live import remove_export_leftovers
-from index.manage import collect_garbage
 from index.refresh import TRAINING_ENDED
 from index.search import IndexRefused, PassageIndex
-from realm.publish import Lineage, Version, newest, start_attempt, versions_in
-from realm.telemetry import console, print_table, progress
+from realm.runtime.publish import Lineage, Version, newest, start_attempt, versions_in
+from realm.runtime.telemetry import console, print_table, progress
 
 
 @dataclass

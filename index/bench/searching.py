@@ -14,16 +14,16 @@ import faiss
 import numpy as np
 import torch
 
+from index.admin import Entry
 from index.bench.timing import timed
 from index.build import build_index, index_bytes, set_search_parameters
 from index.encode import load_encoder
 from index.exact import Searcher, TiledExact
-from index.manage import Entry
-from realm.corpus import PreparedCorpus
+from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.inputs import pad_batch, query_input
-from realm.retriever import embed_plain
-from realm.telemetry import console, peak_memory, print_table
+from realm.models.retriever import embed_plain
+from realm.runtime.telemetry import console, peak_memory, print_table
+from realm.text.inputs import pad_batch, query_input
 
 RECALL_AT = 8
 WANTED_RECALL = 0.99

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from index.admin import entries
 from index.bench.encoding import bench_encoding, bench_opening
 from index.bench.searching import bench_search, bench_synthetic, draw, jittered, sample_queries
-from index.manage import entries
 from index.search import PassageIndex
 from realm.errors import UserError
-from realm.run import Run
-from realm.telemetry import console
+from realm.run.folder import Run
+from realm.runtime.telemetry import console
 
 
 def bench_index(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel, PreTrainedModel
 
-from realm.attention import AttentionConfig
 from realm.attention.dense import DenseAttention, dense_attention
 from realm.attention.projected import ForeignHeads, ProjectedSelfAttention, may_be_padded
+from realm.attention.variant import AttentionConfig
 from realm.errors import UserError
 
 _DENSE = "realm_dense"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from realm.attention import AttentionConfig
+from realm.attention.variant import AttentionConfig
 from realm.attention.windowed import CACHED_SCORES, Windowed, hide_, softmax_dtype, windowed_attention
 
 _LONGEST = 512

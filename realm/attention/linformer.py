@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from realm.attention import AttentionConfig
 from realm.attention.projected import ProjectedSelfAttention, masked_attention, may_be_padded
+from realm.attention.variant import AttentionConfig
 from realm.errors import UserError
 
 

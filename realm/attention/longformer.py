@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from realm.attention import AttentionConfig
 from realm.attention.projected import masked_attention
+from realm.attention.variant import AttentionConfig
 from realm.attention.windowed import Windowed, dilated_attention
 from realm.errors import UserError
 

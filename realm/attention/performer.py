@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from realm.attention import AttentionConfig, CountsUpdates
 from realm.attention.projected import ProjectedSelfAttention, may_be_padded
+from realm.attention.variant import AttentionConfig, CountsUpdates
 from realm.errors import UserError
 
 CHUNK = 1024

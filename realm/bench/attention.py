@@ -21,8 +21,8 @@ from realm.attention import AttentionConfig
 from realm.attention.performer import draw_projection, random_feature_attention
 from realm.bench.attention_cases import RIVAL_OF, Shape, build_call, every_variant, installed_peers, parse_variant
 from realm.errors import UserError
-from realm.publish import write_json_atomic
-from realm.telemetry import console, peak_memory, print_table, progress
+from realm.runtime.publish import write_json_atomic
+from realm.runtime.telemetry import console, peak_memory, print_table, progress
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _REPEATS, _SECONDS_EACH = 5, 1.5

@@ -19,8 +19,8 @@ from transformers import BertConfig, BertModel
 
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention
-from realm.config_file import decoded
 from realm.errors import UserError
+from realm.run.config_file import decoded
 
 NUM_GLOBAL = 32
 _WINDOW, _FEATURES, _SEGMENT = 256, 256, 512

@@ -18,11 +18,11 @@ from transformers import BertConfig, BertModel
 from realm.attention import AttentionConfig, count_update
 from realm.bench.attention_cases import parse_variant
 from realm.bench.long_tasks import MASK, PAD, TASKS, Example, Task
-from realm.bert import mimetic_init
 from realm.errors import UserError
-from realm.publish import write_json_atomic
-from realm.reader import Reader, ReaderConfig, pad_joint
-from realm.telemetry import print_table, progress
+from realm.models.bert import mimetic_init
+from realm.models.reader import Reader, ReaderConfig, pad_joint
+from realm.runtime.publish import write_json_atomic
+from realm.runtime.telemetry import print_table, progress
 
 VARIANTS = (
     "dense",

@@ -16,7 +16,8 @@ from pathlib import Path
 from zlib import error as ZlibError
 
 from realm.errors import UserError
-from realm.salient_spans import SalientSpan, SpanConfig, SpanTagger
+from realm.spans.rules import SalientSpan
+from realm.spans.tagger import SpanConfig, SpanTagger
 
 _TAG = re.compile(r"O|[BI]-\S+")
 

@@ -8,8 +8,8 @@ import pytest
 
 from finetune.data import QuestionBatches, Substitute
 from finetune.questions import Question
-from realm.run import Run
-from realm.tokenizer import encode_plain
+from realm.run.folder import Run
+from realm.text.tokenizer import encode_plain
 from tests.tiny import RIVERS, TOWNS, NoIndex, prepared_run
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
 from finetune.questions import load_questions
-from realm.config import QuestionSource
+from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
-from realm.files import BadRecords
-from realm.run import Run
+from realm.run.config import QuestionSource
+from realm.run.folder import Run
 from tests.tiny import FOUNDERS, TOWNS, prepared_run
 
 SQUAD = {

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # fake_refresher.py is imported 
 
 from fake_refresher import FakeCorpus, export
 
-from realm.publish import start_attempt
+from realm.runtime.publish import start_attempt
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from index.encode import Encoder, encode_passages
 from index.refresh import refresh
 from index.workers import Workers
-from realm.inputs import Wordpieces
-from realm.publish import Version, published
-from realm.stage_config import RefreshConfig
+from realm.runtime.publish import Version, published
+from realm.text.inputs import Wordpieces
+from realm.training.sections import RefreshConfig
 
 DIM = 8
 SPECIAL_IDS = Wordpieces(cls=1, sep=2, mask=3, pad=0, continuation=np.zeros(0, bool))

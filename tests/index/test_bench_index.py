@@ -9,9 +9,9 @@ import torch
 
 from index.bench.searching import TILES, bench_search, bench_synthetic, jittered
 from index.frozen import index_for
-from realm.cli import main
+from realm.app.cli import main
 from realm.errors import UserError
-from realm.start import start_retriever
+from realm.run.initial import start_retriever
 from tests.tiny import prepared_run
 
 RNG = np.random.default_rng(0)

@@ -14,12 +14,12 @@ from torch import nn
 from index.build import IndexManifest
 from index.drift import PROBE_FILE, ProbePassages, cosine_change, overlap, probe_rows, take_rows
 from index.refresh import refresh
-from pretrain.train import Exports
-from realm.config_file import load_config
+from pretrain.realm import Exports
 from realm.errors import UserError
-from realm.publish import versions_in
-from realm.run import Run
-from realm.telemetry import read_metrics
+from realm.run.config_file import load_config
+from realm.run.folder import Run
+from realm.runtime.publish import versions_in
+from realm.runtime.telemetry import read_metrics
 from tests.test_loop import realm
 from tests.tiny import prepared_run, write_config, write_sources
 

@@ -6,8 +6,8 @@ from transformers import BertConfig, BertModel
 
 from index.encode import BadEncoder, encode_in_shards, encode_passages, encoding_tower
 from realm.errors import UserError
-from realm.inputs import pad_batch, passage_input
-from realm.retriever import Retriever, Tower
+from realm.models.retriever import Retriever, Tower
+from realm.text.inputs import pad_batch, passage_input
 
 
 def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: FakeCorpus) -> None:

@@ -9,8 +9,8 @@ from index import search
 from index.bench.fault_processes import CONFIG, Scene, export
 from index.bench.faults import Supervisor
 from index.refresh import refresh
-from realm.cli import main
-from realm.publish import Version, start_attempt
+from realm.app.cli import main
+from realm.runtime.publish import Version, start_attempt
 
 
 def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

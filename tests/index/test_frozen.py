@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from index.frozen import index_for, publish_frozen
+from index.retention import is_held
 from index.search import PassageIndex
-from index.store import is_held
-from realm.publish import Version, checksum, start_attempt
-from realm.run import Run
-from realm.start import start_retriever
+from realm.run.folder import Run
+from realm.run.initial import start_retriever
+from realm.runtime.publish import Version, checksum, start_attempt
 from tests.tiny import prepared_run
 
 

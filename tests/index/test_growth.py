@@ -9,17 +9,17 @@ import pytest
 
 from index.frozen import index_for
 from index.search import PassageIndex
-from realm.cli import main
-from realm.corpus import PreparedCorpus
-from realm.publish import versions_in
-from realm.run import Run
+from realm.app.cli import main
+from realm.corpus.prepared import PreparedCorpus
+from realm.run.folder import Run
+from realm.runtime.publish import versions_in
 from tests.tiny import prepared_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run with the index of a retriever that stands still."""
-    from realm.start import start_retriever
+    from realm.run.initial import start_retriever
 
     run = prepared_run(tmp_path, refresh={"shard_rows": 4, "poll_s": 0.05, "grace_s": 0.0, "lease_expiry_s": 1.0})
     index_for(run, start_retriever(run), lambda line: None).close()

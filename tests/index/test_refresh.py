@@ -19,8 +19,8 @@ from index.lease import LeaseLost
 from index.refresh import TRAINING_ENDED, refresh, start_refresher
 from index.search import PassageIndex
 from realm.errors import UserError
-from realm.publish import start_attempt, versions_in
-from realm.stage_config import RefreshConfig
+from realm.runtime.publish import start_attempt, versions_in
+from realm.training.sections import RefreshConfig
 
 PROGRAM = Path(__file__).parent / "fake_refresher.py"
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from index.build import IndexManifest, build_index, write_version
+from index.retention import is_held
 from index.search import IndexRefused, IndexWatcher, PassageIndex
-from index.store import is_held
 from realm.errors import UserError
-from realm.publish import Version, checksum, start_attempt
+from realm.runtime.publish import Version, checksum, start_attempt
 
 RNG = np.random.default_rng(0)
 COUNT, DIM = 500, 16

@@ -13,7 +13,7 @@ import numpy as np
 from fake_refresher import FakeCorpus, direct_embeddings
 
 from index.refresh import TRAINING_ENDED
-from realm.publish import versions_in
+from realm.runtime.publish import versions_in
 
 PROGRAM = Path(__file__).parent / "fake_refresher.py"
 

@@ -6,12 +6,12 @@ import torch
 
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.ict import IctBatches
-from pretrain.reader_warmup import evidence
-from realm.context import Contexts
-from realm.model import PairBatch
-from realm.run import Run
-from realm.stage_config import IctConfig
-from realm.substitution import replace_span, span_pool
+from pretrain.reader_pretraining import evidence
+from realm.corpus.context import Contexts
+from realm.corpus.substitution import replace_span, span_pool
+from realm.models.modules import PairBatch
+from realm.run.folder import Run
+from realm.training.sections import IctConfig
 from tests.tiny import prepared_run
 
 

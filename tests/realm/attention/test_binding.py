@@ -15,11 +15,11 @@ from realm.attention.infini import InfiniAttention
 from realm.attention.linformer import LinformerAttention
 from realm.attention.longformer import LongformerAttention, LongformerSelfAttention
 from realm.attention.performer import PerformerAttention
-from realm.bert import BertSource
-from realm.config_file import load_config
 from realm.errors import UserError
-from realm.inputs import pad_batch
-from realm.reader import ReaderConfig, build_reader, load_reader, pad_joint, save_reader
+from realm.models.bert import BertSource
+from realm.models.reader import ReaderConfig, build_reader, load_reader, pad_joint, save_reader
+from realm.run.config_file import load_config
+from realm.text.inputs import pad_batch
 
 SOURCE = BertSource(layers=2, hidden=16, heads=2, intermediate=32, max_positions=64, dropout=0.0, init_std=0.3)
 

@@ -1,0 +1,91 @@
+"""Other people's retrievers, put beside ours on the same questions and passages: BM25, and any sentence-transformers model."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from finetune.questions import Question
+from realm.corpus.prepared import PreparedCorpus
+from realm.errors import UserError
+from realm.run.folder import Run
+from realm.runtime.publish import published
+from realm.runtime.telemetry import console, progress
+
+
+class Retrieves(Protocol):
+    """What evaluation asks of a retriever."""
+
+    def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
+        """Rows of the `k` best passages per question, (B, k), -1 where nothing was found."""
+
+
+class Bm25:
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text, English stop words left out, by the bm25s package."""
+
+    def __init__(self, passages: PreparedCorpus) -> None:
+        try:
+            import bm25s
+        except ImportError as error:
+            raise UserError("BM25 needs the package bm25s; install it with: pip install 'realm[eval]'") from error
+        console.print(f"  BM25: indexing {len(passages.rows):,} passages")
+        self._bm25s, self.index, self.rows = bm25s, bm25s.BM25(), passages.rows
+        texts = [f"{passages.title(row)} {passages.text(row)}" for row in self.rows.tolist()]
+        self.index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+
+    def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
+        tokens = self._bm25s.tokenize([question.text for question in questions], stopwords="en", show_progress=False)
+        rows_BK, scores_BK = self.index.retrieve(tokens, k=k, show_progress=False)
+        return np.where(np.asarray(scores_BK) > 0, self.rows[np.asarray(rows_BK, dtype=np.int64)], -1)
+
+
+class SentenceTransformerRetriever:
+    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings are kept in `run/frozen/`."""
+
+    def __init__(self, name: str, run: Run) -> None:
+        import faiss
+        from sentence_transformers import SentenceTransformer
+
+        from realm.runtime.hub import require_on_hub
+
+        if not Path(name).exists():
+            require_on_hub(name, "--compare")
+        try:
+            self.model = SentenceTransformer(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--compare: {name} is no sentence-transformers model that can be loaded ({str(error).splitlines()[0]})") from error
+        self.rows = run.passages.rows
+        embeddings_ND = self._embeddings(name, run)
+        self.index = faiss.IndexFlatIP(embeddings_ND.shape[1])
+        self.index.add(embeddings_ND)
+
+    def _embeddings(self, name: str, run: Run) -> np.ndarray:
+        passages = run.passages
+        weights = hashlib.sha256(json.dumps([name, passages.fingerprint]).encode())
+        for parameter in self.model.parameters():
+            weights.update(parameter.detach().float().cpu().numpy().tobytes())
+        folder = run.folder / "frozen" / f"{Path(name).name}-{weights.hexdigest()[:12]}"
+        if not folder.exists():
+            texts = [f"{passages.title(row)} {passages.text(row)}" for row in passages.rows.tolist()]
+            order = np.argsort([-len(text) for text in texts], kind="stable")
+            embeddings_ND = np.empty((len(texts), self.model.get_sentence_embedding_dimension() or 0), dtype=np.float32)
+            with progress(f"encode with {Path(name).name}", len(texts), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
+                for start in range(0, len(texts), 1024):
+                    rows = order[start : start + 1024]
+                    embeddings_ND[rows] = self.model.encode_document([texts[row] for row in rows], batch_size=32)
+                    ticker.update(start + len(rows))
+            with published(folder) as temporary:
+                np.save(temporary / "embeddings.npy", embeddings_ND, allow_pickle=False)
+        return np.load(folder / "embeddings.npy", allow_pickle=False)
+
+    def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
+        embeddings_BD = np.asarray(self.model.encode_query([question.text for question in questions]), dtype=np.float32)
+        return self.rows[self.index.search(embeddings_BD, k)[1]]
+
+
+def rival(name: str, run: Run) -> Retrieves:
+    """The retriever called `name`: `bm25`, or a sentence-transformers model by path or hub name."""
+    return Bm25(run.passages) if name == "bm25" else SentenceTransformerRetriever(name, run)

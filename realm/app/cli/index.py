@@ -1,0 +1,102 @@
+"""`realm index …`: look after the index versions of a run."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from realm.app.cli.common import open_run
+from realm.errors import UserError
+
+
+def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The subcommands and their options."""
+    index = commands.add_parser(
+        "index", help="look after the index versions of a run", description="Index versions of a run: list, show, check, collect."
+    )
+    verbs = index.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command, about in (
+        ("ls", _ls, "every version, its age, its size, and who needs it"),
+        ("show", _show, "all that one version says of itself"),
+        ("verify", _verify, "read every byte of the versions against their manifests"),
+        ("gc", _gc, "remove what nobody needs and what crashes left behind"),
+        ("add", _add, "add documents to the run's corpus, or take some away, and complete the newest index"),
+    ):
+        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        verb.add_argument("--run", type=Path, required=True, help="run folder")
+        verb.set_defaults(command=command, takes_overrides=True)
+        if name == "show":
+            verb.add_argument("version", help="such as a01-step-000500-e3")
+        if name == "verify":
+            verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
+        if name == "add":
+            verb.add_argument("documents", nargs="*", help="files or folders of documents, or mappings as in corpus.passages")
+            verb.add_argument("--format", help="format of the documents (default: told by name and content)")
+            verb.add_argument("--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line")
+            verb.add_argument("--replace", action="store_true", help="added documents take the place of those of the same id")
+            verb.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
+        if name == "gc":
+            verb.add_argument("--grace", type=float, metavar="S", help="seconds in which readers may still take one (default: refresh.grace_s)")
+            verb.add_argument("--dry-run", action="store_true", help="say what would go")
+
+
+def _ls(options: argparse.Namespace) -> None:
+    from index.admin import entries
+    from realm.runtime.telemetry import print_table
+
+    rows = [
+        [entry.path.relative_to(options.run).as_posix(), entry.manifest and f"{entry.manifest.count:,}", entry.manifest and entry.manifest.factory,
+         f"{entry.bytes / 2**20:,.1f}", entry.manifest and entry.manifest.created_at, entry.state] for entry in entries(open_run(options).folder)
+    ]  # fmt: skip
+    print_table(f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows)
+
+
+def _show(options: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from index.admin import entry_named
+
+    entry = entry_named(open_run(options).folder, options.version)
+    if entry.manifest is None:
+        raise UserError(f"{entry.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again.")
+    everything = {**asdict(entry.manifest), "bytes": entry.bytes, "state": entry.state, "holders": entry.holders}
+    print(json.dumps(everything, indent=1))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from index.admin import entries, entry_named, verify
+
+    folder = open_run(options).folder
+    chosen = [entry_named(folder, name) for name in options.version] or entries(folder)
+    broken = [entry for entry in chosen if verify(entry, print) is not None]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(chosen)} index versions would be refused; readers pass them over; remove them to have them built anew."
+        )
+
+
+def _gc(options: argparse.Namespace) -> None:
+    from index.admin import collect_garbage
+
+    run = open_run(options)
+    grace_s = run.config.refresh.grace_s if options.grace is None else options.grace
+    removed = collect_garbage(run.folder, run.config.refresh, grace_s, options.dry_run, print)
+    for path in removed:
+        print(f"{'would remove' if options.dry_run else 'removed'} {path}")
+    if not removed:
+        print("nothing to remove")
+
+
+def _add(options: argparse.Namespace) -> None:
+    from realm.app.pipeline import add_documents
+    from realm.corpus.sources import SourceConfig
+    from realm.corpus.text_files import read_names
+    from realm.run.config_file import parse_section
+
+    sources = [parse_section(SourceConfig, text, "documents") for text in options.documents]
+    if options.format is not None:
+        sources = [replace(source, format=options.format) for source in sources]
+    delete = [] if options.delete is None else read_names(options.delete)
+    if not sources and not delete:
+        raise UserError("nothing to add and nothing to take away; name files of documents, or a file of ids with --delete.")
+    add_documents(open_run(options), sources, delete, options.replace, options.skip_bad)

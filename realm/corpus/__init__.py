@@ -1,0 +1,1 @@
+"""Documents to a prepared corpus, and what is read from it."""

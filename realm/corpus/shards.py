@@ -1,0 +1,132 @@
+"""A chunk of documents becomes a shard: tokenised, cut into blocks, tagged, written. Runs in the processes of `realm.corpus.prepare`."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from tokenizers import Tokenizer
+
+from realm.corpus.documents import Document
+from realm.corpus.prepared import SCHEMA
+from realm.errors import UserError
+from realm.runtime.publish import write_file_atomic
+from realm.spans.cache import SpanCache
+from realm.spans.rules import SPAN_TYPES
+from realm.spans.tagger import SpanTagger
+from realm.text.blocks import NUM_SPECIAL_TOKENS, align_spans, cut_blocks, sentence_bounds, text_hash
+from realm.text.tokenizer import encode_plain
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents: the `number`-th lot, from document `first_document` of the input on."""
+
+    number: int
+    first_document: int
+    documents: list[Document]
+
+
+class ShardMaker:
+    """Makes shards out of chunks; sent to the processes by pickle."""
+
+    def __init__(self, shards: Path, span_cache: Path, tokenizer_json: str, block_tokens: int, tagger: SpanTagger):
+        self.shards = shards
+        self.span_cache = span_cache
+        self.tokenizer_json = tokenizer_json
+        self.block_tokens = block_tokens
+        self.tagger = tagger
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_str(self.tokenizer_json)
+
+    @cached_property
+    def is_word_start_V(self) -> np.ndarray:
+        """Whether a wordpiece begins a word, for each of the vocabulary's V ids."""
+        vocabulary = self.tokenizer.get_vocab()
+        is_word_start_V = np.ones(max(vocabulary.values()) + 1, dtype=bool)
+        for wordpiece, i in vocabulary.items():
+            is_word_start_V[i] = not wordpiece.startswith("##")
+        return is_word_start_V
+
+    def path(self, chunk_number: int) -> Path:
+        return self.shards / f"{chunk_number:06d}.arrow"
+
+    def make(self, chunk: Chunk) -> int:
+        """Tokenises, cuts and tags the documents of `chunk`, publishes its shard and returns their number.
+
+        Raises UserError where a text has no wordpiece.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        pieces = []
+        titles = encode_plain(self.tokenizer, [document.title for document in chunk.documents])
+        texts = encode_plain(self.tokenizer, [document.text for document in chunk.documents])
+        for row, (document, (title_ids, _), (text_ids, offset_L2)) in enumerate(zip(chunk.documents, titles, texts, strict=True)):
+            if not len(text_ids):
+                raise UserError(f"document {document.id!r} has no wordpiece in its text: this tokenizer drops all its characters")
+            room = self.block_tokens - NUM_SPECIAL_TOKENS
+            title_ids = title_ids[: room // 2]
+            bounds = sentence_bounds(document.text)
+            blocks = cut_blocks(len(document.text), offset_L2, self.is_word_start_V[text_ids], bounds, room - len(title_ids))
+            for place, block in enumerate(blocks):
+                text = document.text[block.start : block.end]
+                columns["id"].append(document.id if len(blocks) == 1 else f"{document.id}#{place}")
+                columns["document"].append(chunk.first_document + row)
+                columns["place"].append(place)
+                columns["title"].append(document.title)
+                columns["text"].append(text)
+                columns["title_ids"].append(title_ids)
+                columns["text_ids"].append(text_ids[block.first : block.last])
+                columns["sentence_starts"].append(block.sentence_starts)
+                columns["text_hash"].append(text_hash(text))
+                pieces.append((offset_L2[block.first : block.last] - block.start, block.sentence_starts))
+        dropped = 0
+        # A cache folder for each chunk: opening one reads all the keys in it.
+        cache = SpanCache(self.span_cache / f"{chunk.number:06d}", self.tagger)
+        for spans, (offset_L2, sentence_starts) in zip(cache.tag(columns["text"]), pieces, strict=True):
+            aligned = list(align_spans(offset_L2, sentence_starts, spans))
+            dropped += len(spans) - len(aligned)
+            columns["span_starts"].append([start for start, _, _ in aligned])
+            columns["span_ends"].append([end for _, end, _ in aligned])
+            columns["span_types"].append([SPAN_TYPES.index(kind) for _, _, kind in aligned])
+        schema = SCHEMA.with_metadata({"spans_dropped": str(dropped)})
+        batch = pa.record_batch([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+        write_file_atomic(self.path(chunk.number), partial(write_batches, schema, [batch]))
+        return len(chunk.documents)
+
+
+_maker: ShardMaker
+
+
+def start_process(maker: ShardMaker) -> None:
+    """In a fresh process: no threads beside the other processes', Ctrl-C is the parent's, and the parent's end is ours."""
+    global _maker
+    _maker = maker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its processes, and they would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def make_in_process(chunk: Chunk) -> int:
+    """`ShardMaker.make` in a process that `start_process` began."""
+    return _maker.make(chunk)
+
+
+def write_batches(schema: pa.Schema, batches: Iterable[pa.RecordBatch], file: IO[bytes]) -> None:
+    with pa.ipc.new_file(file, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)

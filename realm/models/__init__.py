@@ -1,0 +1,1 @@
+"""Retriever, reader, and the module that each stage trains."""

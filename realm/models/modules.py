@@ -1,0 +1,298 @@
+"""The trainable wholes: what DeepSpeed wraps, one module per stage. Each `forward(batch)` returns scalars with `loss` among them.
+
+Shape legend: B queries, N candidates a query (slot 0 is the null passage), U distinct passages, M masked wordpieces, R joint inputs of a
+bucket, L wordpieces, D embedding width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from realm.models.objectives import MARGINALS, NEVER, candidate_log_prior, in_batch_loss, open_qa_loss, positive_log_marginal, reading_scores
+from realm.models.reader import Reader
+from realm.models.retriever import Retriever, embed_by_length
+
+
+class Batch:
+    """Base of batches: dataclasses of tensors (or lists of batches) that move to a device together."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch with every tensor on `device`."""
+        moved = {}
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            moved[entry.name] = [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
+        return type(self)(**moved)
+
+
+@dataclass
+class PairBatch(Batch):
+    """B queries and C passages, of which each query has one to find."""
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    passage_ids_CL: Tensor
+    passage_mask_CL: Tensor
+    target_B: Tensor
+    """Row of the passage each query should find."""
+    excluded_BC: Tensor
+    """True on passages that are none of a query's candidates: neither right nor wrong."""
+
+
+@dataclass
+class JointBatch(Batch):
+    """Joint inputs `[CLS] x [SEP] z [SEP]`; `row_R` is the place of each in the flat (B·N) order."""
+
+    ids_RL: Tensor
+    mask_RL: Tensor
+    type_RL: Tensor
+    row_R: Tensor
+
+
+@dataclass
+class MaskedBatch(Batch):
+    """Joint inputs with the masked wordpieces of their x; candidates that are read together have one."""
+
+    joint: list[JointBatch]
+    position_BM: Tensor
+    """Where the masks of query b stand in each of its joint inputs (x comes first, so the place is the same for all candidates)."""
+    target_BM: Tensor
+    """The wordpieces under the masks."""
+    token_BM: Tensor
+    """False on padding of the two above."""
+    reading_BN: Tensor
+    """Candidate whose joint input stands for each candidate: its own number, or that of the one it is read with."""
+
+
+@dataclass
+class RealmBatch(Batch):
+    """Masked sentences with their candidates."""
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    passage_ids_UL: Tensor
+    passage_mask_UL: Tensor
+    candidate_BN: Tensor
+    """Row in the distinct passages of each candidate; row 0 is the null passage."""
+    valid_BN: Tensor
+    """False on slots that hold nothing."""
+    holds_BN: Tensor
+    """True where the masked span stands in the candidate with what is around it (telemetry alone)."""
+    masked: MaskedBatch
+
+
+@dataclass
+class SpanTargets(Batch):
+    """Where the span head should find the span in the joint inputs of a bucket."""
+
+    is_answer_RLW: Tensor
+    """True on occurrences of the span."""
+    allowed_RLW: Tensor
+    """True on spans inside the passage."""
+
+
+@dataclass
+class WarmupBatch(Batch):
+    """Masked sentences with one passage each, and the span's places in it, bucket by bucket."""
+
+    masked: MaskedBatch
+    spans: list[SpanTargets]
+
+
+class DualEncoderModel(nn.Module):
+    """Find each query's passage among those of the batch: the inverse cloze task, and finetuning of the retriever on questions."""
+
+    def __init__(self, retriever: Retriever) -> None:
+        super().__init__()
+        self.retriever = retriever
+
+    def forward(self, batch: PairBatch) -> dict[str, Tensor]:
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        passage_emb_CD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_CL, batch.passage_mask_CL)
+        loss, accuracy = in_batch_loss(query_emb_BD, passage_emb_CD, batch.target_B, batch.excluded_BC, self.retriever.temperature)
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class Reading(NamedTuple):
+    """What the reader makes of masked spans."""
+
+    token_log_p_BNM: Tensor
+    """log p(y_m | z, x) of the right wordpieces."""
+    right_BN: Tensor
+    """Whether the whole span is the first choice."""
+    best_log_p_BN: Tensor
+    """Log-probability of the first choice."""
+
+
+def read_joint(reader: Reader, batch: MaskedBatch) -> list[Tensor]:
+    """Hidden states (R, L, H) of each bucket."""
+    return [reader(joint.ids_RL, joint.mask_RL, joint.type_RL) for joint in batch.joint]
+
+
+def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor]) -> Reading:
+    """Predict the masked wordpieces from the hidden states of each bucket."""
+    B, N = batch.reading_BN.shape
+    log_ps, rights, bests, rows = [], [], [], []
+    for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
+        query_R = joint.row_R // N
+        log_p_RMV = reader.mlm_logits(hidden_RLH, batch.position_BM[query_R]).log_softmax(-1)
+        target_RM, token_RM = batch.target_BM[query_R], batch.token_BM[query_R]
+        best_RM, choice_RM = log_p_RMV.detach().max(-1)
+        log_ps.append(log_p_RMV.gather(-1, target_RM[..., None]).squeeze(-1))
+        rights.append(((choice_RM == target_RM) | ~token_RM).all(-1))
+        bests.append((best_RM * token_RM).sum(-1))
+        rows.append(joint.row_R)
+    row_R, first_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.reading_BN.device)[:, None]
+    number_BN = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(0, row_R, torch.arange(len(row_R), device=row_R.device))
+    at_BN = number_BN[first_B1 + batch.reading_BN]
+    return Reading(torch.cat(log_ps)[at_BN], torch.cat(rights)[at_BN], torch.cat(bests)[at_BN])
+
+
+def read_masked(reader: Reader, batch: MaskedBatch) -> Reading:
+    """Read every joint input of the batch and predict the masked wordpieces."""
+    return predict_masked(reader, batch, read_joint(reader, batch))
+
+
+class ReaderWarmupModel(nn.Module):
+    """Predict the masked span from one passage that holds it: its wordpieces by the masked-language head, its place by the span head."""
+
+    def __init__(self, reader: Reader, span_loss: float) -> None:
+        super().__init__()
+        self.reader = reader
+        self.span_loss = span_loss
+
+    def forward(self, batch: WarmupBatch) -> dict[str, Tensor]:
+        hidden = read_joint(self.reader, batch.masked)
+        reading = predict_masked(self.reader, batch.masked, hidden)
+        masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_BM).sum(-1).mean()
+        log_p, placed, right = [], [], []
+        for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
+            allowed_RS, is_answer_RS = spans.allowed_RLW.flatten(1), (spans.is_answer_RLW & spans.allowed_RLW).flatten(1)
+            span_score_RS = self.reader.span_scores(hidden_RLH).flatten(1).masked_fill(~allowed_RS, NEVER)
+            log_p_R, placed_R = positive_log_marginal(span_score_RS.log_softmax(-1), is_answer_RS)
+            log_p.append(log_p_R)
+            placed.append(placed_R)
+            right.append(is_answer_RS.gather(1, span_score_RS.argmax(-1, keepdim=True))[:, 0])
+        num_placed = torch.cat(placed).sum().clamp(min=1)
+        extraction_loss = -torch.cat(log_p).sum() / num_placed
+        return {
+            "loss": masked_loss + self.span_loss * extraction_loss,
+            "masked_loss": masked_loss,
+            "span_loss": extraction_loss,
+            "accuracy": reading.right_BN.float().mean(),
+            "span_accuracy": torch.cat(right).sum() / num_placed,
+        }
+
+
+class RealmModel(nn.Module):
+    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, section 3.1), the retriever trained through p(z|x)."""
+
+    def __init__(self, retriever: Retriever, reader: Reader, marginal: str) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.reader = reader
+        self.marginal = MARGINALS[marginal]
+
+    def forward(self, batch: RealmBatch) -> dict[str, Tensor]:
+        """Loss and telemetry; see `docs/architecture.md` for what each figure means."""
+        # Retrieve: the candidates found with a stale index are embedded and scored again, with gradient.
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        passage_emb_UD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_UL, batch.passage_mask_UL)
+        retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
+        log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
+
+        # Read: every candidate on its own; blocks of one document that are read together share p(y|z,x), so that their p(z|x) add up.
+        reading = read_masked(self.reader, batch.masked)
+
+        # Marginalise.
+        token_BM = batch.masked.token_BM
+        loss = -self.marginal(log_p_z_BN, reading.token_log_p_BNM, token_BM).mean()
+        with torch.no_grad():
+            log_p_y_BN = (reading.token_log_p_BNM * token_BM[:, None]).sum(-1)
+            telemetry = retrieval_telemetry(log_p_z_BN, log_p_y_BN, reading.right_BN, batch.valid_BN, batch.holds_BN)
+        return {"loss": loss, **telemetry}
+
+
+def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, holds_BN: Tensor) -> dict[str, Tensor]:
+    """How retrieval and reading fare on a batch, each a mean over B.
+
+    `utility`: log p(y|z,x) − log p(y|null,x) of the passages retrieved (Guu et al. 2020, section 4.2), mean over valid ones;
+    `null_mass`: p(null|x); `entropy`: of p(z|x) in nats; `holding`: share of retrieved passages in whose reading the span stands; `accuracy`: the
+    reader's span right on the most probable candidate; `accuracy_null`: on the null passage.
+    """
+    passage_BN = valid_BN.clone()
+    passage_BN[:, 0] = False
+    count = passage_BN.sum().clamp(min=1)
+    p_BN = log_p_z_BN.exp()
+    best_B1 = log_p_z_BN.argmax(-1, keepdim=True)
+    return {
+        "utility": ((log_p_y_BN - log_p_y_BN[:, :1]) * passage_BN).sum() / count,
+        "null_mass": p_BN[:, 0].mean(),
+        "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
+        "holding": (holds_BN & passage_BN).sum() / count,
+        "accuracy": right_BN.gather(1, best_B1).float().mean(),
+        "accuracy_null": right_BN[:, 0].float().mean(),
+    }
+
+
+@dataclass
+class QuestionBatch(Batch):
+    """Questions with K retrieved passages, of which the first choice N are read.
+
+    Shape legend: Q joint inputs, one for each passage read on its own, W span widths.
+    """
+
+    query_ids_BL: Tensor
+    query_mask_BL: Tensor
+    passage_emb_BKD: Tensor
+    """Embeddings of the retrieved passages as the index holds them."""
+    has_answer_BK: Tensor
+    valid_BK: Tensor
+    read_emb_BND: Tensor
+    """Embeddings of the passages read."""
+    reading_BN: Tensor
+    """Place (0 … N − 1) at which each of them is read: its own, or that of the one it is read with; -1 where there is none."""
+    row_Q: Tensor
+    """Place of each joint input in the flat (B·N) order."""
+    ids_QL: Tensor
+    mask_QL: Tensor
+    type_QL: Tensor
+    is_answer_QLW: Tensor
+    """True on spans that are an accepted answer."""
+    allowed_QLW: Tensor
+    """True on spans inside the passage."""
+
+    def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
+        """Values of spans by place, (B, N, L·W); `fill` where nothing is read."""
+        B, N = self.reading_BN.shape
+        flat = value_QLW.flatten(1)
+        return flat.new_full((B * N, flat.shape[1]), fill).index_copy(0, self.row_Q, flat).view(B, N, -1)
+
+
+class OpenQaModel(nn.Module):
+    """Question answering by span extraction from retrieved passages (Lee et al. 2019): query tower and reader are trained."""
+
+    def __init__(self, retriever: Retriever, reader: Reader) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.reader = reader
+
+    def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
+        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
+        retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD)
+        span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
+        span_score_BNS, _ = self.scored(batch, span_score_QLW, query_emb_BD)
+        is_answer_BNS, allowed_BNS = batch.by_passage(batch.is_answer_QLW, False), batch.by_passage(batch.allowed_QLW, False)
+        losses = open_qa_loss(retrieval_score_BK, batch.has_answer_BK, batch.valid_BK, span_score_BNS, is_answer_BNS, allowed_BNS)
+        with torch.no_grad():
+            best_B = span_score_BNS.masked_fill(~allowed_BNS, NEVER).flatten(1).argmax(-1, keepdim=True)
+            losses["accuracy"] = is_answer_BNS.flatten(1).gather(1, best_B).float().mean()
+        return losses
+
+    def scored(self, batch: QuestionBatch, span_score_QLW: Tensor, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of the spans by passage read, the relevance score of what is read added, (B, N, L·W); and the relevance scores (B, N)."""
+        read_score_BN = reading_scores(self.retriever.score(query_emb_BD, batch.read_emb_BND), batch.reading_BN)
+        return batch.by_passage(span_score_QLW, NEVER) + read_score_BN[..., None], read_score_BN

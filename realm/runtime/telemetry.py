@@ -1,0 +1,164 @@
+"""What a person sees of long work: progress with rate and time left, `metrics.jsonl`, TensorBoard, tables."""
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from realm.runtime.distributed import is_main
+
+console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
+"""Where people look; only rank 0 speaks."""
+
+
+class Ticker:
+    """Progress of one piece of long work; `update` may be called as often as one likes."""
+
+    def __init__(self, title: str, total: int, done: int, unit: str, every_s: float) -> None:
+        self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
+        self.start_done, self.done = done, done
+        self.started = self.last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not console.quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` units of the total are finished."""
+        self.done = done
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if now - self.last_line >= self.every_s or done >= self.total:
+            self.last_line = now
+            rate = (done - self.start_done) / max(now - self.started, 1e-9)
+            left = (self.total - done) / rate if rate > 0 else float("inf")
+            eta = "" if done >= self.total else f", {format_seconds(left)} left"
+            console.print(f"  {self.title}: {done:,}/{self.total:,} {self.unit}s, {rate:,.1f}/s{eta}{'  ' + note if note else ''}")
+
+    def of(self, done: int, total: int | None) -> None:
+        """`done` units are finished, of `total` where that is known by now."""
+        self.total = total or done
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self.update(done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Rate(ProgressColumn):
+    """Units a second since the start."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} {self.unit}s/s")
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, unit: str = "step", every_s: float = 10.0) -> Iterator[Ticker]:
+    """Show progress of `total` units: a bar on a terminal, a line every `every_s` seconds elsewhere."""
+    ticker = Ticker(title, total, done, unit, every_s)
+    try:
+        yield ticker
+    finally:
+        ticker.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`; infinite is `?`."""
+    if seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def peak_memory() -> dict[str, float]:
+    """Largest memory of this process so far in GiB: `peak_gib` resident, `peak_gpu_gib` allocated on the GPU where there is one."""
+    import torch
+
+    peak = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    if torch.cuda.is_available():
+        peak["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return peak
+
+
+class Metrics:
+    """Appends to `metrics.jsonl` and TensorBoard; on ranks other than 0 it does nothing."""
+
+    def __init__(self, run_folder: Path, stage: str, enabled: bool = True) -> None:
+        self.stage, self.enabled = stage, enabled
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            run_folder.mkdir(parents=True, exist_ok=True)
+            path = run_folder / "metrics.jsonl"
+            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("a", buffering=1)
+            if torn:  # by a kill; the next line must stand on its own
+                self._file.write("\n")
+            self._board = SummaryWriter(str(run_folder / "tensorboard" / stage))
+
+    def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
+        """One line `{"stage", "step", "time", …}` and a scalar per number."""
+        if not self.enabled:
+            return
+        rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
+        self._file.write(json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **rounded}) + "\n")
+        for name, value in values.items():
+            if not isinstance(value, str):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._file.close()
+            self._board.close()
+
+
+def read_metrics(path: Path) -> dict[str, list[dict]]:
+    """`metrics.jsonl` by stage; of steps logged twice (a resumed run) the last line counts, a torn last line is passed over."""
+    by_stage: dict[str, dict[int, dict]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        by_stage.setdefault(row["stage"], {})[row["step"]] = row
+    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in by_stage.items()}
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on the console: text to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*(format_cell(cell) for cell in row))
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+
+
+def format_cell(cell: object) -> str:
+    """A number with one decimal, nothing as a dash."""
+    if cell is None:
+        return "–"
+    return f"{cell:.1f}" if isinstance(cell, float) else str(cell)

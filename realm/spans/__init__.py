@@ -1,0 +1,1 @@
+"""Salient spans: taggers and their cache."""

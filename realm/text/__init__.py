@@ -1,0 +1,1 @@
+"""Text to wordpieces, blocks and padded inputs."""

@@ -1,0 +1,156 @@
+"""What people see of an index store, and what `gc` may take."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_refresher import CONFIG, FakeCorpus, export, load
+
+from index.admin import collect_garbage, entries, entry_named, verify
+from index.lease import Lease
+from index.refresh import refresh
+from index.retention import Hold, remove_leftovers
+from realm.app.cli import main
+from realm.errors import UserError
+from realm.runtime.publish import Version, start_attempt, versions_in
+from tests.tiny import write_config, write_sources
+
+KEEP_ALL = replace(CONFIG, keep_last=10)
+
+
+def build(run: Path, corpus: FakeCorpus, *steps: int, attempt: int = 1) -> None:
+    for step in steps:
+        export(run, attempt, step)
+        refresh(run, KEEP_ALL, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(run: Path, corpus: FakeCorpus) -> Path:
+    """A run with an index of each of the steps 500 (exported by the fixture below), 600, 700 and 800."""
+    build(run, corpus, 600, 700, 800)
+    refresh(run, KEEP_ALL, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
+    return run
+
+
+def steps(run: Path, folder: str = "indexes") -> list[int]:
+    return [version.step for version in versions_in(run / folder)]
+
+
+def test_every_version_is_listed_with_who_needs_it(store: Path) -> None:
+    checkpoint = store / "pretrain" / "checkpoints" / "step-000600"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "index_version").write_text(entries(store)[0].version.name)
+    hold = Hold(store, entries(store)[1].version)
+    start_attempt(store, parent=1, parent_step=700)
+    states = {entry.version.step: entry.state for entry in entries(store)}
+    assert states == {600: "pinned by a checkpoint", 700: "newest, held by 1", 800: "of an abandoned future"}
+    hold.release()
+    assert all(entry.bytes > 60 * 8 * 4 and entry.manifest is not None and entry.manifest.count == 60 for entry in entries(store))
+
+
+def test_versions_are_found_by_name_and_others_are_named(store: Path) -> None:
+    first = entries(store)[0]
+    assert entry_named(store, first.version.name) == first == entry_named(store, f"indexes/{first.version.name}")
+    with pytest.raises(UserError, match=first.version.name):
+        entry_named(store, "a01-step-000001-e1")
+    with pytest.raises(UserError, match="no index yet"):
+        entries(store / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing", "encoder"])
+def test_verify_tells_what_a_reader_would_refuse(store: Path, damage: str) -> None:
+    entry = entries(store)[0]
+    lines: list[str] = []
+    assert verify(entry, lines.append) is None and "sound, 60 passages" in lines[0]
+    file = entry.path / ("manifest.json" if damage == "manifest" else "passages.index")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    if damage == "encoder":
+        (store / "encoders" / entry.version.encoder.name / "seed").write_text("7")
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(content[:-1] if damage == "truncate" else content))
+    assert verify(entry, lines.append) is not None and "REFUSED" in lines[1]
+
+
+def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
+    hold = Hold(store, entries(store)[0].version)
+    lines: list[str] = []
+    would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
+    assert [path.name[:15] for path in would] == []
+    hold.release()
+    would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
+    assert [path.name[:15] for path in would] == ["a01-step-000600"] and steps(store) == [600, 700, 800]
+    removed = collect_garbage(store, CONFIG, 0.0, False, lines.append)
+    assert sorted(f"{path.parent.name}/{path.name[:15]}" for path in removed) == ["encoders/a01-step-000600", "indexes/a01-step-000600"]
+    assert steps(store) == [700, 800] and steps(store, "encoders") == [700, 800]
+    assert collect_garbage(store, CONFIG, 0.0, False, lines.append) == []
+
+
+def test_a_version_taken_during_the_grace_period_stays(store: Path) -> None:
+    version = entries(store)[0].version
+    timer = threading.Timer(0.2, lambda: Hold(store, version))
+    timer.start()
+    assert collect_garbage(store, CONFIG, 0.6, False, lambda line: None) == []
+    assert steps(store) == steps(store, "encoders") == [600, 700, 800]
+
+
+def test_gc_leaves_a_working_refresher_alone_and_takes_over_from_a_dead_one(store: Path) -> None:
+    with Lease(store / "refresher" / "lease", "other.1", CONFIG.lease_expiry_s) as lease:
+        assert lease.try_acquire()
+        with pytest.raises(UserError, match=r"other\.1 is at work"):
+            collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
+        assert steps(store) == [600, 700, 800]
+        lease._stop.set()  # no more signs of life
+        collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
+    assert steps(store) == [700, 800]
+
+
+def test_a_version_moved_aside_by_a_collector_that_was_killed_is_put_back_for_its_reader(store: Path) -> None:
+    held, free = (entry.version for entry in entries(store)[:2])
+    for version in (held, free):
+        path = store / "indexes" / version.name
+        path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
+    (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
+    Hold(store, held)
+    assert [path.name for path in remove_leftovers(store)] != []
+    assert steps(store) == [held.step, 800]
+
+
+def test_an_encoder_that_may_yet_be_indexed_stays(store: Path, corpus: FakeCorpus) -> None:
+    export(store, 1, 900)
+    refresh(store, replace(CONFIG, keep_last=1), corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
+    assert steps(store, "encoders") == [900]
+    export(store, 1, 950)
+    start_attempt(store, parent=1, parent_step=920)
+    export(store, 2, 930)
+    collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
+    assert [version.name for version in versions_in(store / "encoders")] == ["a01-step-000900", "a02-step-000930"], "950 is an abandoned future"
+
+
+def test_the_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sources(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(write_config(tmp_path).read_text())
+    start_attempt(run)
+    assert main(["index", "ls", "--run", str(run)]) == 2 and "no index yet" in capsys.readouterr().err
+    build(run, corpus, 100, 200, 300, 400)
+    assert main(["index", "ls", "--run", str(run)]) == 0
+    assert "newest" in capsys.readouterr().out
+    name = versions_in(run / "indexes")[-1].name
+    assert main(["index", "show", "--run", str(run), name]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["count"] == 60 and shown["state"] == "newest" and shown["encoder"] == Version.parse(name).encoder.name
+    assert main(["index", "verify", "--run", str(run)]) == 0
+    file = run / "indexes" / name / "passages.index"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["index", "verify", "--run", str(run)]) == 2
+    said = capsys.readouterr()
+    assert "1 of 4 index versions would be refused" in said.err and "REFUSED" in said.out and "Traceback" not in said.err
+    assert main(["index", "gc", "--run", str(run), "--dry-run"]) == 0 and "would remove" in capsys.readouterr().out
+    assert main(["index", "gc", "--run", str(run), "--grace", "0"]) == 0 and "removed" in capsys.readouterr().out
+    assert steps(run) == [200, 300, 400]

@@ -1,0 +1,92 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from index.retention import Collector, Hold, is_held, remove_leftovers
+from realm.runtime.publish import Lineage, Version, start_attempt, versions_in
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    start_attempt(tmp_path)
+    for step in (100, 200, 300, 400):
+        (tmp_path / "indexes" / Version(1, step, 1).name).mkdir(parents=True)
+    return tmp_path
+
+
+def steps(store: Path) -> list[int]:
+    return [version.step for version in versions_in(store / "indexes")]
+
+
+def collect(store: Path, keep_last: int = 2, grace_s: float = 0.0) -> list[int]:
+    return sorted(version.step for version in Collector(store, keep_last, grace_s).collect(Lineage.load(store), 1))
+
+
+def test_the_newest_stay(store: Path) -> None:
+    assert collect(store) == [100, 200]
+    assert steps(store) == [300, 400]
+    assert collect(store) == []
+
+
+def test_a_hold_keeps_its_version_until_released(store: Path) -> None:
+    hold = Hold(store, Version(1, 100, 1))
+    assert collect(store) == [200]
+    hold.release()
+    assert collect(store) == [100]
+    assert steps(store) == [300, 400]
+
+
+def test_a_hold_of_a_dead_process_does_not_count(store: Path) -> None:
+    hold = Hold(store, Version(1, 100, 1))
+    child = subprocess.Popen(["true"])
+    child.wait()
+    host, _, unique = hold._file.name.rsplit(".", 2)
+    hold._file.rename(hold._file.with_name(f"{host}.{child.pid}.{unique}"))
+    assert not is_held(store, Version(1, 100, 1))
+    (store / "refresher" / "holds" / "a01-step-000100-e1" / f"elsewhere.example.{child.pid}.{unique}").touch()
+    assert is_held(store, Version(1, 100, 1)), "processes of other hosts cannot be looked at"
+
+
+def test_a_checkpoint_pins_its_version(store: Path) -> None:
+    checkpoint = store / "pretrain" / "checkpoints" / "step-000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "index_version").write_text("a01-step-000100-e1\n")
+    assert collect(store) == [200]
+
+
+def test_the_grace_period_is_kept(store: Path) -> None:
+    collector = Collector(store, keep_last=2, grace_s=3600.0)
+    assert collector.collect(Lineage.load(store), 1) == []
+    assert collector.collect(Lineage.load(store), 1) == []
+    assert steps(store) == [100, 200, 300, 400]
+
+
+def test_an_abandoned_future_takes_no_place_among_the_newest(store: Path) -> None:
+    attempt = start_attempt(store, parent=1, parent_step=200)
+    removed = Collector(store, 2, 0.0).collect(Lineage.load(store), attempt)
+    assert sorted(version.step for version in removed) == [300, 400]
+    assert steps(store) == [100, 200]
+
+
+def test_a_hold_taken_while_the_version_is_moved_aside_saves_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def rename_late(path: Path, target: Path) -> Path:
+        if path.name == "a01-step-000100-e1":
+            Hold(store, Version(1, 100, 1))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    assert collect(store) == [200]
+    assert steps(store) == [100, 300, 400]
+
+
+def test_leftovers_go_and_versions_stay(store: Path) -> None:
+    (store / "indexes" / ".tmp-a01-step-000500-e1-123").mkdir()
+    (store / "indexes" / ".tmp-a01-step-000500-e1-123" / "passages.index").touch()
+    (store / "refresher").mkdir()
+    (store / "refresher" / ".tmp-log").touch()
+    assert len(remove_leftovers(store)) == 2
+    assert steps(store) == [100, 200, 300, 400]
+    assert remove_leftovers(store) == []

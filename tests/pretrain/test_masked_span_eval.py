@@ -1,0 +1,62 @@
+"""Measuring masked spans: what counts as found, and that no sentence is found in itself."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pretrain.masked_span_eval
+from pretrain.masked_span_eval import ProbeItem, load_probe, probe, retrieval_recall, sampled_probe
+from pretrain.stage import batch_maker
+from realm.app.pipeline import prepare
+from realm.run.config_file import load_config
+from realm.run.folder import Run
+from tests.tiny import write_config, write_sources
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Passages that are their own statements."""
+    folder = tmp_path_factory.mktemp("probe")
+    write_sources(folder)
+    config = load_config(write_config(folder, corpus={"statements": None}, data={"probe": None, "train": None}))
+    prepare(config)
+    return Run.create(config)
+
+
+class OwnPassageFirst:
+    """Finds the passage each sentence was drawn from, then all others."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run = run
+
+    def __call__(self, examples, k):
+        every = range(len(self.run.passages))
+        return np.array([[example.row, *(row for row in every if row != example.row)][:k] for example in examples])
+
+
+def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(pretrain.masked_span_eval, "FrozenSearch", OwnPassageFirst)
+    items = sampled_probe(run)
+    maker = batch_maker(run)
+    elsewhere = [
+        any(maker.holds(maker.passage(row), item.example.span_ids) for row in range(len(run.passages)) if row != item.example.row) for item in items
+    ]
+    assert len(items) > 10 and not all(elsewhere)
+    figures = probe(run, items, tmp_path, None)
+    assert figures["recall@5"] <= 100 * np.mean(elsewhere)
+
+
+def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) -> None:
+    items = [ProbeItem(item.example, item.example.row) for item in sampled_probe(run, 3)]
+    found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])
+    assert retrieval_recall(run, items, found, (1, 2))["exact_recall@1"] == 100.0
+    assert retrieval_recall(run, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
+
+
+def test_statements_are_lines_and_no_other_sign_ends_one(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "probe.jsonl"
+    record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
+    assert [item.passage for item in load_probe(path, run)] == [0]

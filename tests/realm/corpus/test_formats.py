@@ -1,0 +1,216 @@
+"""Documents in the formats people have: the same documents from each, and every place named."""
+
+import csv
+import gzip
+import io
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realm.corpus.documents import Document, read_documents
+from realm.corpus.formats import format_of, passed_over, source_files
+from realm.corpus.sources import SourceConfig
+from realm.corpus.text_files import BadRecords, parse_tsv
+from realm.errors import UserError
+
+DOCUMENTS = [
+    Document("1", "Danube", 'The Danube rises in the "Black" Forest.'),
+    Document("2", "", "Zürich has\ta tab, and no title."),
+    Document("3", "Rhône", "東京 は 首都 。"),
+]
+
+
+def tsv(rows: list[list[str]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def table() -> pa.Table:
+    return pa.table({"id": [1, 2, 3], "title": ["Danube", None, "Rhône"], "text": [document.text for document in DOCUMENTS]})
+
+
+def write_all(folder: Path) -> dict[str, Path]:
+    """The documents in each format, by the name of the format."""
+    paths = {name: folder / path for name, path in {
+        "jsonl": "a.jsonl", "tsv": "psgs_w100.tsv.gz", "parquet": "tables", "squad": "squad.json", "datasets": "saved"}.items()}  # fmt: skip
+    paths["jsonl"].write_text("".join(json.dumps(document._asdict()) + "\n" for document in DOCUMENTS))
+    rows = [["id", "text", "title"], *([document.id, document.text, document.title] for document in DOCUMENTS)]
+    paths["tsv"].write_bytes(gzip.compress(tsv(rows).encode()))
+    paths["parquet"].mkdir()
+    for number in (1, 0):  # written in the wrong order: names decide
+        part = table().slice(0, 2) if number == 0 else table().slice(2)
+        pa.parquet.write_table(part, paths["parquet"] / f"part-{number}.parquet")
+    import datasets
+
+    datasets.Dataset(table()).save_to_disk(str(paths["datasets"]))
+    return paths
+
+
+def read(*sources: SourceConfig, **options: bool) -> list[Document]:
+    return list(read_documents(sources, **options))
+
+
+def test_the_same_documents_from_every_format(tmp_path: Path) -> None:
+    paths = write_all(tmp_path)
+    for name in ("jsonl", "tsv", "parquet", "datasets"):
+        source = SourceConfig(str(paths[name]))
+        assert format_of(source) == name
+        assert read(source) == DOCUMENTS, name
+
+
+def test_paragraphs_of_squad(tmp_path: Path) -> None:
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"title": "Old_Towns", "paragraphs": [{"context": "One.", "qas": []}, {"context": "Two.", "qas": []}]}]}))
+    assert read(SourceConfig(str(path), "squad")) == [
+        Document("Old_Towns/0", "Old Towns", "One."),
+        Document("Old_Towns/1", "Old Towns", "Two."),
+    ]
+
+
+def test_articles_of_timeqa_stand_once(tmp_path: Path) -> None:
+    path = tmp_path / "timeqa.json"
+    article = {"link": "/wiki/Old_Town", "paras": ["Old Town", "It is old ."], "questions": []}
+    path.write_text(json.dumps([article, {**article, "index": "another relation"}]))
+    assert read(SourceConfig(str(path), "timeqa")) == [Document("/wiki/Old_Town", "Old Town", "Old Town\n\nIt is old .")]
+
+
+def test_a_folder_of_text_files(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "b_note.txt").write_text("Second.")
+    (tmp_path / "a.md").write_text("First.")
+    (tmp_path / "deep" / "c.txt").write_bytes("\ufeffThird.".encode())
+    (tmp_path / "ignored.pdf").write_bytes(b"%PDF")
+    expected = [Document("a.md", "a", "First."), Document("b_note.txt", "b note", "Second."), Document("deep/c.txt", "c", "Third.")]
+    assert read(SourceConfig(str(tmp_path))) == expected
+    assert [path.name for path in source_files(SourceConfig(str(tmp_path)))] == ["a.md", "b_note.txt", "c.txt"]
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"bad.txt: not UTF-8, byte 4"):
+        read(SourceConfig(str(tmp_path)))
+    assert read(SourceConfig(str(tmp_path)), skip_bad=True) == expected
+
+
+def test_text_files_may_be_compressed_and_their_suffixes_of_any_case(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"One."))
+    (tmp_path / "B.TXT").write_text("Two.")
+    assert read(SourceConfig(str(tmp_path))) == [Document("B.TXT", "B", "Two."), Document("a.txt.gz", "a", "One.")]
+
+
+def test_a_folder_of_jsonl_is_one_source_and_a_mixture_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in (1, 0):
+        (tmp_path / "data" / f"part-{number}.jsonl").write_text(f'{{"text": "Number {number}."}}\n')
+    source = SourceConfig(str(tmp_path), fields={"id": "part-#"})
+    assert read(source) == [Document("part-0", "", "Number 0."), Document("part-1", "", "Number 1.")]
+    (tmp_path / "README.md").write_text("About the data.")
+    with pytest.raises(UserError, match="is a folder of jsonl and text files; name its format"):
+        read(source)
+    assert len(read(replace(source, format="jsonl"))) == 2 and passed_over(replace(source, format="jsonl")) == 1
+
+
+def test_a_mapped_title_that_no_record_has_is_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "1", "text": "One.", "title": "T"}\n{"id": "2", "text": "Two."}\n')
+    with pytest.raises(UserError, match=r'no field "heading" \(for title\) in any record'):
+        read(SourceConfig(str(path), fields={"title": "heading"}))
+    (tmp_path / "a.tsv").write_text("id\ttext\ttitle\n1\tOne.\tT\n")
+    with pytest.raises(UserError, match="heading is not among id, text, title"):
+        read(SourceConfig(str(tmp_path / "a.tsv"), fields={"title": "heading"}))
+
+
+def test_json_is_told_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "One."}, {"qas": []}, {"context": "Two."}]}]}))
+    assert [document.id for document in read(SourceConfig(str(tmp_path / "a.json")), skip_bad=True)] == ["T/0", "T/2"], "one paragraph is lost"
+    (tmp_path / "b.json").write_text('{"id": 1, "text": "One."}\n{"id": 2, "text": "Two."}\n')
+    with pytest.raises(UserError, match="name its format, jsonl, if it has one object a line"):
+        read(SourceConfig(str(tmp_path / "b.json")))
+    with pytest.raises(UserError, match=r"`fields` of .* this source is squad"):
+        read(SourceConfig(str(tmp_path / "a.json"), fields={"id": "x"}))
+
+
+def test_fields_of_other_names_are_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"docid": "x", "contents": "Text one.", "text": "not this"}\n{"docid": "y", "contents": "Text two."}\n')
+    mapped = {"id": "docid", "text": "contents"}
+    assert read(SourceConfig(str(path), fields=mapped)) == [Document("x", "", "Text one."), Document("y", "", "Text two.")]
+    numbered = {"id": "#", "text": "contents"}
+    assert [document.id for document in read(SourceConfig(str(path), fields=numbered))] == ["0", "1"]
+    with pytest.raises(UserError, match=r'a.jsonl:1: no field "body" \(for text\); the record has contents, docid, text'):
+        read(SourceConfig(str(path), fields={"text": "body"}))
+    with pytest.raises(UserError, match="maps body; a document has id, title and text"):
+        SourceConfig(str(path), fields={"body": "text"})
+
+
+def test_sources_follow_each_other_and_share_their_ids(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"id": "1", "text": "One."}\n{"id": "2", "text": "Two."}\n')
+    second.write_text('{"id": "3", "text": "Three."}\n{"id": "1", "text": "Four."}\n')
+    with pytest.raises(UserError, match=re.escape(f"{second}:2: duplicate id '1', first at {first}:1")):
+        read(SourceConfig(str(first)), SourceConfig(str(second)))
+    report = BadRecords()
+    documents = list(read_documents([SourceConfig(str(first), limit=1), SourceConfig(str(second), limit=1)], report=report))
+    assert [document.id for document in documents] == ["1", "3"]
+
+
+TSV_MISTAKES = {
+    "no header": ("1\tText.\tTitle\n", "the first line must name the columns"),
+    "columns": ('id\ttext\ttitle\n1\ta\tb\n2\tc\n', ":3: not 3 columns but 2"),
+    "quote": ('id\ttext\ttitle\n1\t"a\tb\n', ":2: broken quoting"),
+    "UTF-8": (b"id\ttext\ttitle\n1\tcaf\xe9\tb\n", ":2: not UTF-8, byte 6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", TSV_MISTAKES)
+def test_mistakes_in_tables_are_named_by_line(tmp_path: Path, mistake: str) -> None:
+    content, reason = TSV_MISTAKES[mistake]
+    path = tmp_path / "a.tsv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError, match=re.escape(reason)):
+        read(SourceConfig(str(path)))
+
+
+def test_mistakes_in_parquet_squad_and_saved_data_sets(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet has no column text but id, body; map them"):
+        read(SourceConfig(str(tmp_path / "a.parquet")))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match="no Parquet file that can be read"):
+        read(SourceConfig(str(tmp_path / "b.parquet")))
+    (tmp_path / "squad.json").write_text('{"version": 1}')
+    with pytest.raises(UserError, match="not in SQuAD format"):
+        read(SourceConfig(str(tmp_path / "squad.json"), "squad"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="no data set saved by the datasets library"):
+        read(SourceConfig(str(tmp_path / "saved")))
+
+
+def test_what_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be told from its name; name it, one of jsonl, tsv, parquet"):
+        read(SourceConfig(str(tmp_path / "x.json")))
+    with pytest.raises(UserError, match=r"wikimedia/wikipedia does not exist; for a data set on the Hugging Face hub set `format: datasets`"):
+        read(SourceConfig("wikimedia/wikipedia"))
+    with pytest.raises(UserError, match="unknown format 'xml'"):
+        read(SourceConfig("a.xml", "xml"))
+
+
+def test_a_hub_name_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="data set wikimedia/wikipedia is not on this machine"):
+        read(SourceConfig("wikimedia/wikipedia", "datasets"))
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\u2028\u2029\x85")), min_size=1, max_size=5))
+def test_any_table_line_is_read_as_csv_writes_it(values: list[str]) -> None:
+    assert parse_tsv(tsv([values]).encode()) == values or values == [""]

@@ -1,0 +1,233 @@
+"""Preparing a corpus: sentences, blocks, spans, order, fingerprint, and what is refused."""
+
+import gzip
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import realm.corpus.prepare
+from realm.corpus.prepared import PreparedCorpus
+from realm.errors import UserError
+from realm.spans.rules import SPAN_TYPES, SalientSpan
+from realm.text.blocks import text_hash
+from realm.text.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
+from tests.realm.corpus.rivers import all_texts, contents, make_documents, prepare, river_tokenizer, write_jsonl
+from tests.realm.corpus.stub_tagger import StubTagger
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return river_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(realm.corpus.prepare, "CHUNK_DOCUMENTS", 20)
+
+
+def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
+    documents = make_documents(55)
+    corpus = prepare(tmp_path, tokenizer, documents)
+    assert corpus.manifest["documents"] == 55 and corpus.manifest["blocks"] == len(corpus) > 55
+    rows_of = {}
+    for row in range(len(corpus)):
+        rows_of.setdefault(corpus.document(row), []).append(row)
+    assert [row for i in range(55) for row in rows_of[i]] == list(range(len(corpus)))
+    for i, document in enumerate(documents):
+        rows = rows_of[i]
+        assert "".join(corpus.text(row) for row in rows) == document["text"]
+        assert [corpus.place(row) for row in rows] == list(range(len(rows)))
+        expected = [document["id"]] if len(rows) == 1 else [f"{document['id']}#{place}" for place in range(len(rows))]
+        assert [corpus.ids[row] for row in rows] == expected
+        assert {corpus.title(row) for row in rows} == {document["title"]}
+        text_ids = encode_plain(tokenizer, [document["text"]])[0][0]
+        assert np.array_equal(np.concatenate([corpus.text_ids(row) for row in rows]), text_ids)
+        for row in rows:
+            assert np.array_equal(corpus.title_ids(row), encode_plain(tokenizer, [document["title"]])[0][0])
+            assert corpus.text_hash(row) == text_hash(corpus.text(row))
+            assert corpus.row_of_id(corpus.ids[row]) == row
+    assert corpus.lengths.tolist() == [len(corpus.title_ids(row)) + len(corpus.text_ids(row)) for row in range(len(corpus))]
+    assert corpus.lengths.max() + 3 <= 48
+    assert tokenizer.mask_token_id not in np.concatenate([corpus.text_ids(row) for row in range(len(corpus))])
+    assert list(corpus.ids) == [corpus.ids[row] for row in range(len(corpus))]
+    assert corpus.ids[1:3] == [corpus.ids[1], corpus.ids[2]]
+
+
+def test_spans_are_the_taggers(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    num_spans = 0
+    for row in range(len(corpus)):
+        expected = next(iter(StubTagger().tag([corpus.text(row)])))
+        _, offset_L2 = encode_plain(tokenizer, [corpus.text(row)])[0]
+        starts, ends, types = corpus.spans(row)
+        found = [(offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)]
+        assert found == list(expected)
+        num_spans += len(found)
+    assert corpus.manifest["spans"] == num_spans > 100
+    assert corpus.manifest["spans_dropped"] == 0 and corpus.manifest["span_pipeline"] == "stub"
+
+
+def test_spans_that_do_not_align_are_counted(tmp_path, tokenizer):
+    class Careless(StubTagger):
+        def tag(self, texts):
+            return ((SalientSpan(0, 3, "other"), SalientSpan(1, 3, "other")) for _ in texts)
+
+    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "text": "The cat sat."}], tagger=Careless())
+    assert (corpus.manifest["spans"], corpus.manifest["spans_dropped"]) == (1, 1)
+
+
+def test_long_title_leaves_room_for_text(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "title": "cat " * 100, "text": "The cat sat. " * 10}])
+    assert corpus.lengths.max() + 3 <= 48
+    assert len(corpus.title_ids(0)) == 22 and corpus.title(0) == "cat " * 100
+
+
+def test_arrays_are_read_only_views(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(3))
+    for array in (corpus.text_ids(0), corpus.title_ids(0), corpus.sentence_starts(0), *corpus.spans(0)):
+        assert not array.flags.owndata and not array.flags.writeable
+    assert corpus.text_ids(0).dtype == np.int32
+    for row in (-1, len(corpus)):
+        with pytest.raises(IndexError, match=f"row {row} "):
+            corpus.text_ids(row)
+    with pytest.raises(KeyError):
+        corpus.row_of_id("nobody")
+
+
+def test_two_processes_share_the_pages(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(all_texts, (corpus,)) == all_texts(corpus)
+    if Path("/proc/self/maps").exists():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        mapped = [line.split()[1] for line in maps if line.endswith(str(corpus.path / "blocks.arrow"))]
+        assert mapped and all("w" not in permissions for permissions in mapped), "read-only pages of the file are one copy for all"
+
+
+def test_progress_counts_documents(tmp_path, tokenizer):
+    seen = []
+    prepare(tmp_path, tokenizer, make_documents(90), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(20, 90), (40, 90), (60, 90), (80, 90), (90, 90)]
+
+
+def test_finished_folder_is_used_at_once(tmp_path, tokenizer):
+    corpus = prepare(tmp_path, tokenizer, make_documents(30))
+    before = (tmp_path / "out/blocks.arrow").stat().st_mtime_ns
+    (tmp_path / "out/shards").mkdir()  # a kill just before the last act
+    again = prepare(tmp_path, tokenizer, progress=lambda done, total: pytest.fail("prepared again"))
+    assert again.fingerprint == corpus.fingerprint
+    assert (tmp_path / "out/blocks.arrow").stat().st_mtime_ns == before
+    contents(tmp_path / "out")
+
+
+CHANGES = {
+    "source of documents": {"documents": make_documents(31)},
+    "tokenizer": {},
+    "block_tokens": {"block_tokens": 64},
+    "span pipeline": {"tagger": StubTagger("another")},
+}
+
+
+@pytest.mark.parametrize("half_done", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_inputs_are_refused_naming_folder_and_difference(tmp_path, tokenizer, what, half_done):
+    class Stopping(StubTagger):
+        def tag(self, texts):
+            raise KeyboardInterrupt
+
+    if half_done:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, tokenizer, make_documents(30), tagger=Stopping())
+    else:
+        prepare(tmp_path, tokenizer, make_documents(30))
+    if what == "tokenizer":
+        tokenizer = train_wordpiece(["another text altogether"], TokenizerConfig(vocab_size=100))
+    with pytest.raises(UserError, match=f"{tmp_path / 'out'} holds .* with another {what}") as caught:
+        prepare(tmp_path, tokenizer, **CHANGES[what])
+    assert str(caught.value).count("another") == 1 + str(caught.value).count("now another") + str(caught.value).count("give another")
+
+
+def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
+    documents = make_documents(5)
+    prints = {}
+
+    def fingerprint(name, changed, **changes):
+        return prepare(tmp_path, changes.pop("tokenizer", tokenizer), changed, out=name, name=f"{name}.jsonl", **changes).fingerprint
+
+    prints["plain"] = fingerprint("plain", documents)
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
+    assert prepare(tmp_path, tokenizer, name="packed.jsonl.gz", out="packed").fingerprint == prints["plain"]
+    assert prepare(tmp_path, tokenizer, name="plain.jsonl", out="tagged", tagger=StubTagger("b")).fingerprint == prints["plain"]
+    prints["order"] = fingerprint("order", documents[::-1])
+    prints["text"] = fingerprint("text", [documents[0] | {"text": "The cat."}, *documents[1:]])
+    prints["title"] = fingerprint("title", [documents[0] | {"title": "Cat"}, *documents[1:]])
+    prints["id"] = fingerprint("id", [documents[0] | {"id": "cat"}, *documents[1:]])
+    prints["shifted"] = fingerprint("shifted", [documents[0] | {"id": "doc0R", "title": "iver 0"}, *documents[1:]])
+    prints["block"] = fingerprint("block", documents, block_tokens=49)
+    prints["tokenizer"] = fingerprint("tokenizer", documents, tokenizer=train_wordpiece(["the cat"], TokenizerConfig(vocab_size=100)))
+    assert len(set(prints.values())) == len(prints)
+
+
+def test_bad_records_leave_nothing_behind_or_are_counted(tmp_path, tokenizer, caplog):
+    source = write_jsonl(tmp_path / "corpus.jsonl", [*make_documents(25), {"id": "doc3", "text": "again"}])
+    with pytest.raises(UserError, match=f"{source}:26: duplicate id 'doc3', first on line 4"):
+        prepare(tmp_path, tokenizer)
+    assert not (tmp_path / "out").exists()
+    corpus = prepare(tmp_path, tokenizer, skip_bad=True)
+    assert (corpus.manifest["skipped"], corpus.manifest["documents"]) == (1, 25)
+    assert f"{source}:26: duplicate id" in caplog.text
+    with pytest.raises(UserError, match="duplicate id"):
+        prepare(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"block_tokens": 15}, "block_tokens must be at least 16, got 15"),
+        ({"num_workers": -1}, "num_workers must be 0 .* got -1"),
+        ({"name": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"out": "corpus.jsonl"}, "corpus.jsonl is a file"),
+        ({"out": "."}, "is not empty and holds no prepared corpus"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(tmp_path, tokenizer, changes, reason):
+    write_jsonl(tmp_path / "corpus.jsonl", make_documents(2))
+    with pytest.raises(UserError, match=reason) as caught:
+        prepare(tmp_path, tokenizer, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_altered_prepared_files_are_refused(tmp_path, tokenizer):
+    prepare(tmp_path, tokenizer, make_documents(30))
+    blocks, manifest = tmp_path / "out/blocks.arrow", tmp_path / "out/manifest.json"
+    whole = blocks.read_bytes()
+    blocks.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes but its manifest says {len(whole)}"):
+        PreparedCorpus.open(tmp_path / "out")
+    blocks.write_bytes(b"\0" * len(whole))
+    with pytest.raises(UserError, match="is damaged"):
+        PreparedCorpus.open(tmp_path / "out")
+    blocks.write_bytes(whole)
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"blocks": 3}))
+    with pytest.raises(UserError, match="rows but its manifest says 3"):
+        PreparedCorpus.open(tmp_path / "out")
+
+
+@pytest.mark.real_data
+def test_real_passages_lose_nothing(shared_data, tmp_path):
+    from realm.text.tokenizer import load_tokenizer
+
+    with gzip.open(shared_data / "wiki" / "passages.jsonl.gz", "rt", encoding="utf-8") as file:
+        documents = [json.loads(line) for line, _ in zip(file, range(300), strict=False)]
+    tokenizer = load_tokenizer(str(shared_data / "vocab" / "bert-base-uncased-vocab.txt"))
+    corpus = prepare(tmp_path, tokenizer, documents, block_tokens=128)
+    texts = [""] * 300
+    for row in range(len(corpus)):
+        texts[corpus.document(row)] += corpus.text(row)
+    assert texts == [document["text"] for document in documents]
+    alone = encode_plain(tokenizer, [corpus.text(row) for row in range(len(corpus))])
+    assert all(np.array_equal(ids, corpus.text_ids(row)) for row, (ids, _) in enumerate(alone))

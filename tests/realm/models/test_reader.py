@@ -1,0 +1,245 @@
+"""The reader: joint inputs, both heads against loops, saving, and what checkpoints bring along."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForMaskedLM
+
+from realm.attention.longformer import LongformerAttention
+from realm.errors import UserError
+from realm.models.bert import BertSource, load_bert, mimetic_init
+from realm.models.reader import ReaderConfig, build_reader, joint_input, load_reader, pad_joint, save_reader, span_mask
+
+CLS, SEP = 2, 3
+SOURCE = BertSource(layers=2, hidden=16, heads=2, intermediate=32, max_positions=48, dropout=0.2, init_std=0.3)
+CONFIG = ReaderConfig(bert=SOURCE, span_hidden=8, max_span_tokens=4, max_tokens=48)
+
+
+def build(config, tokenizer):
+    torch.manual_seed(0)
+    reader = build_reader(config, tokenizer)[0].eval()
+    with torch.no_grad():
+        for parameter in reader.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return reader
+
+
+def joint_batch(*lengths):
+    generator = np.random.default_rng(0)
+    joints = [
+        joint_input(generator.integers(5, 90, 5), generator.integers(5, 90, 2), generator.integers(5, 90, length), CLS, SEP, 48) for length in lengths
+    ]
+    return pad_joint([ids for ids, _, _ in joints], [first for _, first, _ in joints], 0)
+
+
+@given(query=st.integers(0, 12), title=st.integers(0, 30), text=st.integers(0, 40), max_tokens=st.integers(17, 48))
+@settings(max_examples=100, deadline=None)
+def test_joint_input_is_cut_in_the_passage_alone(query, title, text, max_tokens):
+    query_ids, title_ids, text_ids = np.arange(query) + 100, np.arange(title) + 200, np.arange(text) + 300
+    ids, first, text_at = joint_input(query_ids, title_ids, text_ids, CLS, SEP, max_tokens)
+    assert len(ids) == min(max_tokens, query + title + text + 4) and ids.dtype == np.int32
+    assert ids[:first].tolist() == [CLS, *query_ids, SEP]
+    kept_title, kept_text = text_at - first - 1, len(ids) - text_at - 1
+    assert ids[first:].tolist() == [*title_ids[:kept_title], SEP, *text_ids[:kept_text], SEP]
+    room = max_tokens - query - 4
+    assert kept_title == title or kept_text == text or kept_title == room // 2, "a long title leaves the text half of the room"
+    assert kept_title == title or len(ids) == max_tokens
+
+
+def test_pad_joint_marks_tokens_and_segments():
+    ids_BL, mask_BL, type_BL = pad_joint([np.array([2, 7, 3, 8, 3, 9, 3]), np.array([2, 3, 3, 3])], [3, 2], 1)
+    assert ids_BL.tolist() == [[2, 7, 3, 8, 3, 9, 3], [2, 3, 3, 3, 1, 1, 1]]
+    assert mask_BL.tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 0]]
+    assert type_BL.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]
+
+
+def test_span_mask_against_a_loop():
+    _, mask_BL, type_BL = joint_batch(12, 3)
+    special_BL = torch.zeros_like(mask_BL, dtype=torch.bool)
+    for b, last in enumerate((22, 13)):
+        special_BL[b, [0, 6, 9, last]] = True
+    W, L = 4, mask_BL.shape[1]
+    continuation_BL = torch.rand(mask_BL.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    allowed_BLW = span_mask(mask_BL.bool() & (type_BL == 1) & ~special_BL, continuation_BL, W)
+    assert allowed_BLW.shape == (2, L, W)
+    for b in range(2):
+        for start in range(L):
+            for width in range(W):
+                places = range(start, start + width + 1)
+                inside = all(at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places)
+                whole = not continuation_BL[b, start] and (places[-1] + 1 >= L or not continuation_BL[b, places[-1] + 1])
+                expected = inside and whole
+                assert allowed_BLW[b, start, width].item() == expected
+    assert allowed_BLW[1].any() and not allowed_BLW[1, 13:].any()
+
+
+def test_span_scores_against_a_loop(tokenizer):
+    reader = build(CONFIG, tokenizer)
+    hidden_BLH = torch.randn(2, 11, 16)
+    with torch.no_grad():
+        score_BLW = reader.span_scores(hidden_BLH)
+        assert score_BLW.shape == (2, 11, 4)
+        for b in range(2):
+            for start in range(11):
+                for width in range(min(4, 11 - start)):
+                    hidden = reader.span_start(hidden_BLH[b, start]) + reader.span_end(hidden_BLH[b, start + width])
+                    expected = reader.span_score(reader.span_norm(hidden.clamp(min=0)))
+                    assert score_BLW[b, start, width].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["transform", "tied"])
+def test_mlm_logits_at_the_given_places(head, tokenizer):
+    reader = build(replace(CONFIG, mlm_head=head), tokenizer)
+    hidden_BLH, position_BM = torch.randn(2, 11, 16), torch.tensor([[3, 10, 0], [5, 5, 1]])
+    with torch.no_grad():
+        logits_BMV = reader.mlm_logits(hidden_BLH, position_BM)
+        assert logits_BMV.shape == (2, 3, len(tokenizer))
+        for b in range(2):
+            for m, at in enumerate(position_BM[b]):
+                hidden_H = hidden_BLH[b, at]
+                if head == "transform":
+                    dense, gelu, norm = reader.mlm_transform
+                    hidden_H = norm(gelu(dense(hidden_H)))
+                expected_V = reader.bert.embeddings.word_embeddings.weight @ hidden_H + reader.mlm_bias
+                torch.testing.assert_close(logits_BMV[b, m], expected_V, atol=1e-5, rtol=1e-5)
+
+
+def test_output_embeddings_are_tied(tokenizer):
+    reader = build(replace(CONFIG, mlm_head="tied"), tokenizer)
+    reader.mlm_logits(torch.randn(1, 4, 16), torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    assert reader.bert.embeddings.word_embeddings.weight.grad.any()
+
+
+@pytest.mark.parametrize("attention", [CONFIG.attention, LongformerAttention(window=5)], ids=["dense", "longformer"])
+def test_padding_changes_neither_head(attention, tokenizer):
+    reader = build(replace(CONFIG, attention=attention), tokenizer)
+    ids_BL, mask_BL, type_BL = joint_batch(30, 4)
+    length, places = int(mask_BL[1].sum()), torch.tensor([[2, 4]])
+
+    @torch.no_grad()
+    def read(*batch):
+        hidden_BLH = reader(*batch)
+        return reader.mlm_logits(hidden_BLH, places.expand(len(hidden_BLH), -1))[-1], reader.span_scores(hidden_BLH)[-1]
+
+    alone = read(ids_BL[1:, :length], mask_BL[1:, :length], type_BL[1:, :length])
+    other_padding = torch.where(mask_BL.bool(), ids_BL, 9)
+    for logits_MV, score_LW in (read(ids_BL, mask_BL, type_BL), read(other_padding, mask_BL, type_BL)):
+        torch.testing.assert_close(logits_MV, alone[0], atol=1e-5, rtol=1e-5)
+        for width in range(4):
+            torch.testing.assert_close(score_LW[: length - width, width], alone[1][: length - width, width], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["transform", "tied"])
+def test_saved_and_loaded(head, tokenizer, tmp_path):
+    config = replace(CONFIG, mlm_head=head)
+    reader = build(config, tokenizer)
+    save_reader(reader, tokenizer, tmp_path / "reader")
+    loaded = load_reader(tmp_path / "reader")
+    assert loaded.config == config and not loaded.training
+    batch, places = joint_batch(20, 7), torch.tensor([[1, 2], [3, 0]])
+    with torch.no_grad():
+        assert torch.equal(reader(*batch), loaded(*batch))
+        assert torch.equal(reader.mlm_logits(reader(*batch), places), loaded.mlm_logits(loaded(*batch), places))
+        assert torch.equal(reader.span_scores(reader(*batch)), loaded.span_scores(loaded(*batch)))
+
+
+def test_a_folder_that_is_no_reader(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is no saved reader"):
+        load_reader(tmp_path)
+
+
+def checkpoint(tokenizer, path, vocab=None, dtype=torch.float32, with_head=True):
+    """A BERT saved by transformers, no parameter at its default."""
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=vocab or len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+    )
+    model = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model = model.to(dtype)
+    (model if with_head else model.bert).save_pretrained(path)
+    return model.float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more_vocabulary", [0, 14])
+def test_a_checkpoints_masked_language_head_is_taken_over(dtype, more_vocabulary, tokenizer, tmp_path):
+    model = checkpoint(tokenizer, tmp_path / "bert", len(tokenizer) + more_vocabulary, dtype)
+    reader, notes = build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "bert"))), tokenizer)
+    assert notes == []
+    assert {parameter.dtype for parameter in reader.parameters()} == {torch.float32}
+    ids_BL, mask_BL, type_BL = joint_batch(30, 9)
+    places = torch.arange(ids_BL.shape[1]).expand(2, -1)
+    with torch.no_grad():
+        logits_BLV = reader.eval().mlm_logits(reader(ids_BL, mask_BL, type_BL), places)
+        expected_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL).logits
+    real_BL = mask_BL.bool()
+    torch.testing.assert_close(logits_BLV[real_BL], expected_BLV[real_BL], atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_without_the_head_is_noted(tokenizer, tmp_path, caplog, monkeypatch):
+    path = str(tmp_path / "bert")
+    model = checkpoint(tokenizer, path, with_head=False)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    reader, notes = build_reader(replace(CONFIG, bert=BertSource(path=path)), tokenizer)
+    assert len(notes) == 1 and path in notes[0] and "no masked-language head" in notes[0]
+    assert not caplog.records, "the note says it all"
+    assert not reader.mlm_bias.any()
+    assert torch.equal(reader.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
+
+
+def test_checkpoints_that_do_not_fit(tokenizer, tmp_path):
+    checkpoint(tokenizer, tmp_path / "small", vocab=50)
+    with pytest.raises(UserError, match=r"reader.bert.path: .*embeds 50 wordpieces, the tokenizer has"):
+        build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "small"))), tokenizer)
+    with pytest.raises(UserError, match=r"reader.bert.path: .*absent"):
+        build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "absent"))), tokenizer)
+    with pytest.raises(UserError, match=r"reader.bert.hidden \(15\) is no multiple of reader.bert.heads \(2\)"):
+        build_reader(replace(CONFIG, bert=replace(SOURCE, hidden=15)), tokenizer)
+
+
+def test_mimetic_start_changes_attention_projections_and_positions_alone():
+    torch.manual_seed(0)
+    bert = load_bert(replace(SOURCE, init_std=0.02), 60, 0, "reader.bert")
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    mimetic_init(bert, copy=1.0, match=0.25)
+    changed = {name for name, value in bert.state_dict().items() if not torch.equal(value, before[name])}
+    projections = ("self.query", "self.key", "self.value", "output.dense")
+    assert changed == {"embeddings.position_embeddings.weight"} | {
+        f"encoder.layer.{layer}.attention.{name}.weight" for layer in range(2) for name in projections
+    }
+    for layer in bert.encoder.layer:
+        attention, diagonal = layer.attention, torch.eye(16)
+        passed = attention.output.dense.weight @ attention.self.value.weight
+        matched = attention.self.query.weight.T @ attention.self.key.weight
+        assert (passed - diagonal).abs().max() < 0.3 and (matched - 0.25 * diagonal).abs().max() < 0.2
+
+
+def test_mimetic_start_is_chosen_by_the_config():
+    def weights(init):
+        torch.manual_seed(0)
+        return load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert").encoder.layer[1].attention.self.value.weight.std()
+
+    assert weights("mimetic") > 5 * weights("normal")
+
+
+def test_mimetic_positions_are_alike_when_near():
+    torch.manual_seed(0)
+    bert = load_bert(BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert")
+    positions = bert.embeddings.position_embeddings.weight.detach()
+    likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions).tolist()
+    assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(likeness[9], abs=1e-4)
+    assert positions.std().item() == pytest.approx(bert.embeddings.word_embeddings.weight.std().item(), rel=0.5)

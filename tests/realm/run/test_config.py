@@ -1,0 +1,209 @@
+"""Configuration files: reading, extending, overriding, and every mistake named by its file and field."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from realm.attention.dense import DenseAttention
+from realm.attention.longformer import LongformerAttention
+from realm.errors import UserError
+from realm.run.config_file import dump_config, load_config, parse_overrides
+from realm.runtime.threads import cpu_threads
+
+BASE = "run: runs/x\ncorpus: {passages: p.jsonl}\n"
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+def write(folder, text, name="run.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    config = load_config(path)
+    assert config.run and config.corpus.passages
+
+
+def test_configs_are_shipped():
+    assert SHIPPED
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["--reader.attention.type", "longformer", "--reader.attention.window", "9", "--ict.optim.betas", "[0.8, 0.9]"],
+        ["--engine.deepspeed", "{zero_optimization: {stage: 1}, list: [1, two, null]}", "--refresh.max_stale_steps", "3"],
+        ["--retriever.bert.path", "some/where", "--data.probe", "null", "--retriever.normalize", "true", "--seed", "7"],
+    ],
+)
+def test_a_dumped_config_loads_to_an_equal_one(overrides, tmp_path):
+    config = load_config(write(tmp_path, BASE), overrides)
+    assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+    if overrides:
+        assert config != load_config(write(tmp_path, BASE))
+
+
+def test_a_dumped_config_spells_out_every_field(tmp_path):
+    config = load_config(write(tmp_path, BASE))
+
+    def missing(part, tree):
+        return [f.name for f in fields(part) if f.name not in tree] + [
+            name for f in fields(part) if is_dataclass(value := getattr(part, f.name)) for name in missing(value, tree[f.name])
+        ]
+
+    tree = yaml.safe_load(dump_config(config))
+    assert missing(config, tree) == []
+    assert tree["reader"]["attention"]["type"] == "dense"
+
+
+def test_extends_merges_over_a_chain_of_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, BASE + "seed: 1\nict: {steps: 5, optim: {lr: 0.5, clip: 2.0}}\n", "base.yaml")
+    write(tmp_path, "extends: base.yaml\nseed: 2\nict: {steps: 6}\n", "middle.yaml")
+    path = write(tmp_path / "sub", "extends: ../middle.yaml\nict: {optim: {lr: 0.25}}\n")
+    config = load_config(path, ["--ict.batch_size", "3"])
+    assert (config.run, config.seed, config.ict.steps, config.ict.batch_size) == ("runs/x", 2, 6, 3)
+    assert (config.ict.optim.lr, config.ict.optim.clip) == (0.25, 2.0)
+
+
+@pytest.mark.parametrize("order", [["--ict.steps", "5", "--ict.optim.lr=1e-2"], ["--ict.optim.lr", "0.01", "--ict={steps: 5}"]])
+def test_overrides_are_dotted_and_merged(order, tmp_path):
+    config = load_config(write(tmp_path, BASE + "ict: {steps: 1, batch_size: 2}\n"), order)
+    assert (config.ict.steps, config.ict.batch_size, config.ict.optim.lr) == (5, 2, 0.01)
+
+
+def test_overrides_are_yaml_values():
+    assert parse_overrides(["--a.b", "null", "--a.c=[1, 2]", "--d", "x=y", "--a.b", "0.5"]) == {"a": {"b": 0.5, "c": [1, 2]}, "d": "x=y"}
+
+
+def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
+    longformer = write(tmp_path, BASE + "reader: {attention: {type: longformer, window: 7}, span_hidden: 3}\n")
+    assert load_config(longformer).reader.attention == LongformerAttention(window=7)
+    assert load_config(longformer, ["--reader.attention.window", "8"]).reader.attention == LongformerAttention(window=8)
+    dense = load_config(longformer, ["--reader.attention.type", "dense"])
+    assert dense.reader.attention == DenseAttention() and dense.reader.span_hidden == 3
+    base = write(tmp_path, BASE, "base.yaml")
+    assert load_config(base).reader.attention == DenseAttention()
+    assert load_config(base, ["--reader.attention", "{type: longformer, window: 2}"]).reader.attention == LongformerAttention(window=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("corpus: {passages: p}", ["run"]),
+        ("run: x", ["corpus"]),
+        ("run: x\ncorpus: {prepared: y}", ["corpus", "passages"]),
+        (BASE + "retriver: {}", ["retriver"]),
+        (BASE + "retriever: {bert: {layerz: 3}}", ["retriever.bert", "layerz"]),
+        (BASE + "3: {}", ["3"]),
+        (BASE + "ict: {steps: many}", ["ict.steps", "'many'"]),
+        (BASE + "ict: {steps: 1.5}", ["ict.steps", "1.5"]),
+        (BASE + "ict: {steps: null}", ["ict.steps", "empty"]),
+        (BASE + "ict: {steps: {x: 3}}", ["ict.steps"]),
+        (BASE + "ict: {optim: {betas: [0.9]}}", ["ict.optim.betas", "2"]),
+        (BASE + "ict: 5", ["ict", "mapping", "5"]),
+        (BASE + "refresh: {max_stale_steps: 10, stale_policy: wait}", ["refresh.max_stale_steps (10)", "refresh.every_steps (500)", "wait"]),
+        (BASE + "refresh: {max_stale_steps: 500, stale_policy: stop, staleness_multiplier: 4}", ["stale_steps (500)", "staleness_multiplier (4)"]),
+        (BASE + "ict: {steps: true}", ["ict.steps", "number", "True"]),
+        (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
+        (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
+        (BASE + "ict: {null_share: 7}", ["ict.null_share", "between 0 and 1"]),
+        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "from 0 up", "nan"]),
+        (BASE + "ict: {steps: 5}\nict: {batch_size: 3}", ["'ict' is given twice", "line"]),
+        ("run: x\ncorpus: {passages: []}", ["corpus.passages names no source"]),
+        (BASE + "data: {test: {path: q.json, articles: Oxygen}}", ["data.test.articles", "list", "'Oxygen'"]),
+        (BASE + "data: {test: {path: q.json, limit: 0}}", ["`limit` of q.json", "at least 1"]),
+        (BASE + "ict:", ["ict", "empty"]),
+        (BASE + "engine: {deepspeed: [1]}", ["engine.deepspeed", "mapping"]),
+        (BASE + "retriever: {pooling: max}", ["retriever.pooling", "'max'", "cls, mean"]),
+        (BASE + "retriever: {normalize: 3}", ["retriever.normalize", "3"]),
+        (BASE + "reader: {max_tokens: 100}", ["reader.max_tokens (100)", "retriever.max_query_tokens (96)"]),
+        (BASE + "pretrain: {candidates: 1}", ["pretrain.candidates", "at least 2"]),
+        (BASE + "reader: {attention: {type: spiral}}", ["reader.attention", "'spiral'", "dense, infini, linformer, longformer, performer"]),
+        (BASE + "reader: {attention: longformer}", ["reader.attention", "mapping", "longformer"]),
+        (BASE + "reader: {attention: {window: 3}}", ["reader.attention", "window", "DenseAttention"]),
+        (BASE + "reader: {attention: {type: longformer, window: 0}}", ["attention.window", "at least 1", "0"]),
+        (BASE + "reader: {attention: {type: longformer, window: wide}}", ["reader.attention", "window", "'wide'"]),
+        ("", ["mapping of sections"]),
+        ("- run", ["mapping of sections", "list"]),
+        ("run: [", ["YAML", "line"]),
+        ("extends: 3\n" + BASE, ["extends", "3"]),
+        ("extends: run.yaml\n" + BASE, ["extends itself"]),
+        ("extends: nowhere.yaml\n" + BASE, ["nowhere.yaml", "does not exist"]),
+    ],
+)
+def test_mistakes_are_named(text, named, tmp_path):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert str(path if "nowhere" not in text else path.parent / "nowhere.yaml") in message
+    assert [part for part in named if part not in message] == []
+    assert "\n" not in message and "Error" not in message and message.endswith(".")
+
+
+def test_all_empty_and_misplaced_fields_are_named_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"`ict` must be a mapping.*`reader.span_hidden` is empty"):
+        load_config(write(tmp_path, BASE + "ict: 3\nreader: {span_hidden: null}\n"))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("run: Zürich".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml cannot be read"):
+        load_config(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps"], "unexpected argument 'steps'"),
+        (["--"], "unexpected argument '--'"),
+        (["--seed"], "--seed needs a value"),
+        (["--seed=["], "--seed: '\\[' is no YAML value"),
+        (["--ict.nope", "3"], "`ict`.*`nope`"),
+        (["--ict.steps", "many"], "`ict.steps`.*'many'"),
+        (["--reader.attention.type", "spiral"], "reader.attention.*'spiral'"),
+    ],
+)
+def test_mistaken_overrides_are_named(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, BASE), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["--pretrain.threads", "-1"], r"pretrain.threads must be 0 \(torch's choice\) or more, got -1"),
+        (["--engine.threads", "-2"], "engine.threads must be 0"),
+        (["--refresh.threads", "0"], "refresh.threads must be at least 1, got 0"),
+    ],
+)
+def test_threads_that_cannot_be_are_refused(override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, BASE), override)
+
+
+def test_a_stage_has_threads_of_its_own(tmp_path):
+    config = load_config(write(tmp_path, BASE), ["--engine.threads", "3", "--pretrain.threads", "1"])
+    assert (config.threads("ict"), config.threads("pretrain")) == (3, 1)
+    before = torch.get_num_threads()
+    with cpu_threads(1):
+        torch.set_num_threads(2)  # what runs within may set its own
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("folds", "take"), [(4, [4]), (4, [0, -1]), (0, [])])
+def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
+    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, folds: {folds}, take: {take}}}}}\n")
+    with pytest.raises(UserError, match=r"`take` of .* must name folds"):
+        load_config(path)

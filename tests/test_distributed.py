@@ -1,0 +1,114 @@
+"""Two trainer processes under DeepSpeed's own launcher: one attempt, swaps at the same step, checkpoints, refusals; ZeRO 1, and 2 and 3 smoked."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from realm.errors import UserError
+from realm.runtime.telemetry import read_metrics
+from realm.training.engine import Engine
+from realm.training.sections import EngineConfig, OptimConfig
+from tests.tiny import write_config, write_sources
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_RANKS = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no_local_rank")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(program: str, *arguments: object) -> list[str]:
+    """Two processes of a training program, as its users start them (`deepspeed` is this runner's name on the command line)."""
+    return [sys.executable, *TWO_RANKS, "--master_port", str(free_port()), "--module", "realm", program, *map(str, arguments)]
+
+
+def run(arguments: Sequence[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def prepared(folder: Path, **changes: dict) -> Path:
+    write_sources(folder)
+    config = write_config(folder, **changes)
+    done = run([sys.executable, "-m", "realm", "prepare", "--config", str(config)])
+    assert done.returncode == 0, done.stderr
+    return config
+
+
+def rows(folder: Path) -> list[dict]:
+    return read_metrics(folder / "run" / "metrics.jsonl")["pretrain"]
+
+
+@pytest.mark.timeout(600)
+def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> None:
+    zero_1 = {"threads": 1, "deepspeed": {"zero_optimization": {"stage": 1}}}
+    follow = {"every_steps": 10, "max_stale_steps": 25, "stale_policy": "wait"}
+    config = prepared(tmp_path, pretrain={"steps": 60, "checkpoint_every": 5}, engine=zero_1, refresh=follow)
+    trainer = command("pretrain", "--config", config, "--with-refresher")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        trainer, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    checkpoints = tmp_path / "run" / "pretrain" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and len(list(checkpoints.glob("step-*"))) < 1 and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert list(checkpoints.glob("step-*")), said
+
+    newest = sorted(checkpoints.glob("step-*"))[-1]
+    assert len(list(newest.glob("candidates-*.npy"))) == 2, "each rank's pending candidates belong to the checkpoint"
+
+    alone = run([sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--resume"])
+    assert alone.returncode == 2 and "written by 2 processes" in alone.stderr and "Traceback" not in alone.stderr
+
+    resumed = run(command("pretrain", "--config", config, "--with-refresher", "--resume"))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    lineage = json.loads((tmp_path / "run" / "lineage.json").read_text())
+    assert [entry["attempt"] for entry in lineage] == [1, 2], "an attempt belongs to all ranks"
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 61))
+    assert rows(tmp_path)[-1]["swaps"] >= 1 and max(row["steps_behind"] for row in rows(tmp_path)) <= 26
+    assert (tmp_path / "run" / "pretrain" / "model" / "reader" / "model.safetensors").exists()
+    assert resumed.stdout.count("pretrain: 60/60") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "zero",
+    [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
+    ids=["ZeRO 2", "ZeRO 3", "offload"],
+)
+def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) -> None:
+    config = prepared(tmp_path, engine={"threads": 1, "deepspeed": {"zero_optimization": zero}})
+    trained = run(command("pretrain", "--config", config, "--with-refresher"))
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert len(rows(tmp_path)) == 8
+    from realm.models.retriever import load_retriever
+
+    retriever, _ = load_retriever(tmp_path / "run" / "pretrain" / "model" / "retriever")
+    assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"
+
+
+def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = prepared(tmp_path)
+    refused = run([sys.executable, "-m", "realm", "ict", "--config", str(config), "--engine.deepspeed", "{gradient_accumulation_steps: 2}"])
+    assert refused.returncode == 2 and "gradient_accumulation_steps" in refused.stderr and "Traceback" not in refused.stderr
+    with pytest.raises(UserError, match=r"engine.deepspeed.optimizer would not be followed; set optim of the stage"):
+        Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(deepspeed={"optimizer": {"type": "Lamb"}}), 1, 1)
+    given = {}
+    monkeypatch.setattr("deepspeed.initialize", lambda **arguments: given.update(arguments["config"]) or (None,))
+    Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}), 1, 1)
+    assert given["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
