@@ -8,20 +8,23 @@ from finetune.questions import Question
 from realm.errors import UserError
 from realm.run.folder import Run
 from realm.runtime.telemetry import console
-from realm.text.tokenizer import encode_plain
+from realm.text.tokenizer import tokenize
 
 
 def ask(run: Run, text: str, passages: int) -> None:
-    """Print the answer to `text`, the passage with the answer marked, p(z|x), and the other passages read."""
+    """Print the answer to `text`, the passage with the answer marked, p(z|x), and the other
+    passages read."""
     if not text.strip():
-        raise UserError('the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"')
+        raise UserError(
+            'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"'
+        )
     answerer = Answerer(run)
     print_answer(answerer, text, passages)
 
 
 def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     """See `ask`."""
-    ids, _ = encode_plain(answerer.run.tokenizer, [text])[0]
+    ids, _ = tokenize(answerer.run.tokenizer, [text])[0]
     question = Question("", text, (), ids)
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
     answer = answerer.read([question], rows)[0]
@@ -39,7 +42,9 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
         marked = f"{escape(body[: answer.start])}[bold green]»{escape(body[answer.start : end])}«[/bold green]{escape(body[end:])}"
     else:
         marked = escape(body)
-    console.print(f"  from {escape(corpus.title(answer.passage))} \\[{escape(corpus.ids[answer.passage])}]: {marked.strip()}")
+    console.print(
+        f"  from {escape(corpus.title(answer.passage))} \\[{escape(corpus.ids[answer.passage])}]: {marked.strip()}"
+    )
     others = [int(row) for row in np.asarray(rows[0]) if row != answer.passage]
     if others:
         console.print(f"  also read: {'; '.join(escape(corpus.title(row)) for row in others)}")

@@ -1,4 +1,5 @@
-"""Other people's retrievers, put beside ours on the same questions and passages: BM25, and any sentence-transformers model."""
+"""Other people's retrievers, put beside ours on the same questions and passages: BM25, and any
+sentence-transformers model."""
 
 import hashlib
 import json
@@ -16,7 +17,7 @@ from realm.runtime.publish import published
 from realm.runtime.telemetry import console, progress
 
 
-class Retrieves(Protocol):
+class PassageRetriever(Protocol):
     """What evaluation asks of a retriever."""
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
@@ -24,7 +25,8 @@ class Retrieves(Protocol):
 
 
 class Bm25:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text, English stop words left out, by the bm25s package."""
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text, English stop words left
+    out, by the bm25s package."""
 
     def __init__(self, passages: PreparedCorpus) -> None:
         try:
@@ -43,7 +45,8 @@ class Bm25:
 
 
 class SentenceTransformerRetriever:
-    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings are kept in `run/frozen/`."""
+    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings
+    are kept in `run/frozen/`."""
 
     def __init__(self, name: str, run: Run) -> None:
         import faiss
@@ -56,7 +59,9 @@ class SentenceTransformerRetriever:
         try:
             self.model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
-            raise UserError(f"--compare: {name} is no sentence-transformers model that can be loaded ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"--compare: {name} is no sentence-transformers model that can be loaded ({str(error).splitlines()[0]})"
+            ) from error
         self.rows = run.passages.rows
         embeddings_ND = self._embeddings(name, run)
         self.index = faiss.IndexFlatIP(embeddings_ND.shape[1])
@@ -72,7 +77,9 @@ class SentenceTransformerRetriever:
             texts = [f"{passages.title(row)} {passages.text(row)}" for row in passages.rows.tolist()]
             order = np.argsort([-len(text) for text in texts], kind="stable")
             embeddings_ND = np.empty((len(texts), self.model.get_sentence_embedding_dimension() or 0), dtype=np.float32)
-            with progress(f"encode with {Path(name).name}", len(texts), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
+            with progress(
+                f"encode with {Path(name).name}", len(texts), unit="passage", every_s=run.config.engine.log_every_s
+            ) as ticker:
                 for start in range(0, len(texts), 1024):
                     rows = order[start : start + 1024]
                     embeddings_ND[rows] = self.model.encode_document([texts[row] for row in rows], batch_size=32)
@@ -86,6 +93,6 @@ class SentenceTransformerRetriever:
         return self.rows[self.index.search(embeddings_BD, k)[1]]
 
 
-def rival(name: str, run: Run) -> Retrieves:
+def load_baseline(name: str, run: Run) -> PassageRetriever:
     """The retriever called `name`: `bm25`, or a sentence-transformers model by path or hub name."""
     return Bm25(run.passages) if name == "bm25" else SentenceTransformerRetriever(name, run)

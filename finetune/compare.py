@@ -17,22 +17,37 @@ Key = tuple[str, int]
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
-    """Means of both in percent and what the second has more, with the 95 % interval of a paired bootstrap; a row for each figure both have.
+    """Means of both in percent and what the second has more, with the 95 % interval of a paired
+    bootstrap; a row for each figure both have.
 
-    `first` and `second` are `.predictions.jsonl` files as `realm evaluate` writes them. Raises UserError for other files, and for
-    evaluations of different questions.
+    `first` and `second` are `.predictions.jsonl` files as `realm evaluate` writes them. Raises
+    UserError for other files, and for evaluations of different questions.
     """
     before, after = _read(first), _read(second)
     if before.keys() != after.keys():
         odd, _ = next(iter(before.keys() ^ after.keys()))
-        raise UserError(f"{first} and {second} are of different questions ({odd!r} stands in one alone); evaluate both on the same file.")
+        raise UserError(
+            f"{first} and {second} are of different questions ({odd!r} stands in one alone); evaluate both on the same file."
+        )
     rows: list[Row] = []
     for name in dict.fromkeys(name for record in before.values() for name in record):
-        pairs = np.array([(before[key][name], after[key][name]) for key in before if name in before[key] and name in after[key]], dtype=np.float64)
+        pairs = np.array(
+            [(before[key][name], after[key][name]) for key in before if name in before[key] and name in after[key]],
+            dtype=np.float64,
+        )
         if len(pairs):
             low, high = bootstrap_interval(pairs[:, 1] - pairs[:, 0], seed)
             one, other = 100 * pairs.mean(0)
-            rows.append({"figure": name, "questions": len(pairs), "first": one, "second": other, "low": 100 * low, "high": 100 * high})
+            rows.append(
+                {
+                    "figure": name,
+                    "questions": len(pairs),
+                    "first": one,
+                    "second": other,
+                    "low": 100 * low,
+                    "high": 100 * high,
+                }
+            )
     if not rows:
         raise UserError(f"{first} and {second} have no figure in common.")
     table = [
@@ -41,12 +56,17 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
         for row in rows
     ]  # fmt: skip
     console.print(f"  first: {first}\n  second: {second}")
-    print_table("Percent, and the difference with its paired 95 % interval", ["", "questions", "first", "second", "difference", "interval"], table)
+    print_table(
+        "Percent, and the difference with its paired 95 % interval",
+        ["", "questions", "first", "second", "difference", "interval"],
+        table,
+    )
     return rows
 
 
 def _read(path: Path) -> dict[Key, dict[str, float]]:
-    """Figures of each question. Recall further down than was retrieved for any question is no figure."""
+    """Figures of each question. Recall further down than was retrieved for any question is no
+    figure."""
     report = BadRecords()
     records = list(parsed_lines(path, "predictions as `realm evaluate` writes them", report, _prediction))
     if report.total:

@@ -11,11 +11,11 @@ from finetune.questions import Question
 from index.search import PassageIndex
 from realm.corpus.substitution import SpanPool, replace_span
 from realm.models.modules import QuestionBatch
-from realm.models.reader import joint_input, pad_joint, span_targets
+from realm.models.reader import pad_joint, span_targets
 from realm.run.folder import Run
 from realm.text.blocks import align_spans
-from realm.text.inputs import IntArray, pad_batch, query_input
-from realm.text.tokenizer import encode_plain
+from realm.text.inputs import IntArray, pad_batch
+from realm.text.tokenizer import tokenize
 
 Substitute: TypeAlias = tuple[IntArray, IntArray]
 """A span and what takes its place, as wordpieces."""
@@ -31,10 +31,11 @@ class QuestionBatches:
     def queries(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """The retriever's view of the questions."""
         limit = self.run.config.retriever.max_query_tokens
-        return pad_batch([query_input(question.ids, self.words.cls, self.words.sep, limit) for question in questions], self.words.pad)
+        return pad_batch([self.words.query(question.ids, limit) for question in questions], self.words.pad)
 
     def positions(self, question: Question, row: int) -> list[tuple[int, int]]:
-        """Start and length in wordpieces of every occurrence of an accepted answer in the text of a passage."""
+        """Start and length in wordpieces of every occurrence of an accepted answer in the text
+        of a passage."""
         if question.is_pattern:
             return self._matches(question, self.passages.text(row))
         return self._occurrences(question.answer_ids, self.passages.text_ids(row))
@@ -46,11 +47,14 @@ class QuestionBatches:
         spans = [(match.start(), match.end(), "") for match in question.pattern.finditer(text) if match.group().strip()]
         if not spans:
             return []
-        _, offset_L2 = encode_plain(self.run.tokenizer, [text])[0]
+        _, offset_L2 = tokenize(self.run.tokenizer, [text])[0]
         return [(first, last - first) for first, last, _ in align_spans(offset_L2, [], spans)]
 
-    def substitutes(self, questions: Sequence[Question], rate: float, pool: SpanPool, rng: np.random.Generator) -> list[Substitute | None]:
-        """For a share `rate` of the questions another span of their answer's type, where the tagger found the answer in their passage."""
+    def substitutes(
+        self, questions: Sequence[Question], rate: float, pool: SpanPool, rng: np.random.Generator
+    ) -> list[Substitute | None]:
+        """For a share `rate` of the questions another span of their answer's type, where the
+        tagger found the answer in their passage."""
         chosen: list[Substitute | None] = []
         for question in questions:
             kinds = {} if question.passage is None or rng.random() >= rate else self._span_types(question.passage)
@@ -64,7 +68,8 @@ class QuestionBatches:
         return {ids[start:end].tobytes(): int(kind) for start, end, kind in zip(*self.passages.spans(row), strict=True)}
 
     def holds(self, question: Question, row: int) -> bool:
-        """Whether an accepted answer stands in the passage, by whole tokens or by the question's pattern."""
+        """Whether an accepted answer stands in the passage, by whole tokens or by the question's
+        pattern."""
         text = self.passages.text(row)
         return question.pattern.search(text) is not None if question.is_pattern else has_answer(text, question.answers)
 
@@ -76,14 +81,17 @@ class QuestionBatches:
         read: np.ndarray,
         substitutes: Sequence[Substitute | None] | None = None,
     ) -> QuestionBatch:
-        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the reader, what is read changed by `substitutes`; rows
-        below 0 are no passages. To the reader an answer is right in the title as in the text, as it is when answers are counted."""
-        reading_BN = np.array([self.run.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
-        row_Q = np.flatnonzero(reading_BN == np.arange(read.shape[1]))
+        """`retrieved` (B, K) rows for the retriever's softmax, `read` (B, N) rows for the
+        reader, what is read changed by `substitutes`; rows below 0 are no passages. To the
+        reader an answer is right in the title as in the text, as it is when answers are counted."""
+        read_slot_BN = np.array([self.run.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
+        row_Q = np.flatnonzero(read_slot_BN == np.arange(read.shape[1]))
         joints, spots = [], []
         for place in row_Q.tolist():
             b, n = divmod(place, read.shape[1])
-            ids, first, places = self._joint(questions[b], int(read[b, n]), None if substitutes is None else substitutes[b])
+            ids, first, places = self._joint(
+                questions[b], int(read[b, n]), None if substitutes is None else substitutes[b]
+            )
             joints.append((ids, first))
             spots.append(places)
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
@@ -94,7 +102,7 @@ class QuestionBatches:
             torch.from_numpy(self.relevant(questions, retrieved)),
             torch.from_numpy(retrieved >= 0),
             self.embeddings(read),
-            torch.from_numpy(reading_BN),
+            torch.from_numpy(read_slot_BN),
             torch.from_numpy(row_Q),
             ids_QL,
             mask_QL,
@@ -103,15 +111,18 @@ class QuestionBatches:
             allowed_QLW,
         )
 
-    def _joint(self, question: Question, row: int, change: Substitute | None) -> tuple[IntArray, int, list[tuple[int, int]]]:
-        """What is read for a passage, the length of its first segment, and start and length of every answer in it."""
+    def _joint(
+        self, question: Question, row: int, change: Substitute | None
+    ) -> tuple[IntArray, int, list[tuple[int, int]]]:
+        """What is read for a passage, the length of its first segment, and start and length of
+        every answer in it."""
         words, config = self.words, self.run.config
         context = self.run.contexts.around(row)
         title_ids, text_ids = self.passages.title_ids(row), context.text_ids
         if change is not None:
             title_ids, text_ids = (replace_span(ids, *change, words) for ids in (title_ids, text_ids))
         query_ids = question.ids[: config.retriever.max_query_tokens - 2]
-        ids, first, text_at = joint_input(query_ids, title_ids, text_ids, words.cls, words.sep, config.reader.max_tokens)
+        ids, first, text_at = words.joint(query_ids, title_ids, text_ids, config.reader.max_tokens)
         if question.is_pattern:
             in_title = self._matches(question, self.passages.title(row))
             places = [(first + start, length) for start, length in in_title if first + start + length < text_at]
@@ -123,16 +134,20 @@ class QuestionBatches:
         return ids, first, [(start, length) for start, length in places if start + length < len(ids)]
 
     def relevant(self, questions: Sequence[Question], rows: np.ndarray) -> np.ndarray:
-        """Which retrieved passages the retriever should prefer, (B, K) bool: all that hold an answer (Lee et al. 2019, section 5), or, with
-        `finetune.positives: document`, those of them in the question's own document, where that is known."""
+        """Which retrieved passages the retriever should prefer, (B, K) bool: all that hold an
+        answer (Lee et al. 2019, section 5), or, with `finetune.positives: document`, those of
+        them in the question's own document, where that is known."""
         any_document = self.run.config.finetune.positives == "answer"
         relevant = np.zeros(rows.shape, dtype=bool)
         for b, (question, retrieved) in enumerate(zip(questions, rows, strict=True)):
             for k, row in enumerate(map(int, retrieved)):
-                if row >= 0 and (any_document or question.document is None or self.passages.document(row) == question.document):
+                if row >= 0 and (
+                    any_document or question.document is None or self.passages.document(row) == question.document
+                ):
                     relevant[b, k] = bool(self.positions(question, row))
         return relevant
 
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:
-        """What the index holds for the given rows, (…, D); that of row 0 where nothing was retrieved."""
+        """What the index holds for the given rows, (…, D); that of row 0 where nothing was
+        retrieved."""
         return torch.from_numpy(self.index.embeddings(np.maximum(rows, 0).ravel())).view(*rows.shape, -1)

@@ -1,6 +1,8 @@
-"""Answer questions and count: exact match, F1, recall of retrieval, and the figures that show where the answers come from.
+"""Answer questions and count: exact match, F1, recall of retrieval, and the figures that show where
+the answers come from.
 
-Several retrievers can be put beside each other on the same questions: stages of the run, BM25, any sentence-transformers model.
+Several retrievers can be put beside each other on the same questions: stages of the run, BM25, any
+sentence-transformers model.
 """
 
 import json
@@ -9,9 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.answer import START, Answerer
-from finetune.baselines import Retrieves, rival
-from finetune.metrics import answers_in_corpus, bootstrap_interval, exact_match, f1, has_substring, pattern_match, patterns_in_corpus
+from finetune.answer import INITIAL, Answerer
+from finetune.baselines import PassageRetriever, load_baseline
+from finetune.metrics import (
+    answers_in_corpus,
+    bootstrap_interval,
+    exact_match,
+    f1,
+    has_substring,
+    pattern_match,
+    patterns_in_corpus,
+)
 from finetune.questions import Question, load_questions
 from finetune.train_reader import STAGE
 from realm.errors import UserError
@@ -36,20 +46,27 @@ Figures = dict[str, float]
 Record = dict[str, object]
 
 
-def evaluate(run: Run, split: str = "test", stage: str = STAGE, compare: Sequence[str] = (), name: str = "test") -> dict[str, Figures]:
-    """Answer the questions of a split with what `stage` left, and with each retriever of `compare`; returns percentages by retriever, `stage` first.
+def evaluate(
+    run: Run, split: str = "test", stage: str = STAGE, compare: Sequence[str] = (), name: str = "test"
+) -> dict[str, Figures]:
+    """Answer the questions of a split with what `stage` left, and with each retriever of `compare`;
+    returns percentages by retriever, `stage` first.
 
-    `compare` names stages (`start` is the retriever before any training), `bm25`, or sentence-transformers models. What they retrieve is
-    read by the model of `stage`, other stages read for themselves where they have a reader. `evaluations/NAME.json` receives the figures
-    with their intervals, `NAME.RETRIEVER.predictions.jsonl` a line per question. See `_CONVENTIONS` for what each figure counts.
+    `compare` names stages (`initial` is the retriever before any training), `bm25`, or
+    sentence-transformers models. What they retrieve is read by the model of `stage`, other stages
+    read for themselves where they have a reader. `evaluations/NAME.json` receives the figures with
+    their intervals, `NAME.RETRIEVER.predictions.jsonl` a line per question. See `_CONVENTIONS` for
+    what each figure counts.
     """
     source = run.questions(split)
     if source is None:
         raise UserError(f"no questions given: pass --questions FILE or set data.{split} in the config.")
     for other in (stage, *compare):
-        if other not in (START, "bm25", *STAGES) and not Path(other).exists() and "/" not in other:
-            stages = ", ".join((START, *STAGES))
-            raise UserError(f"{other!r} is no retriever to evaluate: name a stage ({stages}), bm25, or a sentence-transformers model.")
+        if other not in (INITIAL, "bm25", *STAGES) and not Path(other).exists() and "/" not in other:
+            stages = ", ".join((INITIAL, *STAGES))
+            raise UserError(
+                f"{other!r} is no retriever to evaluate: name a stage ({stages}), bm25, or a sentence-transformers model."
+            )
     folder = run.folder / "evaluations"
     _refuse_other(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)
@@ -58,17 +75,21 @@ def evaluate(run: Run, split: str = "test", stage: str = STAGE, compare: Sequenc
     results: dict[str, Figures] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     folder.mkdir(exist_ok=True)
-    rivals = {other: rival(other, run) for other in compare if other not in (START, *STAGES)}  # what cannot be loaded is refused first
+    baselines = {
+        other: load_baseline(other, run) for other in compare if other not in (INITIAL, *STAGES)
+    }  # what cannot be loaded is refused first
     ceiling = percent(stands_in_corpus(run, questions))
     for other, label in _labels((stage, *compare)).items():
-        if other in rivals:
-            records = answer_all(answerer, rivals[other], questions, config, floors=False)
+        if other in baselines:
+            records = answer_all(answerer, baselines[other], questions, config, floors=False)
         else:
             reading = answerer if other == stage else Answerer(run, other)
             records = answer_all(reading, reading, questions, config, floors=other == stage)
         results[label], intervals[label] = figures_of(records, config, run.config.seed)
         results[label]["ceiling"] = ceiling
-        (folder / f"{name}.{label}.predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
+        (folder / f"{name}.{label}.predictions.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+        )
     report = {
         "questions": source.path,
         "count": len(questions),
@@ -82,7 +103,8 @@ def evaluate(run: Run, split: str = "test", stage: str = STAGE, compare: Sequenc
 
 
 def _labels(retrievers: Sequence[str]) -> dict[str, str]:
-    """A label for each retriever: a stage's name, of a path its last part, or as many as tell it from the others."""
+    """A label for each retriever: a stage's name, of a path its last part, or as many as tell it
+    from the others."""
     distinct = list(dict.fromkeys(retrievers))
     for parts in range(1, 1 + max(len(Path(name).parts) for name in distinct)):
         labels = {name: "-".join(part.strip("/") for part in Path(name).parts[-parts:]) for name in distinct}
@@ -108,7 +130,9 @@ def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
     plain = [number for number, question in enumerate(questions) if not question.is_pattern]
     patterns = [number for number, question in enumerate(questions) if question.is_pattern]
     if plain:
-        with progress("look for answers", len(passages), unit="passage", every_s=run.config.engine.log_every_s) as ticker:
+        with progress(
+            "look for answers", len(passages), unit="passage", every_s=run.config.engine.log_every_s
+        ) as ticker:
 
             def texts():  # type: ignore[no-untyped-def]
                 for row in passages.rows.tolist():
@@ -122,8 +146,11 @@ def stands_in_corpus(run: Run, questions: Sequence[Question]) -> np.ndarray:
     return found
 
 
-def answer_all(answerer: Answerer, retriever: Retrieves, questions: Sequence[Question], config: EvaluateConfig, floors: bool) -> list[Record]:
-    """A record per question: what was retrieved, what was read; with `floors` also from the own passage and from a random one."""
+def answer_all(
+    answerer: Answerer, retriever: PassageRetriever, questions: Sequence[Question], config: EvaluateConfig, floors: bool
+) -> list[Record]:
+    """A record per question: what was retrieved, what was read; with `floors` also from the own
+    passage and from a random one."""
     run, passages = answerer.run, answerer.run.passages
     depth = min(config.retrieve, len(passages.rows))
     rng = np.random.default_rng(run.config.seed + 13)
@@ -140,7 +167,14 @@ def answer_all(answerer: Answerer, retriever: Retrieves, questions: Sequence[Que
                     gold = [number for number, question in enumerate(batch) if question.passage is not None]
                     if gold:
                         own = np.array([[batch[number].passage] for number in gold])
-                        _read(answerer, [batch[number] for number in gold], own, [rows[number] for number in gold], config, "oracle_")
+                        _read(
+                            answerer,
+                            [batch[number] for number in gold],
+                            own,
+                            [rows[number] for number in gold],
+                            config,
+                            "oracle_",
+                        )
             records += rows
             ticker.update(len(records))
     return records
@@ -165,9 +199,15 @@ def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Reco
 
 
 def _read(
-    answerer: Answerer, questions: Sequence[Question], rows: np.ndarray, records: Sequence[Record], config: EvaluateConfig, kind: str = ""
+    answerer: Answerer,
+    questions: Sequence[Question],
+    rows: np.ndarray,
+    records: Sequence[Record],
+    config: EvaluateConfig,
+    kind: str = "",
 ) -> None:
-    """Add the answers read from the given passages to the records, their figures under names that begin with `kind`."""
+    """Add the answers read from the given passages to the records, their figures under names
+    that begin with `kind`."""
     for question, answer, record in zip(questions, answerer.read(questions, rows), records, strict=True):
         if question.is_pattern:
             right = pattern_match(answer.text, question.pattern)
@@ -181,7 +221,9 @@ def _read(
             record |= {"prediction": answer.text, "passage": passage, "p_passage": round(answer.probability, 4)}
 
 
-def figures_of(records: Sequence[Record], config: EvaluateConfig, seed: int) -> tuple[Figures, dict[str, tuple[float, float]]]:
+def figures_of(
+    records: Sequence[Record], config: EvaluateConfig, seed: int
+) -> tuple[Figures, dict[str, tuple[float, float]]]:
     """Means in percent, each over the records that have the value, and their bootstrap intervals."""
     depths = [k for k in RECALL_DEPTHS if k <= config.retrieve]
     columns: dict[str, list[float]] = {}
@@ -189,14 +231,24 @@ def figures_of(records: Sequence[Record], config: EvaluateConfig, seed: int) -> 
         for key, value in values_of(record, depths).items():
             columns.setdefault(key, []).append(value)
     figures = {key: percent(values) for key, values in columns.items()}
-    intervals = {key: tuple(100.0 * end for end in bootstrap_interval(np.array(values), seed)) for key, values in columns.items()}
+    intervals = {
+        key: tuple(100.0 * end for end in bootstrap_interval(np.array(values), seed)) for key, values in columns.items()
+    }
     return figures | {"count": float(len(records))}, intervals  # type: ignore[return-value]
 
 
 def values_of(record: Record, depths: Sequence[int]) -> dict[str, float]:
     """The figures of one question, each between 0 and 1; those that its record has."""
-    values: dict[str, float] = {key: float(record[key]) for key in ("em", "f1", "random_passage_em", "oracle_em") if key in record}  # type: ignore[arg-type]
-    for key, title in (("rank_of_answer", "recall"), ("rank_of_substring", "substring_recall"), ("rank_of_document", "exact_recall")):
+    values: dict[str, float] = {
+        key: float(record[key])  # type: ignore[arg-type]
+        for key in ("em", "f1", "random_passage_em", "oracle_em")
+        if key in record
+    }
+    for key, title in (
+        ("rank_of_answer", "recall"),
+        ("rank_of_substring", "substring_recall"),
+        ("rank_of_document", "exact_recall"),
+    ):
         if key in record:
             values |= {f"{title}@{k}": float(_within(record[key], k)) for k in depths}  # type: ignore[arg-type]
     if "rank_of_document" in record:
@@ -222,7 +274,17 @@ def percent(values: Sequence[float] | np.ndarray) -> float:
 def print_results(run: Run, results: dict[str, Figures], name: str) -> None:
     """One table, a row per retriever, intervals behind the means; where the records lie."""
     report = json.loads((run.folder / "evaluations" / f"{name}.json").read_text())
-    wanted = ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@1", "exact_recall@5", "exact_recall@20", "mrr")
+    wanted = (
+        "em",
+        "f1",
+        "recall@1",
+        "recall@5",
+        "recall@20",
+        "exact_recall@1",
+        "exact_recall@5",
+        "exact_recall@20",
+        "mrr",
+    )
     columns = [key for key in wanted if any(key in figures for figures in results.values())]
     rows: list[list[object]] = []
     for label, figures in results.items():
@@ -235,8 +297,14 @@ def print_results(run: Run, results: dict[str, Figures], name: str) -> None:
                 cells.append(None)
         rows.append(cells)
     first = next(iter(results.values()))
-    print_table(f"{report['count']:,} questions over {report['passages']:,} passages, percent with 95 % intervals", ["retriever", *columns], rows)
+    print_table(
+        f"{report['count']:,} questions over {report['passages']:,} passages, percent with 95 % intervals",
+        ["retriever", *columns],
+        rows,
+    )
     extra = [f"{title} {first[key]:.1f}" for key, title in (("ceiling", "ceiling (answer in any passage)"), ("oracle_em", "EM from the own passage"),
              ("random_passage_em", "from a random one")) if key in first]  # fmt: skip
     console.print("  " + "; ".join(extra))
-    console.print(f"  figures and conventions: {run.folder}/evaluations/{name}.json; a line per question: {name}.*.predictions.jsonl beside it")
+    console.print(
+        f"  figures and conventions: {run.folder}/evaluations/{name}.json; a line per question: {name}.*.predictions.jsonl beside it"
+    )

@@ -1,8 +1,9 @@
 """Open-domain question answering metrics, each with its convention.
 
-Exact match and F1 use the SQuAD normaliser (lower case, no punctuation, no articles, single spaces), by default after Unicode NFD so that
-composed and decomposed spellings agree. Answers are looked for in passages by whole tokens, as DPR does, or as substrings, as ORQA does;
-answers that are patterns (CuratedTREC) must match the whole prediction, and anywhere in a passage.
+Exact match and F1 use the SQuAD normaliser (lower case, no punctuation, no articles, single
+spaces), by default after Unicode NFD so that composed and decomposed spellings agree. Answers are
+looked for in passages by whole tokens, as DPR does, or as substrings, as ORQA does; answers that
+are patterns (CuratedTREC) must match the whole prediction, and anywhere in a passage.
 """
 
 import re
@@ -34,13 +35,17 @@ def exact_match(prediction: str, answers: Sequence[str], nfd: bool = True) -> bo
 
 
 def pattern_match(prediction: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the whole prediction, blanks at its ends aside, is what the pattern describes; a prefix is not enough."""
+    """Whether the whole prediction, blanks at its ends aside, is what the pattern describes; a
+    prefix is not enough."""
     return pattern.fullmatch(prediction.strip()) is not None
 
 
 def f1(prediction: str, answers: Sequence[str], nfd: bool = True) -> float:
     """Largest token F1 of the prediction against any answer, 0 to 1."""
-    return max((_f1(normalize_answer(prediction, nfd).split(), normalize_answer(answer, nfd).split()) for answer in answers), default=0.0)
+    return max(
+        (_f1(normalize_answer(prediction, nfd).split(), normalize_answer(answer, nfd).split()) for answer in answers),
+        default=0.0,
+    )
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:
@@ -54,19 +59,24 @@ def answer_tokens(text: str) -> list[str]:
 
 
 def has_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the tokens of any answer stand in the text one after the other (DPR); an answer without a token stands nowhere."""
+    """Whether the tokens of any answer stand in the text one after the other (DPR); an answer
+    without a token stands nowhere."""
     tokens = f"\0{chr(0).join(answer_tokens(text))}\0"
     return any((answer := answer_tokens(text_)) and f"\0{chr(0).join(answer)}\0" in tokens for text_ in answers)
 
 
 def has_substring(text: str, answers: Sequence[str]) -> bool:
-    """Whether any answer stands in the text as it is, case and composition aside (ORQA): "hij" stands in "hijklmn"."""
+    """Whether any answer stands in the text as it is, case and composition aside (ORQA): "hij"
+    stands in "hijklmn"."""
     folded = unicodedata.normalize("NFD", text).lower()
-    return any((answer := unicodedata.normalize("NFD", text_).lower().strip()) and answer in folded for text_ in answers)
+    return any(
+        (answer := unicodedata.normalize("NFD", text_).lower().strip()) and answer in folded for text_ in answers
+    )
 
 
 def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """Whether any answer of each question stands, by `has_answer`'s rule, in any of the texts, (questions,) bool; one pass over the texts."""
+    """Whether any answer of each question stands, by `has_answer`'s rule, in any of the texts,
+    (questions,) bool; one pass over the texts."""
     questions_of: dict[str, list[int]] = {}
     by_first: dict[str, set[str]] = {}
     for number, accepted in enumerate(answers):
@@ -98,7 +108,8 @@ def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]
     joined = ["\0\n\0".join(part) for part in parts]
 
     def stands(pattern: re.Pattern[str]) -> bool:
-        # What matches in a text matches in those around it, too, unless it asks for an end; not so the other way round.
+        # What matches in a text matches in those around it, too, unless it asks for an end; not so
+        # the other way round.
         asks_for_ends = any(mark in pattern.pattern for mark in ("^", "$", "\\A", "\\Z"))
         likely = (part for part, whole in zip(parts, joined, strict=True) if asks_for_ends or pattern.search(whole))
         return any(pattern.search(text) for part in likely for text in part)
@@ -106,7 +117,9 @@ def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]
     return np.array([stands(pattern) for pattern in patterns], dtype=bool)
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of per-question values; deterministic for a seed."""
     values = np.asarray(values, dtype=np.float64)
     counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)

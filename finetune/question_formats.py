@@ -1,4 +1,5 @@
-"""The formats in which people have questions, each a function from a source to records; `FORMATS` is the registry."""
+"""The formats in which people have questions, each a function from a source to records;
+`FORMATS` is the registry."""
 
 import ast
 import json
@@ -14,6 +15,7 @@ from realm.corpus.text_files import (
     Place,
     check_file,
     check_text,
+    detect_by_key,
     json_type,
     lines,
     named_format,
@@ -22,14 +24,14 @@ from realm.corpus.text_files import (
     parsed_lines,
     read_json,
     stem,
-    told_by_key,
 )
 from realm.errors import UserError
 from realm.run.config import QuestionSource
 from realm.runtime.hub import load_split
 
 UNANSWERABLE = "no answer"
-"""Kind under which questions that their authors left without an answer are counted; no mistake of the file."""
+"""Kind under which questions that their authors left without an answer are counted; no mistake
+of the file."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,36 @@ class QuestionRecord:
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """The questions of one source in its order, those of the folds that it takes; broken ones, and those without an answer, are noted in `report`.
+    """The questions of one source in its order, those of the folds that it takes; broken ones, and
+    those without an answer, are noted in `report`.
 
-    Raises UserError where the source cannot be read at all, its format is not known, or folds are asked of questions without documents.
+    Raises UserError where the source cannot be read at all, its format is not known, or folds are
+    asked of questions without documents.
     """
     name = format_of(source)
-    for field, formats in (("articles", ("squad",)), ("exclude_articles", ("squad",)), ("fields", ("jsonl", "datasets"))):
+    for field, formats in (
+        ("articles", ("squad",)),
+        ("exclude_articles", ("squad",)),
+        ("fields", ("jsonl", "datasets")),
+    ):
         if getattr(source, field) and name not in formats:
-            raise UserError(f"`{field}` of {source.path} is for the format {' or '.join(formats)}, and these questions are {name}; leave it out.")
+            raise UserError(
+                f"`{field}` of {source.path} is for the format {' or '.join(formats)}, and these questions are {name}; leave it out."
+            )
     for record in FORMATS[name](source, report):
-        if source.take:
+        if source.use_folds:
             if record.document is None:
-                raise UserError(f"{record.place}: folds are of documents, and this question names neither an article, a passage nor a context.")
-            if zlib.crc32(record.document.encode()) % source.folds not in source.take:
+                raise UserError(
+                    f"{record.place}: folds are of documents, and this question names neither an article, a passage nor a context."
+                )
+            if zlib.crc32(record.document.encode()) % source.num_folds not in source.use_folds:
                 continue
         yield record
 
 
 def format_of(source: QuestionSource) -> str:
-    """The format by name. Raises UserError where it is unknown, or can be told neither from the name nor from the first record."""
+    """The format by name. Raises UserError where it is unknown, or can be told neither from the
+    name nor from the first record."""
     if named := named_format(source.format, FORMATS, source.path):
         return named
     path = Path(source.path)
@@ -88,15 +101,19 @@ def format_of(source: QuestionSource) -> str:
         return "jsonl"
     check_file(path, "questions")
     if suffix == ".json":
-        if kind := told_by_key(path, "questions", {"squad": "data", "timeqa": "paras", "webq": "qText"}):
+        if kind := detect_by_key(path, "questions", {"squad": "data", "timeqa": "paras", "webq": "qText"}):
             return kind
     elif suffix in (".tsv", ".csv", ".txt", ".qas"):
         columns = _columns(path)
         if columns == 2 and "trec" in path.name.lower():
-            raise UserError(f"{path} has answers or regular expressions, and they look alike; name its format, trec for patterns or qas for answers")
+            raise UserError(
+                f"{path} has answers or regular expressions, and they look alike; name its format, trec for patterns or qas for answers"
+            )
         if columns in (2, 4):
             return {2: "qas", 4: "trec"}[columns]
-    raise UserError(f"the format of the questions {path} cannot be told from its name or its first record; name it, one of {', '.join(FORMATS)}")
+    raise UserError(
+        f"the format of the questions {path} cannot be told from its name or its first record; name it, one of {', '.join(FORMATS)}"
+    )
 
 
 def _columns(path: Path) -> int:
@@ -122,7 +139,9 @@ def _checked(
         answers = [answers]
     if not isinstance(answers, list | tuple):
         raise BadRecord("answers are no list of texts", f" but {json_type(answers)}")
-    if (odd := next((answer for answer in answers if not isinstance(answer, str)), None)) is not None or None in answers:
+    if (
+        odd := next((answer for answer in answers if not isinstance(answer, str)), None)
+    ) is not None or None in answers:
         raise BadRecord("answers are no list of texts", f": {json_type(odd)} is among them")
     for part in (text, *answers):
         check_text(part)
@@ -151,7 +170,9 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
         for key in names:
             if key in record:
                 return record[key]
-        raise BadRecord(f"no field {' or '.join(names)}", f"; the record has {', '.join(sorted(record)) or 'no fields'}")
+        raise BadRecord(
+            f"no field {' or '.join(names)}", f"; the record has {', '.join(sorted(record)) or 'no fields'}"
+        )
 
     answers = get("answers", "answer")
     if isinstance(answers, dict):  # as the hub's SQuAD and TriviaQA have them
@@ -161,11 +182,14 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
     context = record.get(source.fields.get("context", "context"))
     context = context if isinstance(context, str) else None
     passage = record.get(source.fields.get("passage", "passage"))
-    return _checked(place, name, get("question"), answers, context=context, passage=None if passage is None else str(passage))
+    return _checked(
+        place, name, get("question"), answers, context=context, passage=None if passage is None else str(passage)
+    )
 
 
 def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """DPR's `.qas` tables: a question, a tab, its answers as a Python or JSON list, with CSV quoting where it is needed."""
+    """DPR's `.qas` tables: a question, a tab, its answers as a Python or JSON list, with CSV
+    quoting where it is needed."""
 
     def parse(place: Place, line: bytes) -> QuestionRecord:
         columns = parse_tsv(line)
@@ -188,7 +212,8 @@ def _literal_list(text: str) -> object:
 
 
 def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated and never quoted.
+    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated
+    and never quoted.
 
     Or, as DPR has it, a question and a list of regular expressions.
     """
@@ -210,13 +235,18 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
             raise BadRecord("no regular expression", f" ({error}): {pattern[:60]!r}") from None
         if compiled.fullmatch(""):
             raise BadRecord("a regular expression that matches nothing at all", f": {pattern[:60]!r}")
-        return _checked(place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True)
+        return _checked(
+            place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True
+        )
 
-    return parsed_lines(Path(source.path), "tab-separated lines of number, kind, question and regular expression", report, parse)
+    return parsed_lines(
+        Path(source.path), "tab-separated lines of number, kind, question and regular expression", report, parse
+    )
 
 
 def _alternatives(column: str) -> str:
-    """One regular expression for a list of them, quoted as in CSV where it has to be; what is no list stays as it is."""
+    """One regular expression for a list of them, quoted as in CSV where it has to be; what is no
+    list stays as it is."""
     try:
         patterns = _literal_list(parse_tsv(column.encode())[0])
     except BadRecord:
@@ -237,13 +267,16 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         try:
             if not isinstance(entry, dict) or "qText" not in entry or "answers" not in entry:
                 raise BadRecord("no qText or no answers")
-            yield _checked(place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"])
+            yield _checked(
+                place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"]
+            )
         except BadRecord as bad:
             report.add(place, bad.kind, bad.detail)
 
 
 def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """SQuAD 1.1 and 2.0; questions marked impossible are counted as unanswerable. A paragraph may name its document under `passage`."""
+    """SQuAD 1.1 and 2.0; questions marked impossible are counted as unanswerable. A paragraph
+    may name its document under `passage`."""
     path = Path(source.path)
     squad = read_json(path, "SQuAD's articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
@@ -270,12 +303,23 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
             report.add(place, "not as SQuAD has it", f" ({error!r})")
 
 
-def _squad_question(place: Place, entry: dict[str, Any], context: str | None, passage: str | None, article: str) -> QuestionRecord:
+def _squad_question(
+    place: Place, entry: dict[str, Any], context: str | None, passage: str | None, article: str
+) -> QuestionRecord:
     try:
         answers = [] if entry.get("is_impossible") else entry["answers"]
         texts = [answer["text"] for answer in answers]
         starts = tuple(answer["answer_start"] for answer in answers if isinstance(answer.get("answer_start"), int))
-        return _checked(place, entry["id"], entry["question"], texts, context=context, passage=passage, starts=starts, article=article)
+        return _checked(
+            place,
+            entry["id"],
+            entry["question"],
+            texts,
+            context=context,
+            passage=passage,
+            starts=starts,
+            article=article,
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise BadRecord("not as SQuAD has it", f" ({error!r})") from None
 
@@ -285,7 +329,8 @@ def _plain(title: str) -> str:
 
 
 def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """TimeQA: a list of articles with `questions`, each `[question, [{"para", "from", "end", "answer"}, …]]`; the article's link is its id."""
+    """TimeQA: a list of articles with `questions`, each `[question, [{"para", "from", "end",
+    "answer"}, …]]`; the article's link is its id."""
     path = Path(source.path)
     articles = read_json(path, "TimeQA's list of articles")
     for a, article in enumerate(articles if isinstance(articles, list) else [articles]):
@@ -297,7 +342,14 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
                 place = Place(f"{path}, record {a}, question {q}")
                 try:
                     starts = tuple(offsets[answer["para"]] + answer["from"] for answer in answers)
-                    yield _checked(place, f"{article['index']}/{q}", text, [answer["answer"] for answer in answers], passage=link, starts=starts)
+                    yield _checked(
+                        place,
+                        f"{article['index']}/{q}",
+                        text,
+                        [answer["answer"] for answer in answers],
+                        passage=link,
+                        starts=starts,
+                    )
                 except BadRecord as bad:
                     report.add(place, bad.kind, bad.detail)
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -305,7 +357,8 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
 
 
 def _read_datasets(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the hub."""
+    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the
+    hub."""
     for number, record in enumerate(load_split(source.path, source.name, source.split)):
         place = Place(source.path, number + 1)
         try:

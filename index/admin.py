@@ -1,4 +1,5 @@
-"""What people ask of a run's index store: which versions there are and who needs them, whether they are sound, and what may go."""
+"""What people ask of a run's index store: which versions there are and who needs them, whether
+they are sound, and what may go."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def stores(run: Path) -> Iterator[Path]:
 
 
 def entries(run: Path) -> list[Entry]:
-    """All index versions of a run, store by store, oldest first. Raises UserError where the run has none."""
+    """All index versions of a run, store by store, oldest first. Raises UserError where the run
+    has none."""
     found = []
     for store in stores(run):
         lineage, pins = Lineage.load(store), pinned(store)
@@ -81,12 +83,15 @@ def entries(run: Path) -> list[Entry]:
                 )
             )
     if not found:
-        raise UserError(f"run {run} has no index yet; a refresher builds one from the first encoder that training exports.")
+        raise UserError(
+            f"run {run} has no index yet; a refresher builds one from the first encoder that training exports."
+        )
     return found
 
 
 def entry_named(run: Path, name: str) -> Entry:
-    """The version called `name`. Raises UserError where there is none, or more than one, naming those there are."""
+    """The version called `name`. Raises UserError where there is none, or more than one, naming
+    those there are."""
     all_entries = entries(run)
     matching = [entry for entry in all_entries if name in (entry.version.name, entry.path.relative_to(run).as_posix())]
     if len(matching) == 1:
@@ -96,7 +101,8 @@ def entry_named(run: Path, name: str) -> Entry:
 
 
 def verify(entry: Entry, log: Callable[[str], None]) -> str | None:
-    """Read every byte of a version against its manifest and map it; the reason why it would be refused, or None."""
+    """Read every byte of a version against its manifest and map it; the reason why it would be
+    refused, or None."""
     began = time.monotonic()
     try:
         manifest = IndexManifest.read(entry.path)[0]
@@ -107,12 +113,17 @@ def verify(entry: Entry, log: Callable[[str], None]) -> str | None:
         return str(error)
     index.close()
     beside = "" if encoder.is_dir() else "; its encoder is not there to be compared"
-    log(f"{entry.path}: sound, {manifest.count:,} passages, {entry.bytes / 2**20:,.1f} MiB read in {time.monotonic() - began:.1f} s{beside}")
+    log(
+        f"{entry.path}: sound, {manifest.count:,} passages, {entry.bytes / 2**20:,.1f} MiB read in {time.monotonic() - began:.1f} s{beside}"
+    )
     return None
 
 
-def collect_garbage(run: Path, config: RefreshConfig, grace_s: float, dry_run: bool, log: Callable[[str], None]) -> list[Path]:
-    """Remove crashes' leftovers, and every version and encoder that nobody has needed for `grace_s` seconds; returns what was removed.
+def collect_garbage(
+    run: Path, config: RefreshConfig, grace_s: float, dry_run: bool, log: Callable[[str], None]
+) -> list[Path]:
+    """Remove crashes' leftovers, and every version and encoder that nobody has needed for `grace_s`
+    seconds; returns what was removed.
 
     Raises UserError where a refresher is at work: it collects by itself.
     """
@@ -146,7 +157,11 @@ def _acquire(lease: Lease, store: Path, config: RefreshConfig, log: Callable[[st
     while not lease.try_acquire():
         if not told:
             told = True
-            log(f"waiting {config.lease_expiry_s:g} s for a sign of life of refresher {lease.current_holder()} in {store}")
+            log(
+                f"waiting {config.lease_expiry_s:g} s for a sign of life of refresher {lease.current_holder()} in {store}"
+            )
         if time.monotonic() > deadline:
-            raise UserError(f"refresher {lease.current_holder()} is at work in {store} and collects by itself; stop it first, or let it be.")
+            raise UserError(
+                f"refresher {lease.current_holder()} is at work in {store} and collects by itself; stop it first, or let it be."
+            )
         time.sleep(min(0.2, config.lease_expiry_s / 6))

@@ -19,8 +19,9 @@ from torch._inductor import config as inductor_config
 from index.workers import Workers
 from realm.errors import UserError
 from realm.models.bert import first_line
+from realm.models.precision import Precision
 from realm.runtime.publish import write_file_atomic, write_json_atomic
-from realm.text.inputs import Wordpieces, pad_batch, passage_input, token_budget_batches
+from realm.text.inputs import Wordpieces, pad_batch, token_budget_batches
 
 if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 ALONE = Workers()
 _ALIGNED_FROM, _ALIGNED = 64, 16
-"""Passages from so many tokens on are padded to a multiple of so many: matrix tiles of a CPU take odd lengths at half the speed."""
+"""Passages from so many tokens on are padded to a multiple of so many: matrix tiles of a CPU
+take odd lengths at half the speed."""
 
 
 class BadEncoder(UserError):
@@ -56,11 +58,12 @@ def load_encoder(folder: Path) -> Encoder:
     return Encoder(retriever, Wordpieces.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
 
 
-def encoding_tower(retriever: "Retriever", precision: str, compiled: bool = False) -> "Tower | CompiledTower":
-    """The passage tower of a retriever in evaluation mode, as it encodes: for bf16 a copy whose weights are cast once, not at every product.
+def encoding_tower(retriever: "Retriever", precision: Precision, compiled: bool = False) -> "Tower | CompiledTower":
+    """The passage tower of a retriever in evaluation mode, as it encodes: for bf16 a copy whose
+    weights are cast once, not at every product.
 
-    `compiled`: by torch.compile, weights as constants, for any number and length of passages; one such tower at a time in a process. Raises
-    UserError where that does not work here.
+    `compiled`: by torch.compile, weights as constants, for any number and length of passages; one
+    such tower at a time in a process. Raises UserError where that does not work here.
     """
     tower = retriever.passage_tower
     if precision == "bf16":
@@ -70,7 +73,8 @@ def encoding_tower(retriever: "Retriever", precision: str, compiled: bool = Fals
 
 
 class CompiledTower(nn.Module):
-    """A tower compiled with its weights as constants, which inductor packs; what was compiled before is let go."""
+    """A tower compiled with its weights as constants, which inductor packs; what was compiled
+    before is let go."""
 
     def __init__(self, tower: "Tower") -> None:
         super().__init__()
@@ -101,11 +105,13 @@ def encode_passages(
     token_budget: int = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Embed `[CLS] title [SEP] text [SEP]` of the given corpus rows; returns (R, D) float32 in the order of `rows`.
+    """Embed `[CLS] title [SEP] text [SEP]` of the given corpus rows; returns (R, D) float32 in the
+    order of `rows`.
 
-    `tower`: in evaluation mode (`encoding_tower`), used on its own device. `max_tokens`: wordpieces of a passage, special tokens included;
-    `token_budget`: padded tokens of a batch; `progress` is called after each batch with the count of rows done.
-    Raises BadEncoder where an embedding is not finite.
+    `tower`: in evaluation mode (`encoding_tower`), used on its own device. `max_tokens`: wordpieces
+    of a passage, special tokens included; `token_budget`: padded tokens of a batch; `progress` is
+    called after each batch with the count of rows done. Raises BadEncoder where an embedding is not
+    finite.
     """
     device = next(tower.parameters()).device
     width_R = np.minimum(np.asarray(corpus.lengths)[rows] + 3, max_tokens)
@@ -115,7 +121,8 @@ def encode_passages(
     with torch.inference_mode():
         for batch in token_budget_batches(width_R, token_budget):
             sequences = [
-                passage_input(corpus.title_ids(row), corpus.text_ids(row), wordpieces.cls, wordpieces.sep, max_tokens) for row in rows[batch].tolist()
+                wordpieces.passage(corpus.title_ids(row), corpus.text_ids(row), max_tokens)
+                for row in rows[batch].tolist()
             ]
             ids_BL, mask_BL = pad_batch(sequences, wordpieces.pad, int(width_R[batch].max()))
             embeddings_RD[batch] = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
@@ -125,7 +132,9 @@ def encode_passages(
     finite_R = np.isfinite(embeddings_RD).all(axis=1)
     if not finite_R.all():
         row = int(np.asarray(rows)[~finite_R][0])
-        raise BadEncoder(f"the encoder embeds passage {row} as a vector that is not finite: it diverged, go back to an earlier checkpoint")
+        raise BadEncoder(
+            f"the encoder embeds passage {row} as a vector that is not finite: it diverged, go back to an earlier checkpoint"
+        )
     return embeddings_RD
 
 
@@ -138,11 +147,13 @@ def encode_in_shards(
     before_shard: Callable[[float], None],
     workers: Workers = ALONE,
 ) -> tuple[list[np.ndarray], int]:
-    """Embed consecutive rows of the corpus shard by shard into files of the folder `work`; those an earlier process finished there are kept.
+    """Embed consecutive rows of the corpus shard by shard into files of the folder `work`; those an
+    earlier process finished there are kept.
 
-    `plan`: all that decides the embeddings; shards made by another plan are thrown away. `encode(rows)` gives (R, D) embeddings;
-    `before_shard` is called, by the first of `workers`, before each round of one shard a worker, with the share of shards that are done, and
-    may raise. Returns the shards, mapped, and how many were kept.
+    `plan`: all that decides the embeddings; shards made by another plan are thrown away.
+    `encode(rows)` gives (R, D) embeddings; `before_shard` is called, by the first of `workers`,
+    before each round of one shard a worker, with the share of shards that are done, and may raise.
+    Returns the shards, mapped, and how many were kept.
     """
     plan = {**plan, "rows": [rows.start, rows.stop], "shard_rows": shard_rows}
     count = -(-len(rows) // shard_rows)
@@ -159,7 +170,9 @@ def encode_in_shards(
 
     def encode_shard(number: int) -> None:
         part = rows[number * shard_rows : (number + 1) * shard_rows]
-        write_file_atomic(path[number], partial(np.save, arr=encode(np.arange(part.start, part.stop)), allow_pickle=False))
+        write_file_atomic(
+            path[number], partial(np.save, arr=encode(np.arange(part.start, part.stop)), allow_pickle=False)
+        )
 
     missing = workers.agree(find_missing)
     for start in range(0, len(missing), workers.size):

@@ -1,6 +1,8 @@
-"""Exact search by tiled products and top-k through torch, on any device: on a CPU several times as fast as FAISS's flat index.
+"""Exact search by tiled products and top-k through torch, on any device: on a CPU several times as
+fast as FAISS's flat index.
 
-Shape legend: B queries, K results a query, T rows of a tile, N passages, D dimension of the embeddings.
+Shape legend: B queries, K results a query, T rows of a tile, N passages, D dimension of the
+embeddings.
 """
 
 from typing import Protocol
@@ -50,10 +52,13 @@ def is_flat(index: faiss.Index) -> bool:
 
 
 def vectors(index: faiss.Index) -> np.ndarray:
-    """The vectors of a flat index, (N, D), without copying: they end with the index. Raises UserError for any other."""
+    """The vectors of a flat index, (N, D), without copying: they end with the index. Raises
+    UserError for any other."""
     flat = faiss.downcast_index(index)
     if not isinstance(flat, faiss.IndexFlat):
-        raise UserError('without the GPU build of FAISS only factory "Flat" is searched on a GPU; install it, or set refresh.search_on to cpu.')
+        raise UserError(
+            'without the GPU build of FAISS only factory "Flat" is searched on a GPU; install it, or set refresh.search_on to cpu.'
+        )
     return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
 
 

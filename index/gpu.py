@@ -1,4 +1,5 @@
-"""Clustering and searching on a GPU by FAISS where its GPU build is at hand; without it, exact search through torch."""
+"""Clustering and searching on a GPU by FAISS where its GPU build is at hand; without it, exact
+search through torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from realm.runtime.distributed import local_device
 
 @contextmanager
 def clustering_on_gpu(index: faiss.Index) -> Iterator[None]:
-    """Within it the clustering of inverted lists, most of what training takes, runs on this process's GPU where FAISS sees one."""
+    """Within it the clustering of inverted lists, most of what training takes, runs on this
+    process's GPU where FAISS sees one."""
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is None or not _num_gpus():
         yield
@@ -33,7 +35,8 @@ def _num_gpus() -> int:
 
 
 def on_gpu(index: faiss.Index) -> Searcher:
-    """The same vectors, searched on this process's GPU: not on the current one, which each thread has of its own.
+    """The same vectors, searched on this process's GPU: not on the current one, which each thread
+    has of its own.
 
     Raises UserError where there is no GPU, or none that this kind of index can be searched on.
     """
@@ -44,7 +47,9 @@ def on_gpu(index: faiss.Index) -> Searcher:
         try:
             moved = faiss.index_cpu_to_gpu(resources, local_device().index, index)
         except RuntimeError as error:
-            raise UserError(f"this kind of index cannot be searched on a GPU ({error}); set refresh.search_on to cpu.") from error
+            raise UserError(
+                f"this kind of index cannot be searched on a GPU ({error}); set refresh.search_on to cpu."
+            ) from error
         moved.realm_resources = resources  # type: ignore[attr-defined]  # they must live as long as the index
         return moved
     return TiledExact(to_device(vectors(index), local_device()))

@@ -1,7 +1,9 @@
-"""A lease in the file system: one refresher writes, and one that lost its lease finds out before it publishes.
+"""A lease in the file system: one refresher writes, and one that lost its lease finds out before it
+publishes.
 
-Every tenure is a directory `epoch-000003`, created by `mkdir`, which excludes all others on local file systems and on NFS. The highest
-epoch is in force until its holder writes `released` there or lets its heartbeat stand still. Epochs are never removed: they only rise.
+Every tenure is a directory `epoch-000003`, created by `mkdir`, which excludes all others on local
+file systems and on NFS. The highest epoch is in force until its holder writes `released` there or
+lets its heartbeat stand still. Epochs are never removed: they only rise.
 """
 
 import os
@@ -20,8 +22,9 @@ class LeaseLost(Exception):
 class Lease:
     """Exclusive right to write in a run's index store.
 
-    `folder`: where the epochs lie. `holder`: a text for people, who holds it. `expiry_s`: a heartbeat that does not change for so many
-    seconds, by the observer's own monotonic clock, marks a dead holder; clocks of other machines and file times play no part.
+    `folder`: where the epochs lie. `holder`: a text for people, who holds it. `expiry_s`: a
+    heartbeat that does not change for so many seconds, by the observer's own monotonic clock, marks
+    a dead holder; clocks of other machines and file times play no part.
     """
 
     def __init__(self, folder: Path, holder: str, expiry_s: float) -> None:
@@ -36,7 +39,8 @@ class Lease:
         self._beating: threading.Thread | None = None
 
     def try_acquire(self) -> bool:
-        """Look once, without waiting; True when the lease is ours. Call it again and again: only so is a dead holder noticed."""
+        """Look once, without waiting; True when the lease is ours. Call it again and again: only
+        so is a dead holder noticed."""
         assert self.epoch == 0, "acquired already"
         self.folder.mkdir(parents=True, exist_ok=True)
         looked_at = time.monotonic()
@@ -81,7 +85,8 @@ class Lease:
             raise LeaseLost(f"the lease of epoch {self.epoch} was taken over by {self.current_holder()}")
 
     def release(self) -> None:
-        """Stop the heartbeat and let the next one in at once. Nothing happens where the lease is not held or was lost."""
+        """Stop the heartbeat and let the next one in at once. Nothing happens where the lease is
+        not held or was lost."""
         self._stop.set()
         if self._beating is not None:
             self._beating.join()
@@ -92,7 +97,9 @@ class Lease:
     def __enter__(self) -> "Lease":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def _path(self, epoch: int | None = None) -> Path:
@@ -108,7 +115,8 @@ class Lease:
             return None
 
     def _beat(self, count: int) -> None:
-        # In place and of constant length: it needs no room on a full disk, and a reader who sees half of it still sees a change.
+        # In place and of constant length: it needs no room on a full disk, and a reader who sees
+        # half of it still sees a change.
         descriptor = os.open(self._path() / "heartbeat", os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.pwrite(descriptor, b"%020d\n" % count, 0)
@@ -122,5 +130,6 @@ class Lease:
             try:
                 self._beat(count)
             except OSError:
-                # A beat that cannot be written is a beat missed: if the trouble lasts, the others see a dead holder, and `check` tells us.
+                # A beat that cannot be written is a beat missed: if the trouble lasts, the others
+                # see a dead holder, and `check` tells us.
                 continue

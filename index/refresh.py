@@ -1,6 +1,7 @@
 """The refresher: exported encoders in, published index versions out, through the file system alone.
 
-It may be started, killed and restarted at any time: finished shards are kept, and one lease decides who writes.
+It may be started, killed and restarted at any time: finished shards are kept, and one lease decides
+who writes.
 """
 
 import errno
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 TRAINING_ENDED = "training-ended"
 """File the trainer writes into the run folder when it will export nothing more."""
 
-# What launchers tell their workers; a refresher that inherited it would join the trainer's process group.
+# What launchers tell their workers; a refresher that inherited it would join the trainer's process
+# group.
 _LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "NODE_RANK"}
 _LAUNCHER_PREFIXES = ("MASTER_", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
 
@@ -60,14 +62,17 @@ def refresh(
     stop: threading.Event | None = None,
     workers: Workers = ALONE,
 ) -> None:
-    """Build an index for the newest exported encoder, again and again, until training has ended and nothing is left to do.
+    """Build an index for the newest exported encoder, again and again, until training has ended and
+    nothing is left to do.
 
-    `once`: end as soon as nothing is left to do. `stop`: set it to end early; SIGTERM and SIGINT do the same, when called from the main
-    thread. Waits for its turn while another refresher holds the lease. `workers`: where several processes encode together, this one's place;
-    all call this function with the same arguments, and the first of them holds the lease, builds and publishes.
+    `once`: end as soon as nothing is left to do. `stop`: set it to end early; SIGTERM and SIGINT do
+    the same, when called from the main thread. Waits for its turn while another refresher holds the
+    lease. `workers`: where several processes encode together, this one's place; all call this
+    function with the same arguments, and the first of them holds the lease, builds and publishes.
 
-    Raises UserError where no index can be built as configured (factory string, tokenizer), and LeaseLost where another refresher took
-    over. An encoder that gives no usable embeddings is reported and passed over; with `once` it raises BadEncoder.
+    Raises UserError where no index can be built as configured (factory string, tokenizer), and
+    LeaseLost where another refresher took over. An encoder that gives no usable embeddings is
+    reported and passed over; with `once` it raises BadEncoder.
     """
     torch.set_num_threads(config.threads)
     faiss.omp_set_num_threads(config.threads)
@@ -113,7 +118,9 @@ class _Refresher:
             if not waiting:
                 waiting = True
                 holder, expiry = lease.current_holder(), self.config.lease_expiry_s
-                self.log(f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life")
+                self.log(
+                    f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life"
+                )
             self.stop.wait(min(self.config.poll_s, self.config.lease_expiry_s / 4))
         for path in remove_leftovers(self.run):
             self.log(f"removed {path.name}, left over from a crash")
@@ -124,7 +131,9 @@ class _Refresher:
             return lease.try_acquire()
         except OSError as error:
             if once or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise UserError(f"no lease in {lease.folder}: {error}; mend that and give the command again.") from error
+                raise UserError(
+                    f"no lease in {lease.folder}: {error}; mend that and give the command again."
+                ) from error
             if str(error) != self.trouble:
                 self.trouble = str(error)
                 self.log(f"no lease yet, trying again: {error}")
@@ -158,8 +167,9 @@ class _Refresher:
         return once or (self.run / TRAINING_ENDED).exists()
 
     def next_version(self) -> Version | None:
-        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus and factory yet; before it, in their order,
-        those that a trainer which follows a log is waiting for."""
+        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus
+        and factory yet; before it, in their order, those that a trainer which follows a log is
+        waiting for."""
         lineage = Lineage.load(self.run)
         if lineage.current is None:
             return None
@@ -174,7 +184,9 @@ class _Refresher:
         return None
 
     def _has_index(self, encoder: Version) -> bool:
-        return any(version.encoder == encoder and self._is_current(version) for version in versions_in(self.run / "indexes"))
+        return any(
+            version.encoder == encoder and self._is_current(version) for version in versions_in(self.run / "indexes")
+        )
 
     def _is_current(self, version: Version) -> bool:
         return is_current(self.run / "indexes" / version.name, self.corpus, self.config)
@@ -194,7 +206,9 @@ class _Refresher:
                 raise
             self.refused.add(version)
             self.log(f"no index of {version}: {error}")
-        except OSError as error:  # a full disk, a file server that hiccups: what is finished stays, and the rest is tried again
+        except (
+            OSError
+        ) as error:  # a full disk, a file server that hiccups: what is finished stays, and the rest is tried again
             if once:
                 raise UserError(
                     f"no index of {version}: {error}; finished shards are kept, so give the command again when that is mended."
@@ -205,10 +219,12 @@ class _Refresher:
             self.workers.agree(lambda: self.stop.wait(_TRY_AGAIN_S))
 
     def _check_superseded(self, version: Version, share_done: float) -> None:
-        """Newest wins, unless the trainer has no index at all, more than half is done, or the last cycle was dropped too.
+        """Newest wins, unless the trainer has no index at all, more than half is done, or the last
+        cycle was dropped too.
 
-        Without the last condition exports that come faster than an index is built would starve the trainer. When training has ended there is
-        no trainer left to starve: the last export alone counts.
+        Without the last condition exports that come faster than an index is built would starve the
+        trainer. When training has ended there is no trainer left to starve: the last export alone
+        counts.
         """
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
@@ -253,9 +269,16 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
 
 
 def start_refresher(run: Path, log_path: Path) -> subprocess.Popen[bytes]:
-    """Start `realm refresh --run RUN` as a fresh process with its output in `log_path` and without the launcher's variables."""
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)}
+    """Start `realm refresh --run RUN` as a fresh process with its output in `log_path` and
+    without the launcher's variables."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
+    }
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         command = [sys.executable, "-m", "realm", "refresh", "--run", str(run)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )

@@ -1,8 +1,10 @@
-"""Following a run's step → version log instead of the wall clock, so that a repeated step searches the index it searched the first time.
+"""Following a run's step → version log instead of the wall clock, so that a repeated step searches
+the index it searched the first time.
 
-A log entry is the training step whose export the index of a step was built from: attempts and epochs differ when a run is repeated, the
-weights exported at a step do not. The trainer says in `refresher/wanted.json` which exports it still needs; the refresher builds those
-before newer ones, and nobody collects them.
+A log entry is the training step whose export the index of a step was built from: attempts and
+epochs differ when a run is repeated, the weights exported at a step do not. The trainer says in
+`refresher/wanted.json` which exports it still needs; the refresher builds those before newer ones,
+and nobody collects them.
 """
 
 import json
@@ -18,11 +20,14 @@ _WANTED = "wanted.json"
 
 
 def read_replay(run: Path) -> dict[int, int]:
-    """Step (from 0) → step of the export whose index it searched, as the metrics of `run` tell. Raises UserError where they tell nothing."""
+    """Step (from 0) → step of the export whose index it searched, as the metrics of `run` tell.
+    Raises UserError where they tell nothing."""
     metrics = run / "metrics.jsonl"
     rows = read_metrics(metrics).get("pretrain", []) if metrics.exists() else []
     if not rows:
-        raise UserError(f"{metrics} tells of no pretraining step to follow; leave out --replay, or name the run to follow.")
+        raise UserError(
+            f"{metrics} tells of no pretraining step to follow; leave out --replay, or name the run to follow."
+        )
     return {row["step"] - 1: Version.parse(row["index"]).step for row in rows}
 
 
@@ -34,7 +39,8 @@ def announce(run: Path, replay: Mapping[int, int], step: int) -> None:
 
 
 def wanted(run: Path) -> list[int]:
-    """Steps of the exports that a trainer which follows a log still needs, in order; none where it follows the wall clock."""
+    """Steps of the exports that a trainer which follows a log still needs, in order; none where
+    it follows the wall clock."""
     with suppress(FileNotFoundError):
         return list(json.loads((run / "refresher" / _WANTED).read_text()))
     return []

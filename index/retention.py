@@ -1,7 +1,8 @@
 """Who still needs an index version, and removing those nobody does.
 
-A reader takes a hold, then looks again that the version exists; the collector moves a version aside, then looks again for holds and puts it
-back if there is one. Whichever comes second sees the other, so no version disappears under a reader that looked.
+A reader takes a hold, then looks again that the version exists; the collector moves a version
+aside, then looks again for holds and puts it back if there is one. Whichever comes second sees the
+other, so no version disappears under a reader that looked.
 """
 
 import os
@@ -22,7 +23,8 @@ def process_name() -> str:
 
 
 class Hold:
-    """Keeps `run/indexes/<version>` from being collected until `release`, or until this process is gone."""
+    """Keeps `run/indexes/<version>` from being collected until `release`, or until this process
+    is gone."""
 
     def __init__(self, run: Path, version: Version) -> None:
         folder = _holds(run, version)
@@ -35,7 +37,8 @@ class Hold:
 
 
 def holders(run: Path, version: Version) -> list[str]:
-    """`host.pid` of every hold of a reader. One of a dead process of this host is removed; one of another host counts while it stands."""
+    """`host.pid` of every hold of a reader. One of a dead process of this host is removed; one
+    of another host counts while it stands."""
     folder = _holds(run, version)
     found = []
     for hold in folder.iterdir() if folder.is_dir() else ():
@@ -53,7 +56,8 @@ def is_held(run: Path, version: Version) -> bool:
 
 
 def pinned(run: Path) -> set[str]:
-    """Names of the index versions that checkpoints need to resume exactly: the contents of `STAGE/checkpoints/step-*/index_version`."""
+    """Names of the index versions that checkpoints need to resume exactly: the contents of
+    `STAGE/checkpoints/step-*/index_version`."""
     names = set()
     for file in run.glob("*/checkpoints/step-*/index_version"):
         with suppress(FileNotFoundError):  # the trainer removes old checkpoints
@@ -62,11 +66,12 @@ def pinned(run: Path) -> set[str]:
 
 
 class Collector:
-    """Removes versions that are not among the newest `keep_last`, are neither held nor pinned, and have been so for `grace_s` seconds; then
-    the exported encoders of versions that are gone.
+    """Removes versions that are not among the newest `keep_last`, are neither held nor pinned, and
+    have been so for `grace_s` seconds; then the exported encoders of versions that are gone.
 
-    The grace period spares readers on other NFS hosts, where an unlinked file that is still mapped is a bus error. It runs by this
-    process's monotonic clock and starts anew with each process. Only the holder of the lease may collect.
+    The grace period spares readers on other NFS hosts, where an unlinked file that is still mapped
+    is a bus error. It runs by this process's monotonic clock and starts anew with each process.
+    Only the holder of the lease may collect.
     """
 
     def __init__(self, run: Path, keep_last: int, grace_s: float) -> None:
@@ -80,7 +85,8 @@ class Collector:
         return self._collect_indexes(lineage, attempt) + self._collect_encoders(lineage, attempt)
 
     def unneeded(self) -> list[Version]:
-        """Index versions that nobody needed when `collect` looked last, and whose grace period was not over yet."""
+        """Index versions that nobody needed when `collect` looked last, and whose grace period
+        was not over yet."""
         return sorted(self._unneeded_since)
 
     def _collect_indexes(self, lineage: Lineage, attempt: int) -> list[Version]:
@@ -91,15 +97,22 @@ class Collector:
         pins = pinned(self.run) if others else set()
         now = time.monotonic()
         self._unneeded_since = {
-            version: self._unneeded_since.get(version, now) for version in others if version.name not in pins and not is_held(self.run, version)
+            version: self._unneeded_since.get(version, now)
+            for version in others
+            if version.name not in pins and not is_held(self.run, version)
         }
-        gone = [version for version, since in self._unneeded_since.items() if now - since >= self.grace_s and self._remove(version)]
+        gone = [
+            version
+            for version, since in self._unneeded_since.items()
+            if now - since >= self.grace_s and self._remove(version)
+        ]
         for version in gone:
             del self._unneeded_since[version]
         return gone
 
     def _collect_encoders(self, lineage: Lineage, attempt: int) -> list[Version]:
-        """An encoder is needed while an index of it stands, and while it is newer than every index: one of it may yet be built."""
+        """An encoder is needed while an index of it stands, and while it is newer than every
+        index: one of it may yet be built."""
         encoders = self.run / "encoders"
         indexed = {version.encoder for version in versions_in(self.run / "indexes")}
         usable = [version.encoder for version in newest(self.run / "indexes", lineage, attempt)]
@@ -110,8 +123,12 @@ class Collector:
             if version.step in replayed and lineage.allows(version, attempt):
                 continue
             abandoned = not lineage.allows(version, attempt)
-            if version not in indexed and (abandoned or (version.step, version.attempt) < (usable[0].step, usable[0].attempt)):
-                shutil.rmtree(encoders / version.name)  # nobody opens it any more; a kill halfway leaves it to the next look
+            if version not in indexed and (
+                abandoned or (version.step, version.attempt) < (usable[0].step, usable[0].attempt)
+            ):
+                shutil.rmtree(
+                    encoders / version.name
+                )  # nobody opens it any more; a kill halfway leaves it to the next look
                 removed.append(version)
         return removed
 
@@ -128,7 +145,8 @@ class Collector:
 
 
 def remove_leftovers(run: Path) -> list[Path]:
-    """Remove what crashes left half-done in the run's index store; returns the paths. Only the holder of the lease may call it.
+    """Remove what crashes left half-done in the run's index store; returns the paths. Only the
+    holder of the lease may call it.
 
     A version that a collector had moved aside when it was killed is put back if a reader holds it.
     """

@@ -32,7 +32,13 @@ class PassageIndex:
     """A checked, memory-mapped index version; row numbers are those of the prepared corpus."""
 
     def __init__(
-        self, version: Version, manifest: IndexManifest, index: faiss.Index, searcher: Searcher, threads: int | None, deleted: np.ndarray
+        self,
+        version: Version,
+        manifest: IndexManifest,
+        index: faiss.Index,
+        searcher: Searcher,
+        threads: int | None,
+        deleted: np.ndarray,
     ) -> None:
         self.version = version
         self.manifest = manifest
@@ -55,10 +61,11 @@ class PassageIndex:
     ) -> "PassageIndex":
         """Check `folder` against its manifest and against what the caller has, and map it.
 
-        `dim`, `tokenizer_fingerprint`, `encoder` (folder of the encoder version it must come from): compared where given. `threads`: OpenMP
-        threads of a search beside other work; None: the machine is the caller's, and a flat index is searched through torch, which is faster.
-        `search_on`: cpu or gpu (see `index.gpu`). Raises IndexRefused for an index that is broken, partial, or of another corpus, tokenizer,
-        dimension or encoder.
+        `dim`, `tokenizer_fingerprint`, `encoder` (folder of the encoder version it must come from):
+        compared where given. `threads`: OpenMP threads of a search beside other work; None: the
+        machine is the caller's, and a flat index is searched through torch, which is faster.
+        `search_on`: cpu or gpu (see `index.gpu`). Raises IndexRefused for an index that is broken,
+        partial, or of another corpus, tokenizer, dimension or encoder.
         """
         try:
             version = Version.parse(folder.name)
@@ -67,12 +74,20 @@ class PassageIndex:
             raise IndexRefused(f"index refused: {error}") from error
         rebuild = "start the refresher for this run, or give the run it belongs to"
         if manifest.corpus != corpus_fingerprint:
-            raise IndexRefused(f"{folder} is an index of another corpus ({manifest.corpus}, expected {corpus_fingerprint}); {rebuild}")
+            raise IndexRefused(
+                f"{folder} is an index of another corpus ({manifest.corpus}, expected {corpus_fingerprint}); {rebuild}"
+            )
         if tokenizer_fingerprint is not None and manifest.tokenizer != tokenizer_fingerprint:
-            raise IndexRefused(f"{folder} has another tokenizer ({manifest.tokenizer}, expected {tokenizer_fingerprint}); {rebuild}")
+            raise IndexRefused(
+                f"{folder} has another tokenizer ({manifest.tokenizer}, expected {tokenizer_fingerprint}); {rebuild}"
+            )
         if dim is not None and manifest.dim != dim:
-            raise IndexRefused(f"{folder} holds embeddings of {manifest.dim} dimensions where the encoder gives {dim}; {rebuild}")
-        if manifest.encoder != version.encoder.name or (encoder is not None and manifest.encoder_checksum != checksum(encoder)):
+            raise IndexRefused(
+                f"{folder} holds embeddings of {manifest.dim} dimensions where the encoder gives {dim}; {rebuild}"
+            )
+        if manifest.encoder != version.encoder.name or (
+            encoder is not None and manifest.encoder_checksum != checksum(encoder)
+        ):
             raise IndexRefused(f"{folder} was built by another encoder than {encoder or version.encoder}; {rebuild}")
         try:
             check_files(folder, everything)
@@ -83,7 +98,11 @@ class PassageIndex:
             promise = f"{manifest.count} vectors of {manifest.dim} dimensions under inner product"
             raise IndexRefused(f"{folder} does not hold the {promise} its manifest promises; {rebuild}")
         set_search_parameters(index, manifest.search_parameters)
-        deleted = np.load(folder / DELETED_FILE, allow_pickle=False) if (folder / DELETED_FILE).exists() else np.zeros(0, np.int64)
+        deleted = (
+            np.load(folder / DELETED_FILE, allow_pickle=False)
+            if (folder / DELETED_FILE).exists()
+            else np.zeros(0, np.int64)
+        )
         searcher: Searcher = index
         if search_on == "gpu":
             searcher = on_gpu(index)
@@ -100,15 +119,18 @@ class PassageIndex:
         return self.manifest.count
 
     def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k passages with the largest inner products, best first: `scores_BK` float32 and `rows_BK` int64.
+        """The k passages with the largest inner products, best first: `scores_BK` float32 and
+        `rows_BK` int64.
 
-        Passages that were taken away from the corpus are never found. Where there are fewer, or an approximate index finds fewer, the rest are
-        row -1. UserError where k exceeds the corpus.
+        Passages that were taken away from the corpus are never found. Where there are fewer, or an
+        approximate index finds fewer, the rest are row -1. UserError where k exceeds the corpus.
         """
         if k > len(self):
             raise UserError(f"k = {k} passages were asked for but the corpus has only {len(self)}; lower k")
         if self._threads is not None:
-            faiss.omp_set_num_threads(self._threads)  # holds for the calling thread alone, so it is set where the search runs
+            faiss.omp_set_num_threads(
+                self._threads
+            )  # holds for the calling thread alone, so it is set where the search runs
         query_emb_BD = np.ascontiguousarray(query_emb_BD, dtype=np.float32)
         if not len(self._deleted):
             return self._searcher.search(query_emb_BD, k)
@@ -125,7 +147,8 @@ class PassageIndex:
             wanted *= 2
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """Passage embeddings as the index holds them, (len(rows), D) float32: exact in a flat index, approximate in a compressed one."""
+        """Passage embeddings as the index holds them, (len(rows), D) float32: exact in a flat
+        index, approximate in a compressed one."""
         return self._index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))
 
     def keep(self, hold: Hold) -> None:
@@ -138,11 +161,13 @@ class PassageIndex:
 
 
 class IndexWatcher:
-    """Follows `run/indexes` on a background thread: opens and checks there, so that the trainer changes a reference and nothing else.
+    """Follows `run/indexes` on a background thread: opens and checks there, so that the trainer
+    changes a reference and nothing else.
 
-    Only versions of `attempt` and its ancestors count, the newest first, and none older than one already opened. A refused version is
-    logged once with its reason and the last good one stays. With `follow` false it opens the versions that `request` names instead: ranks
-    other than the first open what that one has chosen. The other arguments are those of `PassageIndex.open`.
+    Only versions of `attempt` and its ancestors count, the newest first, and none older than one
+    already opened. A refused version is logged once with its reason and the last good one stays.
+    With `follow` false it opens the versions that `request` names instead: ranks other than the
+    first open what that one has chosen. The other arguments are those of `PassageIndex.open`.
     """
 
     def __init__(
@@ -186,12 +211,13 @@ class IndexWatcher:
 
     @property
     def ready(self) -> Version | None:
-        """The version `take` would give now."""
+        """The version `use_folds` would give now."""
         with self._changed:
             return None if self._ready is None else self._ready.version
 
     def take(self) -> PassageIndex | None:
-        """A newly opened version, once, or None. Never waits for the file system. The caller closes the one it replaces."""
+        """A newly opened version, once, or None. Never waits for the file system. The caller
+        closes the one it replaces."""
         with self._changed:
             if self._failure is not None:
                 raise self._failure
@@ -203,7 +229,8 @@ class IndexWatcher:
         self._requested = version
 
     def wait_for(self, min_step: int, timeout_s: float) -> bool:
-        """Wait until a version of at least `min_step` has been opened (taken or not), at most `timeout_s` seconds; whether there is one."""
+        """Wait until a version of at least `min_step` has been opened (taken or not), at most
+        `timeout_s` seconds; whether there is one."""
 
         def reached() -> bool:
             return self._opened is not None and self._opened.step >= min_step
@@ -230,7 +257,9 @@ class IndexWatcher:
         self.stop()
 
     def _watch(self) -> None:
-        with suppress(OSError, AttributeError):  # reading every byte of a version must not slow the step; Linux knows priorities of threads
+        with suppress(
+            OSError, AttributeError
+        ):  # reading every byte of a version must not slow the step; Linux knows priorities of threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while not self._stop.is_set():
             try:
@@ -240,7 +269,9 @@ class IndexWatcher:
                 if str(error) != self._trouble:
                     self._trouble = str(error)
                     self._log(f"index store not readable, trying again every {self._poll_s:g} s: {error}")
-            except BaseException as error:  # our own mistake: the trainer must hear of it, a silent thread would only make the index stale
+            except (
+                BaseException
+            ) as error:  # our own mistake: the trainer must hear of it, a silent thread would only make the index stale
                 with self._changed:
                     self._failure = error
                     self._changed.notify_all()
@@ -250,7 +281,12 @@ class IndexWatcher:
     def _look(self) -> None:
         if not self.follow:
             version = self._requested
-            if version is not None and version != self._opened and version.name not in self.refused and (index := self._open(version)) is not None:
+            if (
+                version is not None
+                and version != self._opened
+                and version.name not in self.refused
+                and (index := self._open(version)) is not None
+            ):
                 self._offer(index)
             return
         for version in newest(self.run / "indexes", self._lineage, self.attempt):

@@ -1,7 +1,9 @@
-"""The refresher's processes, under `torchrun` on one host or many: who encodes which shard, and how all learn what the first one decides.
+"""The refresher's processes, under `torchrun` on one host or many: who encodes which shard, and how
+all learn what the first one decides.
 
-They share nothing with the trainer's processes. Starting them, finding each other and restarting all when one dies is torchrun's work; what
-was finished lies in the file system. Alone, everything here is a plain call.
+They share nothing with the trainer's processes. Starting them, finding each other and restarting
+all when one dies is torchrun's work; what was finished lies in the file system. Alone, everything
+here is a plain call.
 """
 
 import os
@@ -30,7 +32,8 @@ class Workers:
 
     @classmethod
     def join(cls) -> "Workers":
-        """Meet the others as the launcher's variables say; without a launcher this process is alone."""
+        """Meet the others as the launcher's variables say; without a launcher this process is
+        alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()

@@ -1,4 +1,5 @@
-"""Inverse cloze task: the retriever's warm start (Lee et al. 2019, section 4; Guu et al. 2020, section 3.4)."""
+"""Inverse cloze task: the retriever's warm start (Lee et al. 2019, section 4; Guu et al. 2020,
+section 3.4)."""
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from realm.run.folder import Run
 from realm.run.initial import initial_retriever
 from realm.run.stage import save_models, train_stage
 from realm.runtime.distributed import rank, world_size
-from realm.text.inputs import epoch_rows, pad_batch, query_input
+from realm.text.inputs import epoch_rows, pad_batch
 from realm.training.engine import Engine
 from realm.training.sections import IctConfig
 
@@ -46,9 +47,13 @@ class IctBatches:
 
     def __init__(self, passages: PreparedCorpus, maker: BatchMaker, config: IctConfig, seed: int) -> None:
         self.passages, self.maker, self.config, self.seed = passages, maker, config, seed
-        self.rows = np.array([row for row in passages.rows.tolist() if len(passages.sentence_starts(row)) > 1], dtype=np.int64)
+        self.rows = np.array(
+            [row for row in passages.rows.tolist() if len(passages.sentence_starts(row)) > 1], dtype=np.int64
+        )
         if len(self.rows) < 2:
-            raise UserError("the inverse cloze task needs passages of two sentences or more, and there are none; give longer passages.")
+            raise UserError(
+                "the inverse cloze task needs passages of two sentences or more, and there are none; give longer passages."
+            )
 
     def __call__(self, step: int) -> PairBatch:
         """Batch number `step` of this rank."""
@@ -61,14 +66,14 @@ class IctBatches:
             starts = np.append(self.passages.sentence_starts(row), len(ids))
             at = rng.integers(len(starts) - 1)
             sentence = np.array(ids[starts[at] : starts[at + 1]])
-            if rng.random() >= self.config.keep_sentence:
+            if rng.random() >= self.config.keep_sentence_prob:
                 ids = np.concatenate((ids[: starts[at]], ids[starts[at + 1] :]))
-            if rng.random() < self.config.mask_spans:
+            if rng.random() < self.config.mask_span_prob:
                 self._mask_span(row, sentence, int(starts[at]), rng)
-            queries.append(query_input(sentence, words.cls, words.sep, self.maker.max_query))
+            queries.append(words.query(sentence, self.maker.max_query))
             blocks.append((self.passages.title_ids(row), ids))
-        withheld_B = torch.from_numpy(rng.random(len(rows)) < self.config.null_share)
-        if self.config.null_share:  # the null passage comes last; a block withheld is nobody's candidate
+        withheld_B = torch.from_numpy(rng.random(len(rows)) < self.config.null_prob)
+        if self.config.null_prob:  # the null passage comes last; a block withheld is nobody's candidate
             blocks.append(self.maker.passage(NULL))
         target_B = torch.where(withheld_B, len(blocks) - 1, torch.arange(len(rows)))
         excluded_BC = F.pad(withheld_B, (0, len(blocks) - len(rows))).expand(len(rows), -1)

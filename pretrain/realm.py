@@ -1,4 +1,5 @@
-"""REALM pretraining: masked salient spans, candidates from a live index, marginal likelihood (Guu et al. 2020, sections 3.2 to 3.4)."""
+"""REALM pretraining: masked salient spans, candidates from a live index, marginal likelihood
+(Guu et al. 2020, sections 3.2 to 3.4)."""
 
 import time
 from collections.abc import Callable
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from index.drift import PROBE_FILE, ProbePassages
+from index.drift import DRIFT_FILE, DriftReference
 from index.frozen import publish_frozen
 from index.live import LiveIndex
 from index.replay import read_replay
 from index.search import PassageIndex
 from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
 from pretrain.masked_span_eval import masked_accuracy
-from pretrain.reader_pretraining import evidence
+from pretrain.reader_pretraining import find_supporting_passage
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker
 from realm.corpus.substitution import span_pool
@@ -29,7 +30,7 @@ from realm.models.retriever import Retriever, load_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
 from realm.run.stage import export_retriever, save_models
-from realm.runtime.distributed import is_main, local_device, on_main, rank, world_size
+from realm.runtime.distributed import is_rank_zero, local_device, on_rank_zero, rank, world_size
 from realm.runtime.publish import Version
 from realm.runtime.telemetry import Metrics, console
 from realm.runtime.threads import cpu_threads
@@ -42,8 +43,9 @@ STAGE = "pretrain"
 def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, replay: Path | None = None) -> None:
     """Train the stage beside a refresher and write `pretrain/model`.
 
-    `replay`: a run folder, this one or another, whose log says which index each step searches; where it ends, the newest counts again.
-    Raises UserError where no index appears within `refresh.wait_timeout_s`, or the staleness policy says stop.
+    `replay`: a run folder, this one or another, whose log says which index each step searches;
+    where it ends, the newest counts again. Raises UserError where no index appears within
+    `refresh.wait_timeout_s`, or the staleness policy says stop.
     """
     config = run.config.pretrain
     if not run.begin(STAGE, resume):
@@ -58,31 +60,47 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
     checkpoint = newest_checkpoint(run.stage(STAGE))
     state = {} if checkpoint is None else read_state(checkpoint)
     start = state.get("step", 0)
-    log = None if replay is None else on_main(lambda: read_replay(replay))
-    metrics = Metrics(run.folder, STAGE, is_main())
+    log = None if replay is None else on_rank_zero(lambda: read_replay(replay))
+    metrics = Metrics(run.folder, STAGE, is_rank_zero())
     engine_config = replace(run.config.engine, threads=run.config.threads(STAGE))
     starting = LiveIndex.begin(
-        run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log, engine_config.threads
+        run.folder,
+        run.config.refresh,
+        run.passages,
+        run.tokenizer,
+        retriever.dim,
+        state.get("attempt"),
+        start,
+        log,
+        engine_config.threads,
     )
     with cpu_threads(engine_config.threads), starting as live:
         if live.needs_export():
             if start:
-                raise UserError(f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run.")
+                raise UserError(
+                    f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run."
+                )
             live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
-            if on_main(lambda: publish_frozen(run, source, Version(live.attempt, 0))):
+            if on_rank_zero(
+                lambda: publish_frozen(run.folder, source, run.passages, run.config.refresh, Version(live.attempt, 0))
+            ):
                 console.print("  the first index is the one that the reader was warmed up with")
         if with_refresher:
             live.start_refresher()
         live.wait_for_first(start)
         if checkpoint is None and config.reader_check:
-            check_reader(run, retriever.to(local_device()), reader.to(local_device()), live)  # before DeepSpeed takes the parameters apart
+            check_reader(
+                run, retriever.to(local_device()), reader.to(local_device()), live
+            )  # before DeepSpeed takes the parameters apart
         model = RealmModel(retriever, reader, config.marginal)
         towers = [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
         engine = Engine(model, config.optim, engine_config, config.steps, config.batch_size, towers)
-        loop = Loop(engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, engine_config, run.config.seed)
+        loop = Loop(
+            engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, engine_config, run.config.seed
+        )
         loop.resume()
-        candidates = Candidates(run, lambda: engine.whole(retriever.query_tower), live)
-        exports = Exports(run, lambda: engine.whole(retriever.passage_tower))
+        candidates = Candidates(run, lambda: engine.gathered_copy(retriever.query_tower), live)
+        exports = Exports(run, lambda: engine.gathered_copy(retriever.passage_tower))
         if checkpoint is not None:
             candidates.restore(checkpoint, start)
             exports.restore(checkpoint)
@@ -92,7 +110,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             if exports.due(step, drift):
                 with engine.gathered(retriever):
                     live.export(step, lambda folder: export_retriever(run, retriever, folder))
-                exports.mark()
+                exports.snapshot()
             return candidates.timing | live.telemetry(step) | ({} if drift is None else {"drift": drift})
 
         def save(folder: Path) -> None:
@@ -105,7 +123,7 @@ def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, re
             metrics,
             lambda values: (
                 f"loss {values['loss']:.2f}  utility {values['utility']:+.2f}  null {values['null_mass']:.2f}  "
-                f"holding {values['holding']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
+                f"hits {values['candidate_hit_rate']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
             ),
             after_step,
             lambda: {"attempt": live.attempt},
@@ -123,20 +141,24 @@ class Exports:
     """When the retriever is exported: by period, by drift, or both, and at the end."""
 
     def __init__(self, run: Run, passage_tower: Callable[[], nn.Module]) -> None:
-        """`passage_tower()` is the tower with the weights of the moment; all ranks must call this and the methods together."""
+        """`passage_tower()` is the tower with the weights of the moment; all ranks must call
+        this and the methods together."""
         self.config, self.steps, self.passage_tower = run.config.refresh, run.config.pretrain.steps, passage_tower
-        self.probe: ProbePassages | None = None
+        self.reference: DriftReference | None = None
         if self.config.max_drift is not None:
             longest, precision = run.config.retriever.max_passage_tokens, run.config.engine.precision
-            self.probe = ProbePassages(run.passages, run.wordpieces, self.config.probe_passages, longest, precision)
-        self.mark()
+            self.reference = DriftReference(
+                run.passages, run.wordpieces, self.config.drift_passages, longest, precision
+            )
+        self.snapshot()
 
     def drift(self, step: int) -> float | None:
-        """How far the passage embeddings have moved since the last export, where it is time to look."""
-        if self.probe is None or step % self.config.drift_every_steps:
+        """How far the passage embeddings have moved since the last export, where it is time to
+        look."""
+        if self.reference is None or step % self.config.drift_every:
             return None
-        probe, tower = self.probe, self.passage_tower()
-        return on_main(lambda: probe.moved(tower))
+        reference, tower = self.reference, self.passage_tower()
+        return on_rank_zero(lambda: reference.moved(tower))
 
     def due(self, step: int, drift: float | None) -> bool:
         """Whether to export after this step."""
@@ -144,28 +166,29 @@ class Exports:
         by_drift = drift is not None and self.config.max_drift is not None and drift >= self.config.max_drift
         return by_period or by_drift or step == self.steps
 
-    def mark(self) -> None:
+    def snapshot(self) -> None:
         """Drift is measured from these weights on."""
-        if self.probe is not None:
-            probe, tower = self.probe, self.passage_tower()
-            on_main(lambda: probe.mark(tower))
+        if self.reference is not None:
+            reference, tower = self.reference, self.passage_tower()
+            on_rank_zero(lambda: reference.snapshot(tower))
 
     def save(self, checkpoint: Path) -> None:
         """Add to a checkpoint what drift is measured from."""
-        if self.probe is not None and is_main():
-            np.save(checkpoint / PROBE_FILE, self.probe.marked_PD)
+        if self.reference is not None and is_rank_zero():
+            np.save(checkpoint / DRIFT_FILE, self.reference.snapshot_PD)
 
     def restore(self, checkpoint: Path) -> None:
         """Measure from where the checkpoint's run did; from here where it measured nothing."""
-        if self.probe is not None and is_main() and (checkpoint / PROBE_FILE).exists():
-            self.probe.marked_PD = np.load(checkpoint / PROBE_FILE)
+        if self.reference is not None and is_rank_zero() and (checkpoint / DRIFT_FILE).exists():
+            self.reference.snapshot_PD = np.load(checkpoint / DRIFT_FILE)
 
 
 class Candidates:
     """Examples and candidates of each step, found one step ahead.
 
-    While step t trains, the candidates of step t + 1 are searched on a thread; their queries are embedded on the main thread before, with
-    the weights of step t. What is pending when a checkpoint is written belongs to it.
+    While step t trains, the candidates of step t + 1 are searched on a thread; their queries are
+    embedded on the main thread before, with the weights of step t. What is pending when a
+    checkpoint is written belongs to it.
     """
 
     def __init__(self, run: Run, query_tower: Callable[[], nn.Module], live: LiveIndex) -> None:
@@ -173,14 +196,20 @@ class Candidates:
         self.run, self.config, self.query_tower, self.live = run, run.config.pretrain, query_tower, live
         self.maker = batch_maker(run)
         self.sampler = SpanSampler(run.statements, self.config.max_span_tokens, self.maker.max_query - 2)
-        self.pool = span_pool([run.statements, run.passages], self.config.max_span_tokens) if self.config.substitution else None
+        self.pool = (
+            span_pool([run.statements, run.passages], self.config.max_span_tokens)
+            if self.config.substitution_prob
+            else None
+        )
         self.timing: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
         self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None
 
     def examples(self, step: int) -> list[MaskedSentence]:
         """Masked sentences of a step, a function of seed and step."""
-        rows = epoch_rows(len(self.sampler.rows), self.config.batch_size * world_size(), step, self.run.config.seed + 2)[rank() :: world_size()]
+        rows = epoch_rows(
+            len(self.sampler.rows), self.config.batch_size * world_size(), step, self.run.config.seed + 2
+        )[rank() :: world_size()]
         rng = np.random.default_rng((self.run.config.seed, step, rank(), 4))
         return [self.sampler.draw(int(self.sampler.rows[row]), rng) for row in rows]
 
@@ -199,7 +228,7 @@ class Candidates:
         self._search_ahead(step + 1)
         embedded = time.monotonic()
         rng = np.random.default_rng((self.run.config.seed, step, rank(), 5))
-        batch = self.maker.realm(examples, candidates, self.pool, self.config.substitution, rng)
+        batch = self.maker.realm(examples, candidates, self.pool, self.config.substitution_prob, rng)
         tokens = sum(int(joint.mask_RL.sum()) for joint in batch.masked.joint)
         self.timing = {
             "seconds/wait_search": found - began,
@@ -209,12 +238,16 @@ class Candidates:
         }
         return batch
 
-    def search(self, index: PassageIndex, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int) -> np.ndarray:
+    def search(
+        self, index: PassageIndex, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int
+    ) -> np.ndarray:
         """Non-trivial candidates, (B, count) passage rows, EMPTY where there are too few."""
         wanted = min(count + self.config.extra_retrieved, len(index))
         _, retrieved = index.search(query_emb_BD, wanted)
         chosen = [
-            choose_candidates(rows[rows >= 0], example, count, self.run.contexts, self.run.statements, self.run.wordpieces)
+            choose_candidates(
+                rows[rows >= 0], example, count, self.run.contexts, self.run.statements, self.run.wordpieces
+            )
             for example, rows in zip(examples, retrieved, strict=True)
         ]
         return np.array(chosen, dtype=np.int64)
@@ -222,13 +255,17 @@ class Candidates:
     def _search_ahead(self, step: int) -> None:
         examples = self.examples(step)
         query_emb_BD = embed_masked(self.query_tower(), examples, self.maker, self.run.config.engine.precision)
-        self._pending = (step, examples, self._thread.submit(self.search, self.live.index, examples, query_emb_BD, self.config.candidates - 1))
+        self._pending = (
+            step,
+            examples,
+            self._thread.submit(self.search, self.live.index, examples, query_emb_BD, self.config.candidates - 1),
+        )
 
     def save(self, checkpoint: Path) -> None:
         """Add this rank's pending candidates, and the index version, to a checkpoint."""
         assert self._pending is not None
         np.save(checkpoint / f"candidates-{rank():03d}.npy", self._pending[2].result())
-        if is_main():
+        if is_rank_zero():
             (checkpoint / "index_version").write_text(self.live.index.version.name + "\n")
 
     def restore(self, checkpoint: Path, step: int) -> None:
@@ -243,21 +280,33 @@ class Candidates:
 
 
 def check_reader(run: Run, retriever: Retriever, reader: Reader, live: LiveIndex) -> None:
-    """Say whether the reader can read: its accuracy on passages known to hold the span, against the null passage."""
+    """Say whether the reader can read: its accuracy on passages known to hold the span, against
+    the null passage."""
     maker = batch_maker(run)
     sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, maker.max_query - 2)
     rng = np.random.default_rng(run.config.seed + 5)
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
-    _, retrieved = live.index.search(embed_masked(retriever.query_tower, examples, maker, run.config.engine.precision), min(20, len(live.index)))
-    found = [evidence(rows, example, run, maker) for example, rows in zip(examples, retrieved, strict=True)]
+    _, retrieved = live.index.search(
+        embed_masked(retriever.query_tower, examples, maker, run.config.engine.precision), min(20, len(live.index))
+    )
+    found = [
+        find_supporting_passage(rows, example, run, maker) for example, rows in zip(examples, retrieved, strict=True)
+    ]
     pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:
-        console.print("  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first")
+        console.print(
+            "  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first"
+        )
         return
     chosen = [example for example, _ in pairs]
-    read, null = masked_accuracy(reader, run, chosen, [row for _, row in pairs]), masked_accuracy(reader, run, chosen, [NULL] * len(pairs))
+    read, null = (
+        masked_accuracy(reader, run, chosen, [row for _, row in pairs]),
+        masked_accuracy(reader, run, chosen, [NULL] * len(pairs)),
+    )
     console.print(
         f"  reader check: masked span right from a passage that holds it {read:.0f} %, from the null passage {null:.0f} % ({len(pairs)} spans)"
     )
     if read < null + 10:
-        console.print("  warning: the reader cannot read yet, so it will teach the retriever little; train reader_warmup longer")
+        console.print(
+            "  warning: the reader cannot read yet, so it will teach the retriever little; train reader_pretraining longer"
+        )

@@ -1,4 +1,5 @@
-"""Fixtures of all tests. torch keeps to one thread: the models here are tiny, and test processes share the machine."""
+"""Fixtures of all tests. torch keeps to one thread: the models here are tiny, and test processes
+share the machine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real text beside the repository; tests that need it are skipped where it is absent."""
+    """The folder of real text beside the repository; tests that need it are skipped where it is
+    absent."""
     folder = Path(__file__).resolve().parents[1] / "../shared/data"
     if not folder.is_dir():
         pytest.skip(f"no real text: {folder} is no folder")
@@ -41,6 +43,6 @@ def tokenizer() -> "PreTrainedTokenizerBase":
 @pytest.fixture
 def wordpieces(tokenizer: "PreTrainedTokenizerBase") -> "Callable[[str], np.ndarray]":
     """Function from a text to its wordpiece ids, without special tokens."""
-    from realm.text.tokenizer import encode_plain
+    from realm.text.tokenizer import tokenize
 
-    return lambda text: encode_plain(tokenizer, [text])[0][0]
+    return lambda text: tokenize(tokenizer, [text])[0][0]

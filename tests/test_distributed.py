@@ -1,4 +1,5 @@
-"""Two trainer processes under DeepSpeed's own launcher: one attempt, swaps at the same step, checkpoints, refusals; ZeRO 1, and 2 and 3 smoked."""
+"""Two trainer processes under DeepSpeed's own launcher: one attempt, swaps at the same step,
+checkpoints, refusals; ZeRO 1, and 2 and 3 smoked."""
 
 import json
 import os
@@ -30,8 +31,18 @@ def free_port() -> int:
 
 
 def command(program: str, *arguments: object) -> list[str]:
-    """Two processes of a training program, as its users start them (`deepspeed` is this runner's name on the command line)."""
-    return [sys.executable, *TWO_RANKS, "--master_port", str(free_port()), "--module", "realm", program, *map(str, arguments)]
+    """Two processes of a training program, as its users start them (`deepspeed` is this runner's
+    name on the command line)."""
+    return [
+        sys.executable,
+        *TWO_RANKS,
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "realm",
+        program,
+        *map(str, arguments),
+    ]
 
 
 def run(arguments: Sequence[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
@@ -54,12 +65,18 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.timeout(600)
 def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> None:
     zero_1 = {"threads": 1, "deepspeed": {"zero_optimization": {"stage": 1}}}
-    follow = {"every_steps": 10, "max_stale_steps": 25, "stale_policy": "wait"}
+    follow = {"export_every": 10, "max_stale_steps": 25, "stale_policy": "wait"}
     config = prepared(tmp_path, pretrain={"steps": 60, "checkpoint_every": 5}, engine=zero_1, refresh=follow)
     trainer = command("pretrain", "--config", config, "--with-refresher")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        trainer, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        trainer,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     checkpoints = tmp_path / "run" / "pretrain" / "checkpoints"
     deadline = time.monotonic() + 240
@@ -102,13 +119,36 @@ def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) 
     assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"
 
 
-def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = prepared(tmp_path)
-    refused = run([sys.executable, "-m", "realm", "ict", "--config", str(config), "--engine.deepspeed", "{gradient_accumulation_steps: 2}"])
-    assert refused.returncode == 2 and "gradient_accumulation_steps" in refused.stderr and "Traceback" not in refused.stderr
+    refused = run(
+        [
+            sys.executable,
+            "-m",
+            "realm",
+            "ict",
+            "--config",
+            str(config),
+            "--engine.deepspeed",
+            "{gradient_accumulation_steps: 2}",
+        ]
+    )
+    assert (
+        refused.returncode == 2
+        and "gradient_accumulation_steps" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     with pytest.raises(UserError, match=r"engine.deepspeed.optimizer would not be followed; set optim of the stage"):
         Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(deepspeed={"optimizer": {"type": "Lamb"}}), 1, 1)
     given = {}
     monkeypatch.setattr("deepspeed.initialize", lambda **arguments: given.update(arguments["config"]) or (None,))
-    Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}), 1, 1)
+    Engine(
+        nn.Linear(2, 2),
+        OptimConfig(),
+        EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}),
+        1,
+        1,
+    )
     assert given["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

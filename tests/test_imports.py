@@ -1,5 +1,5 @@
-"""The import rules: every import runs to a lower layer, no two files import each other in a circle, `realm.app` alone joins
-all packages."""
+"""The import rules: every import runs to a lower layer, no two files import each other in a
+circle, `realm.app` alone joins all packages."""
 
 import ast
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ LAYERS = (
     ("realm.app",),
     ("realm.__main__", "realm"),
 )
-"""Rooms, lowest layer first. A room imports only from the layers below its own; `realm` itself is the package's public names."""
+"""Rooms, lowest layer first. A room imports only from the layers below its own; `realm` itself
+is the package's public names."""
 
 
 def module_name(path: Path) -> str:
@@ -31,11 +32,14 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path.relative_to(ROOT)): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+MODULES = {
+    module_name(path.relative_to(ROOT)): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
 def imported(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Dotted names that a module imports anywhere, `from a import b` as `a.b`; relative ones made absolute."""
+    """Dotted names that a module imports anywhere, `from a import b` as `a.b`; relative ones
+    made absolute."""
     package = module.split(".") if is_package else module.split(".")[:-1]
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):

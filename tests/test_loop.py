@@ -1,4 +1,5 @@
-"""The whole loop on a tiny corpus: every stage, a live refresher in a process of its own, kills and resumes, questions answered."""
+"""The whole loop on a tiny corpus: every stage, a live refresher in a process of its own, kills
+and resumes, questions answered."""
 
 import json
 import os
@@ -22,7 +23,9 @@ from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
 
 def realm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     """Run the command line as a user does."""
-    return subprocess.run([sys.executable, "-m", "realm", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options)  # type: ignore[call-overload]
+    return subprocess.run(
+        [sys.executable, "-m", "realm", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
+    )  # type: ignore[call-overload]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,20 @@ def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finish
         assert name in summary
     assert (run / "curves.png").stat().st_size > 10_000
     metrics = read_metrics(run / "metrics.jsonl")
-    steps = {"ict": 6, "reader_warmup": 6, "pretrain": 8, "finetune_retriever": 6, "finetune": 6}
+    steps = {"ict": 6, "reader_pretraining": 6, "pretrain": 8, "finetune_retriever": 6, "finetune": 6}
     assert {stage: len(rows) for stage, rows in metrics.items()} == steps
     row = metrics["pretrain"][-1]
-    for name in ("loss", "utility", "null_mass", "entropy", "holding", "index", "steps_behind", "seconds/update", "reader_tokens"):
+    for name in (
+        "loss",
+        "utility",
+        "null_mass",
+        "entropy",
+        "candidate_hit_rate",
+        "index",
+        "steps_behind",
+        "seconds/update",
+        "reader_tokens",
+    ):
         assert name in row
 
 
@@ -88,28 +101,55 @@ def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
     assert result.returncode == 0, result.stderr
     assert "recall@5" in result.stdout
-    rows = [json.loads(line) for line in (finished / "run" / "evaluations" / "questions.finetune.predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (finished / "run" / "evaluations" / "questions.finetune.predictions.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 12
-    texts = {record["id"]: record["text"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
-    titles = {record["id"]: record["title"] for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())}
-    assert all(row["prediction"] and row["prediction"] in texts[row["passage"]] + titles[row["passage"]] for row in rows)
+    texts = {
+        record["id"]: record["text"]
+        for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())
+    }
+    titles = {
+        record["id"]: record["title"]
+        for record in map(json.loads, (finished / "passages.jsonl").read_text().splitlines())
+    }
+    assert all(
+        row["prediction"] and row["prediction"] in texts[row["passage"]] + titles[row["passage"]] for row in rows
+    )
 
 
 def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: Path) -> None:
-    lines = [{"question": f"Who founded {town}?", "answer": [founder], "id": town} for town, founder in zip(TOWNS, FOUNDERS, strict=True)]
+    lines = [
+        {"question": f"Who founded {town}?", "answer": [founder], "id": town}
+        for town, founder in zip(TOWNS, FOUNDERS, strict=True)
+    ]
     lines.append({"question": "Who founded Atlantis?", "answer": ["Poseidon"], "id": "nowhere"})
     (finished / "open.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = finished / "run"
-    result = realm("evaluate", "--run", run, "--questions", finished / "open.jsonl", "--compare", "start", "ict", "pretrain", "bm25")
+    result = realm(
+        "evaluate",
+        "--run",
+        run,
+        "--questions",
+        finished / "open.jsonl",
+        "--compare",
+        "initial",
+        "ict",
+        "pretrain",
+        "bm25",
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((run / "evaluations" / "open.json").read_text())
-    assert set(report["figures"]) == {"finetune", "start", "ict", "pretrain", "bm25"}
+    assert set(report["figures"]) == {"finetune", "initial", "ict", "pretrain", "bm25"}
     for label, figures in report["figures"].items():
         low, high = report["intervals"][label]["recall@5"]
         assert low <= figures["recall@5"] <= high and figures["count"] == 13
         assert figures["recall@20"] <= figures["ceiling"] == pytest.approx(100 * 12 / 13)
         assert "exact_recall@5" not in figures, "no question names its document"
-        assert ("em" in figures) == (label not in ("start", "ict")), "stages without a reader are judged by what they retrieve"
+        assert ("em" in figures) == (label not in ("initial", "ict")), (
+            "stages without a reader are judged by what they retrieve"
+        )
     assert report["figures"]["bm25"]["recall@1"] > 85, "a name in the question finds its passage"
     (finished / "elsewhere").mkdir(exist_ok=True)
     shutil.copy(finished / "open.jsonl", finished / "elsewhere" / "open.jsonl")
@@ -132,7 +172,11 @@ def test_a_sentence_transformers_model_stands_beside_and_its_embeddings_are_kept
 
 
 def test_retrievers_of_one_name_are_told_apart() -> None:
-    assert _labels(("finetune", "a/x/model", "b/x/model")) == {"finetune": "finetune", "a/x/model": "a-x-model", "b/x/model": "b-x-model"}
+    assert _labels(("finetune", "a/x/model", "b/x/model")) == {
+        "finetune": "finetune",
+        "a/x/model": "a-x-model",
+        "b/x/model": "b-x-model",
+    }
     assert _labels(("finetune", "org/model")) == {"finetune": "finetune", "org/model": "model"}
 
 
@@ -153,13 +197,13 @@ def losses(folder: Path, stage: str) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[stage]]
 
 
-@pytest.mark.parametrize("stage", ["ict", "reader-warmup"])
+@pytest.mark.parametrize("stage", ["ict", "reader-pretraining"])
 def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
     name = stage.replace("-", "_")
     write_sources(tmp_path)
     changes = {"corpus": {"prepared": str(finished / "prepared")}, name: {"steps": 200, "checkpoint_every": 2}}
     config = write_config(tmp_path, **changes)
-    if stage == "reader-warmup":
+    if stage == "reader-pretraining":
         assert realm("ict", "--config", config).returncode == 0
     command = [sys.executable, "-m", "realm", stage, "--config", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -174,14 +218,18 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
     before = losses(tmp_path / "run", name)
     # A shorter end is another config, so the run is finished in place by a second interrupt.
     process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while time.monotonic() < deadline and len(losses(tmp_path / "run", name)) < len(before) + 5 and process.poll() is None:
+    while (
+        time.monotonic() < deadline and len(losses(tmp_path / "run", name)) < len(before) + 5 and process.poll() is None
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (0, 130), errors
     after = losses(tmp_path / "run", name)
     assert len(after) > len(before)
-    np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
+    np.testing.assert_allclose(
+        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses"
+    )
 
 
 @pytest.mark.parametrize("stage", ["finetune-retriever", "finetune"])
@@ -190,9 +238,13 @@ def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tm
     later = ("finetune", "finetune_retriever") if stage == "finetune-retriever" else ("finetune",)
     shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns(*later, "metrics.jsonl"))
     longer = ["--run", str(run), f"--{name}.steps", "60", f"--{name}.checkpoint_every", "5"]
-    process = subprocess.Popen([sys.executable, "-m", "realm", stage, *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "realm", stage, *longer], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((run / name / "checkpoints").glob("step-*")) and process.poll() is None:
+    while (
+        time.monotonic() < deadline and not list((run / name / "checkpoints").glob("step-*")) and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -201,7 +253,9 @@ def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tm
     assert realm(stage, *longer, "--resume").returncode == 0
     after = losses(run, name)
     assert len(after) == 60 and (run / name / "model" / "retriever").exists()
-    np.testing.assert_allclose(after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses")
+    np.testing.assert_allclose(
+        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses"
+    )
 
 
 def test_finetuning_answers_from_passages_encoded_by_the_finetuned_retriever(finished: Path) -> None:
@@ -212,8 +266,10 @@ def test_finetuning_answers_from_passages_encoded_by_the_finetuned_retriever(fin
 
 def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(finished: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
-    config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, pretrain={"steps": 60, "checkpoint_every": 5})
-    for stage in ("ict", "reader-warmup"):
+    config = write_config(
+        tmp_path, corpus={"prepared": str(finished / "prepared")}, pretrain={"steps": 60, "checkpoint_every": 5}
+    )
+    for stage in ("ict", "reader-pretraining"):
         assert realm(stage, "--config", config).returncode == 0
     run = tmp_path / "run"
     command = [sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--with-refresher"]
@@ -225,7 +281,9 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
     process.wait()
     checkpoint = sorted((run / "pretrain" / "checkpoints").glob("step-*"))[-1]
     assert np.load(checkpoint / "candidates-000.npy").shape == (3, 2)
-    assert (run / "indexes" / (checkpoint / "index_version").read_text().strip()).exists(), "a version a checkpoint pins is kept"
+    assert (run / "indexes" / (checkpoint / "index_version").read_text().strip()).exists(), (
+        "a version a checkpoint pins is kept"
+    )
     result = realm("pretrain", "--config", config, "--with-refresher", "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
     lineage = json.loads((run / "lineage.json").read_text())
@@ -238,7 +296,7 @@ def test_training_stops_with_one_sentence_where_no_refresher_runs(finished: Path
     write_sources(tmp_path)
     refresh = {"wait_timeout_s": 1.0, "max_stale_steps": 4, "stale_policy": "wait"}
     config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh=refresh)
-    for stage in ("ict", "reader-warmup"):
+    for stage in ("ict", "reader-pretraining"):
         assert realm(stage, "--config", config).returncode == 0
     result = realm("pretrain", "--config", config)
     assert result.returncode == 2

@@ -1,4 +1,5 @@
-"""What a user gets wrong is answered in one sentence, with the place and the remedy, and an exit status that is not zero."""
+"""What a user gets wrong is answered in one sentence, with the place and the remedy, and an exit
+status that is not zero."""
 
 import json
 from pathlib import Path
@@ -16,7 +17,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command line says on standard error; it must end with status 2 and show no traceback."""
+    """What the command line says on standard error; it must end with status 2 and show no
+    traceback."""
     assert main([str(argument) for argument in arguments]) == 2
     said = capsys.readouterr().err
     assert said.startswith("realm: ") and "Traceback" not in said
@@ -50,7 +52,9 @@ def test_wrong_json_field(capsys: pytest.CaptureFixture[str], folder: Path) -> N
     ],
     ids=["unknown key", "unknown attention", "wrong type", "no value", "no dashes"],
 )
-def test_config_mistakes_name_the_field(capsys: pytest.CaptureFixture[str], folder: Path, override: list[str], words: list[str]) -> None:
+def test_config_mistakes_name_the_field(
+    capsys: pytest.CaptureFixture[str], folder: Path, override: list[str], words: list[str]
+) -> None:
     said = complaint(capsys, "ict", "--config", write_config(folder), *override)
     assert all(word in said for word in words)
 
@@ -59,32 +63,49 @@ def test_nothing_prepared_yet(capsys: pytest.CaptureFixture[str], folder: Path) 
     assert "realm prepare" in complaint(capsys, "ict", "--config", write_config(folder))
 
 
-def test_a_corpus_prepared_from_a_part_is_not_taken_for_the_whole(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_corpus_prepared_from_a_part_is_not_taken_for_the_whole(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     config = write_config(folder)
     assert main(["prepare", "--config", str(config), "--limit", "5"]) == 0
     said = complaint(capsys, "ict", "--config", config)
-    assert "was prepared otherwise: the limit of documents of each source was [5] and is now [None]" in said and "--corpus.prepared" in said
-    assert "corpus.block_tokens was 80 and is now 70" in complaint(capsys, "ict", "--config", config, "--limit", "5", "--corpus.block_tokens", "70")
+    assert (
+        "was prepared otherwise: the limit of documents of each source was [5] and is now [None]" in said
+        and "--corpus.prepared" in said
+    )
+    assert "corpus.block_tokens was 80 and is now 70" in complaint(
+        capsys, "ict", "--config", config, "--limit", "5", "--corpus.block_tokens", "70"
+    )
 
 
-def test_stages_that_need_questions_are_refused_before_anything_is_trained(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_stages_that_need_questions_are_refused_before_anything_is_trained(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
     config = write_config(folder, data={"train": None})
     assert "data.train names no questions" in complaint(capsys, "run", "--config", config)
     assert not (folder / "prepared").exists()
 
 
 def test_an_override_before_an_argument_is_not_taken_for_it() -> None:
-    rest, overrides = _dotted(["ask", "--run", "r", "--refresh.search_parameters", "nprobe=64", "--a.b=3", "Who discovered radium?"])
+    rest, overrides = _dotted(
+        ["ask", "--run", "r", "--refresh.search_parameters", "nprobe=64", "--a.b=3", "Who discovered radium?"]
+    )
     assert rest == ["ask", "--run", "r", "Who discovered radium?"]
     assert overrides == ["--refresh.search_parameters", "nprobe=64", "--a.b=3"]
 
 
 def test_no_such_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    for command in (["ask", "--run", folder / "none", "Who?"], ["evaluate", "--run", folder / "none"], ["refresh", "--run", folder / "none"]):
+    for command in (
+        ["ask", "--run", folder / "none", "Who?"],
+        ["evaluate", "--run", folder / "none"],
+        ["refresh", "--run", folder / "none"],
+    ):
         assert "no run folder" in complaint(capsys, *command)
 
 
-def test_hub_name_without_network(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_without_network(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = write_config(folder)
     assert main(["prepare", "--config", str(config)]) == 0
@@ -114,4 +135,6 @@ def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
     index.add(np.eye(4, dtype=np.float32))
     manifest = IndexManifest("a01-step-000001", "", "", "", 4, 4, "Flat", {}, "")
     with pytest.raises(UserError, match=r"k = 5 .* only 4"):
-        PassageIndex(Version(1, 1, 1), manifest, index, index, None, np.zeros(0, np.int64)).search(np.eye(4, dtype=np.float32), 5)
+        PassageIndex(Version(1, 1, 1), manifest, index, index, None, np.zeros(0, np.int64)).search(
+            np.eye(4, dtype=np.float32), 5
+        )

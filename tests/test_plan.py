@@ -17,18 +17,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = sorted(path.name for path in folder.iterdir())
-    config = load_config(write_config(folder, refresh={"every_steps": 1, "max_stale_steps": 3}))
+    config = load_config(write_config(folder, refresh={"export_every": 1, "max_stale_steps": 3}))
     result = plan(config, passages=50_000_000)
-    assert sorted(path.name for path in folder.iterdir() if path.name != "config.yaml") == [name for name in before if name != "config.yaml"]
-    assert set(result.stages) == {"ict", "reader_warmup", "pretrain", "finetune_retriever", "finetune"}
+    assert sorted(path.name for path in folder.iterdir() if path.name != "config.yaml") == [
+        name for name in before if name != "config.yaml"
+    ]
+    assert set(result.stages) == {"ict", "reader_pretraining", "pretrain", "finetune_retriever", "finetune"}
     assert all(stage.seconds_per_step > 0 and stage.parameters > 10_000 for stage in result.stages.values())
     assert result.stages["ict"].steps == 6 and result.passages == 50_000_000
     assert result.index_bytes == pytest.approx(50_000_000 * 32 * 4, rel=0.2), "a flat index of 32 dimensions"
     assert result.refresh_seconds > result.refresh_period_seconds
     first, second = warnings(result, config)
-    assert "refresh.every_steps" in first and "refresh.max_stale_steps = 3" in second
+    assert "refresh.export_every" in first and "refresh.max_stale_steps = 3" in second
     said = capsys.readouterr().out
     assert "passages encoded a second" in said and "optimiser" in said and "warning" in said
 

@@ -1,4 +1,5 @@
-"""A run repeated by its step → version log, killed at random moments: the loss curve and the weights are the same bits."""
+"""A run repeated by its step → version log, killed at random moments: the loss curve and the
+weights are the same bits."""
 
 import os
 import random
@@ -23,7 +24,7 @@ from tests.tiny import write_config, write_sources
 CHANGES = {
     "pretrain": {"steps": 60, "checkpoint_every": 7, "reader_check": 0},
     "refresh": {
-        "every_steps": 5,
+        "export_every": 5,
         "poll_s": 0.02,
         "grace_s": 0.0,
         "keep_last": 2,
@@ -40,17 +41,18 @@ def losses(run: Path) -> list[tuple[float, int]]:
 
 
 def begin(folder: Path, source: Path | None = None) -> Path:
-    """A folder with sources and a config, its warm starts trained, or taken from the run in `source`."""
+    """A folder with sources and a config, its warm starts trained, or taken from the run in
+    `source`."""
     folder.mkdir()
     write_sources(folder)
     config = write_config(folder, **CHANGES)
     if source is None:
-        for command in ("prepare", "ict", "reader-warmup"):
+        for command in ("prepare", "ict", "reader-pretraining"):
             assert realm(command, "--config", config).returncode == 0
     else:
         shutil.copytree(source / "prepared", folder / "prepared")
         Run.create(load_config(config))
-        for part in ("ict", "reader_warmup", "frozen"):
+        for part in ("ict", "reader_pretraining", "frozen"):
             shutil.copytree(source / "run" / part, folder / "run" / part)
     return config
 
@@ -68,7 +70,16 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_and_replayed_the_run_is_the_same(original: Path, tmp_path: Path, kills: int) -> None:
     folder = tmp_path / "again"
-    command = [sys.executable, "-m", "realm", "pretrain", "--config", str(begin(folder, original)), "--with-refresher", "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "realm",
+        "pretrain",
+        "--config",
+        str(begin(folder, original)),
+        "--with-refresher",
+        "--resume",
+    ]
     command += ["--replay", str(original / "run")]
     metrics, rng = folder / "run" / "metrics.jsonl", random.Random(kills)
     for _ in range(kills):
@@ -87,7 +98,9 @@ def test_killed_at_random_and_replayed_the_run_is_the_same(original: Path, tmp_p
     assert result.returncode == 0, result.stdout + result.stderr
     assert losses(folder / "run") == losses(original / "run")
     for part in ("retriever", "reader"):
-        assert checksum(folder / "run" / "pretrain" / "model" / part) == checksum(original / "run" / "pretrain" / "model" / part)
+        assert checksum(folder / "run" / "pretrain" / "model" / part) == checksum(
+            original / "run" / "pretrain" / "model" / part
+        )
 
 
 def test_a_resumed_run_follows_its_own_log_and_then_the_newest_index(original: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A run small enough to train in seconds: a corpus of invented towns, its statements and questions, and a config for it."""
+"""A run small enough to train in seconds: a corpus of invented towns, its statements and
+questions, and a config for it."""
 
 import json
 from pathlib import Path
@@ -39,7 +40,11 @@ def write_sources(folder: Path) -> None:
         statements.append({"id": f"s{number}b", "text": f"The founder of {town} was {founder}."})
         about = f"People settled in {town} in {year}."
         probe.append({"text": about, "answer": {"text": year, "start": about.index(year)}, "passage": f"town-{number}"})
-        question = {"id": f"q{number}", "question": f"Who founded {town}?", "answers": [{"text": founder, "answer_start": text.index(founder)}]}
+        question = {
+            "id": f"q{number}",
+            "question": f"Who founded {town}?",
+            "answers": [{"text": founder, "answer_start": text.index(founder)}],
+        }
         paragraphs.append({"context": text, "qas": [question]})
     for name, rows in (("passages", passages), ("statements", statements), ("probe", probe)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -59,15 +64,32 @@ def tiny_tree(folder: Path) -> dict:
             "block_tokens": 80,
             "num_workers": 1,
         },
-        "data": {"train": str(folder / "questions.json"), "test": str(folder / "questions.json"), "probe": str(folder / "probe.jsonl")},
+        "data": {
+            "train": str(folder / "questions.json"),
+            "test": str(folder / "questions.json"),
+            "masked_spans": str(folder / "probe.jsonl"),
+        },
         "tokenizer": {"vocab_size": 400},
-        "retriever": {"bert": bert, "pooling": "mean", "projection": "none", "max_query_tokens": 32, "max_passage_tokens": 80},
+        "retriever": {
+            "bert": bert,
+            "pooling": "mean",
+            "projection": "none",
+            "max_query_tokens": 32,
+            "max_passage_tokens": 80,
+        },
         "reader": {"bert": bert, "mlm_head": "tied", "span_hidden": 16, "max_tokens": 96},
         "engine": {"threads": 1},
         "ict": {"steps": 6, "batch_size": 6, "checkpoint_every": 3, "optim": optim},
-        "reader_warmup": {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "optim": optim},
-        "pretrain": {"steps": 8, "batch_size": 3, "candidates": 3, "checkpoint_every": 4, "reader_check": 8, "optim": optim},
-        "refresh": {"every_steps": 4, "poll_s": 0.05, "grace_s": 0.0, "wait_timeout_s": 120, "lease_expiry_s": 2.0},
+        "reader_pretraining": {"steps": 6, "batch_size": 4, "checkpoint_every": 3, "optim": optim},
+        "pretrain": {
+            "steps": 8,
+            "batch_size": 3,
+            "candidates": 3,
+            "checkpoint_every": 4,
+            "reader_check": 8,
+            "optim": optim,
+        },
+        "refresh": {"export_every": 4, "poll_s": 0.05, "grace_s": 0.0, "wait_timeout_s": 120, "lease_expiry_s": 2.0},
         "finetune_retriever": {"steps": 6, "batch_size": 4, "retrieve": 6, "checkpoint_every": 3, "optim": optim},
         "finetune": {"steps": 6, "batch_size": 4, "retrieve": 6, "read": 2, "checkpoint_every": 3, "optim": optim},
         "evaluate": {"read": 2, "batch_size": 5},

@@ -17,13 +17,15 @@ from index.encode import encode_passages, encoding_tower, load_encoder
 from index.search import PassageIndex
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
+from realm.models.precision import Precision
 from realm.runtime.telemetry import console, print_table
 
 _REPEATS = 3
 
 
 def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> list[dict[str, Any]]:
-    """Passages a second: ours from prepared tokens, sentence-transformers from text, the same passages, weights and inputs."""
+    """Passages a second: ours from prepared tokens, sentence-transformers from text, the same
+    passages, weights and inputs."""
     from sentence_transformers import SentenceTransformer
 
     encoder = load_encoder(encoder_folder)
@@ -31,13 +33,17 @@ def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> 
     pairs = [(corpus.title(row), corpus.text(row)) for row in rows.tolist()]
     device = next(encoder.retriever.parameters()).device
 
-    def ours(precision: str, compiled: bool = False) -> Callable[[], np.ndarray]:
+    def ours(precision: Precision, compiled: bool = False) -> Callable[[], np.ndarray]:
         tower = encoding_tower(encoder.retriever, precision, compiled)
         return lambda: encode_passages(tower, corpus, rows, encoder.wordpieces, encoder.max_passage_tokens)
 
     def theirs(dtype: torch.dtype) -> Callable[[], np.ndarray]:
-        model = SentenceTransformer(str(encoder_folder), device=device.type, model_kwargs={"torch_dtype": dtype}, local_files_only=True)
-        return lambda: model.encode_document(pairs, convert_to_tensor=True, show_progress_bar=False).float().cpu().numpy()
+        model = SentenceTransformer(
+            str(encoder_folder), device=device.type, model_kwargs={"torch_dtype": dtype}, local_files_only=True
+        )
+        return lambda: (
+            model.encode_document(pairs, convert_to_tensor=True, show_progress_bar=False).float().cpu().numpy()
+        )
 
     def compiled() -> tuple[tuple[str, Callable[[], np.ndarray]], ...]:
         try:
@@ -66,14 +72,21 @@ def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> 
     print_table(
         f"Encoding {len(rows):,} passages",
         ["what", "passages/s", "times the default", "worst 1 - cosine to fp32"],
-        [[r["what"], r["passages/s"], f"{r['speed of default']:.2f}", f"{r['1 - cosine to fp32, worst']:.1e}"] for r in results],
+        [
+            [r["what"], r["passages/s"], f"{r['speed of default']:.2f}", f"{r['1 - cosine to fp32, worst']:.1e}"]
+            for r in results
+        ],
     )
     return results
 
 
 def bench_opening(entry: Entry, corpus: PreparedCorpus) -> dict[str, float]:
-    """Mapping alone, mapping with all checks (which a trainer does on a thread), and what a second process adds to memory."""
-    mapped = min(timed(lambda: faiss.read_index(str(entry.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0] for _ in range(_REPEATS))
+    """Mapping alone, mapping with all checks (which a trainer does on a thread), and what a
+    second process adds to memory."""
+    mapped = min(
+        timed(lambda: faiss.read_index(str(entry.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0]
+        for _ in range(_REPEATS)
+    )
     checked = min(timed(lambda: PassageIndex.open(entry.path, corpus.fingerprint))[0] for _ in range(_REPEATS))
     size = (entry.path / INDEX_FILE).stat().st_size
     alone, shared = _proportional_bytes(entry.path / INDEX_FILE, 1), _proportional_bytes(entry.path / INDEX_FILE, 2)
@@ -89,7 +102,8 @@ def bench_opening(entry: Entry, corpus: PreparedCorpus) -> dict[str, float]:
 
 
 def _proportional_bytes(path: Path, processes: int) -> list[int]:
-    """Proportional set size of the mapped index file in each of some processes that have read all of it."""
+    """Proportional set size of the mapped index file in each of some processes that have read
+    all of it."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes + 1), context.Queue()
     children = [context.Process(target=_hold_and_measure, args=(str(path), barrier, results)) for _ in range(processes)]

@@ -1,4 +1,5 @@
-"""The tiny run that faults are tried on, and its two processes: a trainer that exports and follows, a refresher that builds."""
+"""The tiny run that faults are tried on, and its two processes: a trainer that exports and
+follows, a refresher that builds."""
 
 import json
 import multiprocessing
@@ -22,17 +23,21 @@ from realm.corpus.prepare import prepare_corpus
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
 from realm.models.bert import BertSource
-from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_plain, save_retriever
+from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_no_grad, save_retriever
 from realm.runtime.publish import Lineage, Version, newest, published, start_attempt
 from realm.spans.tagger import SpanConfig, SpanTagger
-from realm.text.inputs import Wordpieces, pad_batch, passage_input
+from realm.text.inputs import Wordpieces, pad_batch
 from realm.text.tokenizer import TokenizerConfig, train_wordpiece
 from realm.training.sections import RefreshConfig
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}
 """Moments at which each process is killed."""
-PHASE_NUMBERS = {phase: number for number, phase in enumerate([phase for phases in PHASES.values() for phase in phases], 1)}
-CONFIG = RefreshConfig(shard_rows=40, token_budget=512, poll_s=0.01, keep_last=2, grace_s=0.0, lease_expiry_s=0.3, probe_passages=16)
+PHASE_NUMBERS = {
+    phase: number for number, phase in enumerate([phase for phases in PHASES.values() for phase in phases], 1)
+}
+CONFIG = RefreshConfig(
+    shard_rows=40, token_budget=512, poll_s=0.01, keep_last=2, grace_s=0.0, lease_expiry_s=0.3, drift_passages=16
+)
 PASSAGES = 200
 _LONGEST = 32
 
@@ -87,15 +92,17 @@ def export(scene: Scene, version: Version) -> None:
         weight = scene.retriever.query_tower.bert.embeddings.word_embeddings.weight
         weight.copy_(torch.randn(weight.shape, generator=generator))
     words, corpus = Wordpieces.of(scene.tokenizer), scene.corpus
-    inputs = [passage_input(corpus.title_ids(row), corpus.text_ids(row), words.cls, words.sep, _LONGEST) for row in range(len(corpus))]
+    inputs = [words.passage(corpus.title_ids(row), corpus.text_ids(row), _LONGEST) for row in range(len(corpus))]
     truth = scene.truth(version)
     truth.parent.mkdir(exist_ok=True)
-    np.save(truth, embed_plain(scene.retriever.passage_tower, *pad_batch(inputs, words.pad)))
+    np.save(truth, embed_no_grad(scene.retriever.passage_tower, *pad_batch(inputs, words.pad)))
     with published(scene.run / "encoders" / version.name) as folder:
         save_retriever(scene.retriever, scene.tokenizer, folder, _LONGEST, _LONGEST)
 
 
-def _marked(scene: Scene, kind: str, phase: str, call: Callable[..., Any], pause_s: float = 0.005) -> Callable[..., Any]:
+def _marked(
+    scene: Scene, kind: str, phase: str, call: Callable[..., Any], pause_s: float = 0.005
+) -> Callable[..., Any]:
     """`call`, with the phase told to whoever waits to kill, and long enough to be hit."""
 
     def marked(*arguments: Any, **options: Any) -> Any:
@@ -113,12 +120,16 @@ def run_refresher(scene: Scene, config: RefreshConfig = CONFIG, once: bool = Fal
     """A refresher whose phases can be seen; it notes each shard it begins."""
     encode_in_shards = cycle.encode_in_shards
 
-    def noting(work: Path, rows: range, shard_rows: int, plan: Any, encode: Any, before_shard: Any, workers: Any) -> Any:
+    def noting(
+        work: Path, rows: range, shard_rows: int, plan: Any, encode: Any, before_shard: Any, workers: Any
+    ) -> Any:
         def encode_noted(part: np.ndarray) -> np.ndarray:
             scene.note("shards", f"{work.name}/{part[0]}")
             return encode(part)
 
-        return encode_in_shards(work, rows, shard_rows, plan, _marked(scene, "refresher", "encode", encode_noted), before_shard, workers)
+        return encode_in_shards(
+            work, rows, shard_rows, plan, _marked(scene, "refresher", "encode", encode_noted), before_shard, workers
+        )
 
     # In this process alone: the program that is tested is the one that ships.
     cycle.encode_in_shards = noting  # type: ignore[assignment]
@@ -145,7 +156,9 @@ def run_trainer(scene: Scene, seed: int) -> None:
     export_marked = _marked(scene, "trainer", "export", export)
     IndexWatcher._open = _marked(scene, "trainer", "open", IndexWatcher._open)  # type: ignore[method-assign]
     held: PassageIndex | None = None
-    with IndexWatcher(scene.run, attempt, scene.corpus.fingerprint, poll_s=0.01, log=lambda line: scene.note("watcher", line)) as watcher:
+    with IndexWatcher(
+        scene.run, attempt, scene.corpus.fingerprint, poll_s=0.01, log=lambda line: scene.note("watcher", line)
+    ) as watcher:
         while True:
             step += 1
             export_marked(scene, Version(attempt, step))

@@ -1,8 +1,11 @@
-"""`realm bench faults`: what the index store survives, on a tiny run of its own with a real corpus, encoder, refresher and watcher.
+"""`realm bench faults`: what the index store survives, on a tiny run of its own with a real corpus,
+encoder, refresher and watcher.
 
-A trainer exports and follows, a refresher builds; both are killed with SIGKILL again and again, each time in the middle of a chosen phase.
-After each kill every version on disk must be whole, none committed may be lost, and every index that was served must hold what its encoder
-gives. Then bits are flipped and files cut short, a lease holder is frozen and woken, two refreshers start at once, and a disk runs full.
+A trainer exports and follows, a refresher builds; both are killed with SIGKILL again and again,
+each time in the middle of a chosen phase. After each kill every version on disk must be whole, none
+committed may be lost, and every index that was served must hold what its encoder gives. Then bits
+are flipped and files cut short, a lease holder is frozen and woken, two refreshers start at once,
+and a disk runs full.
 """
 
 import json
@@ -25,7 +28,17 @@ import numpy as np
 import torch
 
 from index.admin import collect_garbage
-from index.bench.fault_processes import CONFIG, PASSAGES, PHASE_NUMBERS, PHASES, Scene, export, run_refresher, run_trainer, silently
+from index.bench.fault_processes import (
+    CONFIG,
+    PASSAGES,
+    PHASE_NUMBERS,
+    PHASES,
+    Scene,
+    export,
+    run_refresher,
+    run_trainer,
+    silently,
+)
 from index.live import remove_export_leftovers
 from index.refresh import TRAINING_ENDED
 from index.search import IndexRefused, PassageIndex
@@ -65,7 +78,9 @@ class Supervisor:
     def kill(self, process: Any, kind: str, phase: str, timeout_s: float = 3.0) -> None:
         """SIGKILL within `phase`, or wherever it is after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while self.scene.phase[kind].value != PHASE_NUMBERS[phase] and time.monotonic() < deadline and process.is_alive():
+        while (
+            self.scene.phase[kind].value != PHASE_NUMBERS[phase] and time.monotonic() < deadline and process.is_alive()
+        ):
             time.sleep(0.0005)
         time.sleep(self.rng.random() * 0.008)
         at = self.scene.phase[kind].value
@@ -117,13 +132,17 @@ class Supervisor:
         if last.exitcode != 0:
             self.report.violations.append("the last refresher did not end by itself")
         collect_garbage(run, CONFIG, 0.0, False, lambda line: None)
-        leftovers = [str(path) for folder in ("indexes", "encoders", "refresher") for path in (run / folder).rglob(".tmp-*")]
+        leftovers = [
+            str(path) for folder in ("indexes", "encoders", "refresher") for path in (run / folder).rglob(".tmp-*")
+        ]
         self.report.violations += [f"left over: {path}" for path in leftovers]
         self.check_store()
         shards = Counter(self.scene.noted("shards"))
         redone = sum(count - 1 for count in shards.values())
         if redone > refresher_kills:
-            self.report.violations.append(f"{redone} shards were encoded again after {refresher_kills} kills of the refresher")
+            self.report.violations.append(
+                f"{redone} shards were encoded again after {refresher_kills} kills of the refresher"
+            )
         self.report.figures |= {
             "versions committed": len(self.seen),
             "indexes served and compared": len(self.scene.noted("served")),
@@ -175,7 +194,10 @@ class Supervisor:
             attempt = start_attempt(run)
             export(scene, Version(attempt, 1))
             frozen = self.start("refresher")
-            while scene.phase["refresher"].value != PHASE_NUMBERS[self.rng.choice(PHASES["refresher"][:3])] and frozen.is_alive():
+            while (
+                scene.phase["refresher"].value != PHASE_NUMBERS[self.rng.choice(PHASES["refresher"][:3])]
+                and frozen.is_alive()
+            ):
                 time.sleep(0.0005)
             os.kill(frozen.pid, signal.SIGSTOP)
             other = self.start("refresher", once=True)
@@ -221,7 +243,8 @@ class Supervisor:
         self.report.figures["versions of two refreshers at once"] = versions
 
     def full_disk(self) -> None:
-        """The store on a file system with no room: nothing half-published; when room is made, it goes on."""
+        """The store on a file system with no room: nothing half-published; when room is made, it
+        goes on."""
         scene, run = self.scene, self.scene.run
         small = run.parent / "small"
         small.mkdir()
@@ -285,6 +308,11 @@ def bench_faults(kills: int, flips: int, seed: int, json_file: Path | None) -> R
     for line in report.violations:
         console.print(f"  VIOLATION: {line}")
     if json_file is not None:
-        content = {"kills": dict(report.kills), "figures": report.figures, "violations": report.violations, "seed": seed}
+        content = {
+            "kills": dict(report.kills),
+            "figures": report.figures,
+            "violations": report.violations,
+            "seed": seed,
+        }
         json_file.write_text(json.dumps(content, indent=1) + "\n")
     return report

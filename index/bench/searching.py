@@ -1,4 +1,5 @@
-"""Approximate search beside exact search: recall and queries a second over real embeddings, repeated with jitter, and random ones.
+"""Approximate search beside exact search: recall and queries a second over real embeddings,
+repeated with jitter, and random ones.
 
 Shape legend: N passages, Q queries, K results a query, D dimension of the embeddings.
 """
@@ -21,9 +22,9 @@ from index.encode import load_encoder
 from index.exact import Searcher, TiledExact
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.models.retriever import embed_plain
+from realm.models.retriever import embed_no_grad
 from realm.runtime.telemetry import console, peak_memory, print_table
-from realm.text.inputs import pad_batch, query_input
+from realm.text.inputs import pad_batch
 
 RECALL_AT = 8
 WANTED_RECALL = 0.99
@@ -39,15 +40,19 @@ def sample_queries(corpus: PreparedCorpus, entry: Entry, count: int) -> np.ndarr
     encoder = load_encoder(entry.store / "encoders" / entry.version.encoder.name)
     rows = np.random.default_rng(1).choice(corpus.rows, min(count, len(corpus.rows)), replace=False).tolist()
     words = encoder.wordpieces
-    inputs = [query_input(corpus.text_ids(row), words.cls, words.sep, _QUERY_WORDPIECES) for row in rows]
-    parts = [embed_plain(encoder.retriever.query_tower, *pad_batch(inputs[at : at + 64], words.pad)) for at in range(0, len(inputs), 64)]
+    inputs = [words.query(corpus.text_ids(row), _QUERY_WORDPIECES) for row in rows]
+    parts = [
+        embed_no_grad(encoder.retriever.query_tower, *pad_batch(inputs[at : at + 64], words.pad))
+        for at in range(0, len(inputs), 64)
+    ]
     return np.concatenate(parts)
 
 
 def jittered(real_ND: np.ndarray, count: int) -> np.ndarray:
     """Embeddings repeated to `count` rows, each copy moved as far as neighbours lie apart.
 
-    The distance is measured: the median over a sample of that between a passage and its nearest neighbour.
+    The distance is measured: the median over a sample of that between a passage and its nearest
+    neighbour.
     """
     rng = np.random.default_rng(2)
     sample = real_ND[rng.choice(len(real_ND), min(1000, len(real_ND)), replace=False)]
@@ -67,7 +72,9 @@ def jittered(real_ND: np.ndarray, count: int) -> np.ndarray:
 
 def settings_for(count: int) -> list[tuple[str, list[str]]]:
     """Factory strings worth trying for `count` rows, with search parameters from fast to exact."""
-    lists = 2 ** int(min(round(np.log2(4 * np.sqrt(count))), max(0, np.log2(count / 39))))  # FAISS asks for 39 vectors a centroid
+    lists = 2 ** int(
+        min(round(np.log2(4 * np.sqrt(count))), max(0, np.log2(count / 39)))
+    )  # FAISS asks for 39 vectors a centroid
     probes = [f"nprobe={n}" for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= lists]
     return [
         (f"IVF{lists},Flat", probes),
@@ -81,7 +88,8 @@ def settings_for(count: int) -> list[tuple[str, list[str]]]:
 def bench_search(
     embeddings_ND: np.ndarray, query_emb_QD: np.ndarray, settings: Sequence[tuple[str, list[str]]] | None = None
 ) -> list[dict[str, Any]]:
-    """Recall@8 against exact search, and queries a second, of every setting; exact search first, by FAISS and by matrix products through torch.
+    """Recall@8 against exact search, and queries a second, of every setting; exact search first, by
+    FAISS and by matrix products through torch.
 
     The faster of those two is what the others are compared with.
     """
@@ -103,7 +111,11 @@ def bench_search(
         for parameters in grid:
             set_search_parameters(index, parameters)
             seconds, found_QK = _search(index, query_emb_QD)
-            recall = float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found_QK.tolist(), exact_QK.tolist(), strict=True)]))
+            recall = float(
+                np.mean(
+                    [len(set(a) & set(b)) / len(b) for a, b in zip(found_QK.tolist(), exact_QK.tolist(), strict=True)]
+                )
+            )
             results.append(_result(factory, parameters, recall, len(query_emb_QD) / seconds, build_seconds, size))
         del index
     exact = max(results[:2], key=lambda result: result["queries/s"])["queries/s"]
@@ -116,9 +128,22 @@ def bench_search(
     print_table(
         f"Searching {count:,} x {dim}, {len(query_emb_QD)} queries at a time; of each factory the fastest with recall@8 of {WANTED_RECALL} or more",
         ["factory", "parameters", "recall@8", "queries/s", "times exact", "build, s", "MiB"],
-        [[r["factory"], r["parameters"] or None, f"{r['recall@8']:.4f}", r["queries/s"], r["times exact"], r["build, s"], r["MiB"]] for r in shown],
+        [
+            [
+                r["factory"],
+                r["parameters"] or None,
+                f"{r['recall@8']:.4f}",
+                r["queries/s"],
+                r["times exact"],
+                r["build, s"],
+                r["MiB"],
+            ]
+            for r in shown
+        ],
     )
-    console.print(f"  best: {best['factory']} {best['parameters']}: {best['times exact']:.1f} times exact at recall@8 {best['recall@8']:.4f}")
+    console.print(
+        f"  best: {best['factory']} {best['parameters']}: {best['times exact']:.1f} times exact at recall@8 {best['recall@8']:.4f}"
+    )
     return results
 
 
@@ -131,7 +156,9 @@ def _fastest_per_factory(results: Sequence[dict[str, Any]]) -> list[dict[str, An
     return chosen
 
 
-def _result(factory: str, parameters: str, recall: float, speed: float, build_seconds: float, size: int) -> dict[str, Any]:
+def _result(
+    factory: str, parameters: str, recall: float, speed: float, build_seconds: float, size: int
+) -> dict[str, Any]:
     return {
         "factory": factory,
         "parameters": parameters,
@@ -149,7 +176,8 @@ def _search(index: Searcher, query_emb_QD: np.ndarray) -> tuple[float, np.ndarra
 
 
 def bench_synthetic(shape: str) -> dict[str, Any]:
-    """Build an index of random unit vectors shard by shard from disk, write it, map it, search it; peak memory with it."""
+    """Build an index of random unit vectors shard by shard from disk, write it, map it, search
+    it; peak memory with it."""
     try:
         count, dim = map(int, shape.lower().split("x"))
     except ValueError as error:
@@ -181,7 +209,9 @@ def bench_synthetic(shape: str) -> dict[str, Any]:
             "GiB on disk": os.path.getsize(f"{folder}/index") / 2**30,
             **peak_memory(),
         }
-    print_table(f"{count:,} x {dim} random vectors", ["what", "value"], [[name, value] for name, value in result.items()])
+    print_table(
+        f"{count:,} x {dim} random vectors", ["what", "value"], [[name, value] for name, value in result.items()]
+    )
     return result
 
 
@@ -195,10 +225,20 @@ def draw(curves: dict[int, list[dict[str, Any]]], picture: Path) -> None:
     figure, panels = plt.subplots(1, len(curves), figsize=(7 * len(curves), 5), constrained_layout=True, squeeze=False)
     for panel, (count, results) in zip(panels[0], curves.items(), strict=True):
         for factory in dict.fromkeys(result["factory"] for result in results):
-            mine = sorted((result["recall@8"], result["queries/s"]) for result in results if result["factory"] == factory)
-            panel.plot([recall for recall, _ in mine], [speed for _, speed in mine], marker="o", markersize=4, label=factory)
+            mine = sorted(
+                (result["recall@8"], result["queries/s"]) for result in results if result["factory"] == factory
+            )
+            panel.plot(
+                [recall for recall, _ in mine], [speed for _, speed in mine], marker="o", markersize=4, label=factory
+            )
         panel.axvline(WANTED_RECALL, color="grey", linewidth=0.5)
-        panel.set(title=f"{count:,} passages", xlabel="recall@8 of exact search", ylabel="queries a second", yscale="log", xlim=(0.5, 1.01))
+        panel.set(
+            title=f"{count:,} passages",
+            xlabel="recall@8 of exact search",
+            ylabel="queries a second",
+            yscale="log",
+            xlim=(0.5, 1.01),
+        )
         panel.legend(fontsize=8)
     figure.savefig(picture, dpi=100)
     plt.close(figure)

@@ -1,4 +1,5 @@
-"""`realm bench index`: encoding, searching and opening, each beside what it is measured against, in one run on a run's own index.
+"""`realm bench index`: encoding, searching and opening, each beside what it is measured against, in
+one run on a run's own index.
 
 Shape legend: N passages, Q queries, K results a query, D dimension of the embeddings.
 """
@@ -20,17 +21,31 @@ from realm.runtime.telemetry import console
 
 
 def bench_index(
-    run: Run, passages: int, queries: int, scale: int, synthetic: str | None, json_file: Path | None, picture: Path | None
+    run: Run,
+    passages: int,
+    queries: int,
+    scale: int,
+    synthetic: str | None,
+    json_file: Path | None,
+    picture: Path | None,
 ) -> dict[str, Any]:
-    """Measure and print tables; the figures also go to `json_file`, the recall/speed curves to `picture`.
+    """Measure and print tables; the figures also go to `json_file`, the recall/speed curves to
+    `picture`.
 
-    `passages`: to encode; `queries`: to search; `scale`: rows that the embeddings are repeated to, with jitter; `synthetic`: `NxD` random
-    vectors to build and search an index of. Raises UserError where the run has no index, or its encoder is gone.
+    `passages`: to encode; `queries`: to search; `scale`: rows that the embeddings are repeated to,
+    with jitter; `synthetic`: `NxD` random vectors to build and search an index of. Raises UserError
+    where the run has no index, or its encoder is gone.
     """
-    usable = [entry for entry in entries(run.folder) if entry.manifest is not None and entry.manifest.corpus == run.passages.fingerprint]
+    usable = [
+        entry
+        for entry in entries(run.folder)
+        if entry.manifest is not None and entry.manifest.corpus == run.passages.fingerprint
+    ]
     usable = [entry for entry in usable if (entry.store / "encoders" / entry.version.encoder.name).is_dir()]
     if not usable:
-        raise UserError(f"run {run.folder} has no index of its corpus whose encoder is still there; train it, or let a refresher build one.")
+        raise UserError(
+            f"run {run.folder} has no index of its corpus whose encoder is still there; train it, or let a refresher build one."
+        )
     entry = usable[-1]
     index = PassageIndex.open(entry.path, run.passages.fingerprint)
     console.print(f"index {entry.path}, {len(index):,} passages, {torch.get_num_threads()} threads")

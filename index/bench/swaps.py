@@ -1,7 +1,8 @@
 """`realm bench swaps`: does a step take longer when the index is swapped under it?
 
-A scripted trainer (matrix products, and a search of the index in use on a thread behind them, as in REALM's step) runs in turns with and without
-a scripted refresher, which takes no cores: its versions lie ready and are renamed into place. What is left is what the trainer's side costs:
+A scripted trainer (matrix products, and a search of the index in use on a thread behind them, as in
+REALM's step) runs in turns with and without a scripted refresher, which takes no cores: its
+versions lie ready and are renamed into place. What is left is what the trainer's side costs:
 looking, reading and checking a version on a thread, and the swap.
 """
 
@@ -27,7 +28,8 @@ _WIDTH = 1024
 
 
 def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | None) -> dict[str, Any]:
-    """Run `steps` with and as many without swaps, in turns; a swap every `every` steps. Prints and returns times in milliseconds."""
+    """Run `steps` with and as many without swaps, in turns; a swap every `every` steps. Prints
+    and returns times in milliseconds."""
     times: dict[str, list[float]] = {"without swaps": [], "with swaps": []}
     calls: list[float] = []
     swaps = 0
@@ -63,18 +65,25 @@ def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | 
     result: dict[str, Any] = {"rows": count, "dim": dim, "swaps": swaps, "slowest swap call, ms": 1000 * max(calls)}
     rows = []
     for kind, values in times.items():
-        result[kind] = {f"p{share}": 1000 * float(np.percentile(values, share)) for share in (50, 90, 99)} | {"steps": len(values)}
+        result[kind] = {f"p{share}": 1000 * float(np.percentile(values, share)) for share in (50, 90, 99)} | {
+            "steps": len(values)
+        }
         rows.append([kind, len(values), *(result[kind][f"p{share}"] for share in (50, 90, 99))])
     result["p99 with / without"] = result["with swaps"]["p99"] / result["without swaps"]["p99"]
-    print_table(f"Step times in ms, {swaps} swaps of an index of {count:,} x {dim}", ["", "steps", "p50", "p90", "p99"], rows)
-    console.print(f"  p99 with swaps / without: {result['p99 with / without']:.3f}; slowest swap call {result['slowest swap call, ms']:.2f} ms")
+    print_table(
+        f"Step times in ms, {swaps} swaps of an index of {count:,} x {dim}", ["", "steps", "p50", "p90", "p99"], rows
+    )
+    console.print(
+        f"  p99 with swaps / without: {result['p99 with / without']:.3f}; slowest swap call {result['slowest swap call, ms']:.2f} ms"
+    )
     if json_file is not None:
         write_json_atomic(json_file, result)
     return result
 
 
 def prepare_versions(run: Path, count: int, dim: int, number: int) -> list[Path]:
-    """Publish the first version, and lay `number` others ready beside the store, their index files one file."""
+    """Publish the first version, and lay `number` others ready beside the store, their index
+    files one file."""
     vectors = np.random.default_rng(0).standard_normal((count, dim), dtype=np.float32)
     index = build_index(vectors)
     manifest = IndexManifest(Version(1, 0).name, "", CORPUS, "", dim, count, "Flat", {}, "")
@@ -90,7 +99,8 @@ def prepare_versions(run: Path, count: int, dim: int, number: int) -> list[Path]
 
 
 def drain(watcher: IndexWatcher) -> None:
-    """Let what the watcher is still at come to its end, so that it does not fall into the other kind of steps."""
+    """Let what the watcher is still at come to its end, so that it does not fall into the other
+    kind of steps."""
     time.sleep(2.0)
     left = watcher.take()
     if left is not None:
@@ -98,7 +108,8 @@ def drain(watcher: IndexWatcher) -> None:
 
 
 class ScriptedTrainer:
-    """A step of fixed work: matrix products with gradient, and behind them a search whose result the next step waits for."""
+    """A step of fixed work: matrix products with gradient, and behind them a search whose result
+    the next step waits for."""
 
     def __init__(self, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,5 @@
-"""`realm plan`: what a run will take on this machine, from a short measured calibration, before anything is paid for."""
+"""`realm plan`: what a run will take on this machine, from a short measured calibration, before
+anything is paid for."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -40,9 +41,11 @@ class Plan:
 
 
 def plan(config: RealmConfig, passages: int | None = None) -> Plan:
-    """Calibrate and print; `passages` is the size of the corpus where only a sample of it is at hand.
+    """Calibrate and print; `passages` is the size of the corpus where only a sample of it is at
+    hand.
 
-    Raises UserError where nothing is prepared and `passages` is not given, and for everything that would stop the run itself.
+    Raises UserError where nothing is prepared and `passages` is not given, and for everything that
+    would stop the run itself.
     """
     if passages is not None and passages < 1:
         raise UserError(f"--passages must be at least 1, got {passages}.")
@@ -50,7 +53,9 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
         prepared = (Path(config.corpus.prepared) / "passages" / "manifest.json").exists()
         if not prepared:
             if passages is None:
-                raise UserError("nothing is prepared yet, so the size of the corpus is not known; give it with --passages N, or run realm prepare.")
+                raise UserError(
+                    "nothing is prepared yet, so the size of the corpus is not known; give it with --passages N, or run realm prepare."
+                )
             limit = min(SAMPLE_DOCUMENTS, config.corpus.limit or SAMPLE_DOCUMENTS)
             console.print(f"calibrating on a sample of {limit:,} documents of each source")
             sample = replace(config.corpus, prepared=folder, limit=limit)
@@ -69,7 +74,9 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
             dim=rate.dim,
             index_bytes=int(rate.fixed_bytes + count * rate.vector_bytes),
             prepared_bytes=int(count * manifest["bytes"] / manifest["blocks"]),
-            refresh_period_seconds=_period(stages["pretrain"].seconds_per_step, config) if "pretrain" in stages else float("inf"),
+            refresh_period_seconds=_period(stages["pretrain"].seconds_per_step, config)
+            if "pretrain" in stages
+            else float("inf"),
         )
     result = _with_refresher(result, config)
     print_plan(result, config)
@@ -77,7 +84,8 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
 
 
 def _with_refresher(result: Plan, config: RealmConfig) -> Plan:
-    """On a CPU the refresher takes cores from the trainer for as long as it encodes; on a GPU of its own it takes nothing."""
+    """On a CPU the refresher takes cores from the trainer for as long as it encodes; on a GPU of
+    its own it takes nothing."""
     if "pretrain" not in result.stages or torch.cuda.is_available():
         return result
     trainer = config.threads("pretrain") or torch.get_num_threads()
@@ -91,8 +99,9 @@ def _with_refresher(result: Plan, config: RealmConfig) -> Plan:
 
 
 def _steps_between(config: RealmConfig) -> int:
-    """Steps between two exports; where drift alone decides, nobody knows before, and the looks at it are what a plan can count on."""
-    return config.refresh.period or config.refresh.drift_every_steps
+    """Steps between two exports; where drift alone decides, nobody knows before, and the looks
+    at it are what a plan can count on."""
+    return config.refresh.period or config.refresh.drift_every
 
 
 def _period(seconds_per_step: float, config: RealmConfig) -> float:
@@ -119,7 +128,9 @@ def print_plan(result: Plan, config: RealmConfig) -> None:
             ["the index is behind by", f"{lag:,.0f} to {lag + max(lag, _steps_between(config)):,.0f} steps"],
         ],
     )
-    biggest = max(result.stages.values(), key=lambda entry: entry.parameters * 16 + entry.activation_bytes, default=None)
+    biggest = max(
+        result.stages.values(), key=lambda entry: entry.parameters * 16 + entry.activation_bytes, default=None
+    )
     if biggest is not None:
         model = biggest.parameters * 4
         checkpoints = config.engine.keep_checkpoints * model * 3
@@ -149,12 +160,14 @@ def warnings(result: Plan, config: RealmConfig) -> list[str]:
         enough = int(np.ceil(_steps_between(config) * result.refresh_seconds / result.refresh_period_seconds / 10) * 10)
         found.append(
             f"a refresh takes {format_seconds(result.refresh_seconds)}, longer than the {format_seconds(result.refresh_period_seconds)} between two "
-            f"exports: some exports get no index; set refresh.every_steps to {enough} or more, or give the refresher more threads or a GPU."
+            f"exports: some exports get no index; set refresh.export_every to {enough} or more, or give the refresher more threads or a GPU."
         )
     limit = config.refresh.max_stale_steps
     lag = _steps_between(config) * result.refresh_seconds / result.refresh_period_seconds
     if limit is not None and lag > limit:
-        found.append(f"the index will be more than refresh.max_stale_steps = {limit} steps behind; policy: {config.refresh.stale_policy}.")
+        found.append(
+            f"the index will be more than refresh.max_stale_steps = {limit} steps behind; policy: {config.refresh.stale_policy}."
+        )
     return found
 
 

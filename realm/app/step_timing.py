@@ -1,4 +1,5 @@
-"""Timing this machine: a few steps of each stage, built as configured, on real blocks; encoding and indexing likewise. Weights are not kept."""
+"""Timing this machine: a few steps of each stage, built as configured, on real blocks; encoding
+and indexing likewise. Weights are not kept."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,14 +12,14 @@ from torch import nn
 
 from finetune.data import QuestionBatches
 from finetune.questions import Question
-from finetune.train_reader import untied
+from finetune.train_reader import untie_towers
 from index.build import build_index, index_bytes
 from index.encode import encode_passages, encoding_tower
 from pretrain.data import MaskedSentence, SpanSampler
 from pretrain.ict import IctBatches
 from pretrain.search import embed_masked
 from pretrain.stage import batch_maker
-from realm.models.modules import Batch, DualEncoderModel, OpenQaModel, PairBatch, ReaderWarmupModel, RealmModel
+from realm.models.modules import Batch, DualEncoderModel, OpenQaModel, PairBatch, ReaderPretrainingModel, RealmModel
 from realm.models.reader import build_reader
 from realm.models.retriever import Retriever, build_retriever
 from realm.run.folder import Run
@@ -27,7 +28,8 @@ from realm.runtime.threads import cpu_threads
 from realm.training.engine import Engine
 
 AFFORDABLE_S = 60.0
-"""Seconds that timing one batch size may take; where the configured one would take more, sizes that do not tell it."""
+"""Seconds that timing one batch size may take; where the configured one would take more, sizes
+that do not tell it."""
 _REPEATS = 4
 SAMPLE_ROWS = 512
 """Passages encoded at most for the rate of encoding."""
@@ -87,8 +89,9 @@ def _time_stage(run: Run, stage: str) -> StagePlan:
 
 
 def extrapolate(measured: Sequence[tuple[int, float]], batch_size: int) -> float:
-    """Seconds a step at `batch_size`, from (size, seconds) of ascending sizes: those of the largest, and for each row beyond it what its rows
-    took more than those of the size before; never less than half of what its own rows took, should the two have been disturbed."""
+    """Seconds a step at `batch_size`, from (size, seconds) of ascending sizes: those of the
+    largest, and for each row beyond it what its rows took more than those of the size before;
+    never less than half of what its own rows took, should the two have been disturbed."""
     size, seconds = measured[-1]
     a_row = seconds / size
     if len(measured) > 1:
@@ -130,20 +133,26 @@ class _Examples:
         return [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)], rng
 
 
-def _reader_warmup(run: Run) -> _Maker:
-    config, maker, draw = run.config.reader_warmup, batch_maker(run), _Examples(run)
-    # Sentences are read first, then whole passages: timed in the mixture in which the stage will see them.
+def _reader_pretraining(run: Run) -> _Maker:
+    config, maker, draw = run.config.reader_pretraining, batch_maker(run), _Examples(run)
+    # Sentences are read first, then whole passages: timed in the mixture in which the stage will
+    # see them.
     sentence_share = config.sentence_steps / config.steps
 
     def make(step: int, size: int) -> Batch:
         examples, rng = draw(step, size)
         rows = rng.integers(len(run.passages), size=size)
         parts = [maker.reading(int(row)) for row in rows]
-        if int((step + 1) * sentence_share) > int(step * sentence_share):  # of so many steps in a row, their exact share
-            parts = [(title[:0], text[: len(example.sentence_ids)]) for (title, text), example in zip(parts, examples, strict=True)]
-        return maker.warmup(examples, parts, run.config.reader.max_span_tokens)
+        if int((step + 1) * sentence_share) > int(
+            step * sentence_share
+        ):  # of so many steps in a row, their exact share
+            parts = [
+                (title[:0], text[: len(example.sentence_ids)])
+                for (title, text), example in zip(parts, examples, strict=True)
+            ]
+        return maker.reader_pretraining(examples, parts, run.config.reader.max_span_tokens)
 
-    return ReaderWarmupModel(build_reader(run.config.reader, run.tokenizer)[0], config.span_loss), make
+    return ReaderPretrainingModel(build_reader(run.config.reader, run.tokenizer)[0], config.span_loss), make
 
 
 def _pretrain(run: Run) -> _Maker:
@@ -176,14 +185,16 @@ def _finetune_retriever(run: Run) -> _Maker:
         examples, rng = draw(step, size)
         rows = rng.integers(len(run.passages), size=size * (1 + config.negatives))
         passages = maker.passage_inputs([maker.passage(int(row)) for row in rows])
-        return PairBatch(*maker.queries(examples), *passages, torch.arange(size), torch.zeros(size, len(rows), dtype=torch.bool))
+        return PairBatch(
+            *maker.queries(examples), *passages, torch.arange(size), torch.zeros(size, len(rows), dtype=torch.bool)
+        )
 
     return DualEncoderModel(build_retriever(run.config.retriever, run.tokenizer)), make
 
 
 def _finetune(run: Run) -> _Maker:
     config = run.config.finetune
-    retriever: Retriever = untied(build_retriever(run.config.retriever, run.tokenizer))
+    retriever: Retriever = untie_towers(build_retriever(run.config.retriever, run.tokenizer))
     for parameter in retriever.passage_tower.parameters():
         parameter.requires_grad_(False)
     draw = _Examples(run)
@@ -191,7 +202,9 @@ def _finetune(run: Run) -> _Maker:
 
     def make(step: int, size: int) -> Batch:
         examples, rng = draw(step, size)
-        questions = [Question(str(step), "", ("",), example.sentence_ids[:24], (example.span_ids,)) for example in examples]
+        questions = [
+            Question(str(step), "", ("",), example.sentence_ids[:24], (example.span_ids,)) for example in examples
+        ]
         rows = rng.integers(len(run.passages), size=(size, config.retrieve))
         return batches.batch(questions, batches.queries(questions), rows, rows[:, : config.read])
 
@@ -200,7 +213,7 @@ def _finetune(run: Run) -> _Maker:
 
 _STAGES: dict[str, Callable[[Run], _Maker]] = {
     "ict": _ict,
-    "reader_warmup": _reader_warmup,
+    "reader_pretraining": _reader_pretraining,
     "pretrain": _pretrain,
     "finetune_retriever": _finetune_retriever,
     "finetune": _finetune,
@@ -248,7 +261,9 @@ def time_encoding(run: Run) -> EncodingRate:
             count = min(2 * count, len(rows))
             encode(count)
             embeddings_ND, seconds = encode(count)
-    if refresh.factory != "Flat":  # what needs training needs enough vectors; their values do not matter for size and hardly for time
+    if (
+        refresh.factory != "Flat"
+    ):  # what needs training needs enough vectors; their values do not matter for size and hardly for time
         embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
         embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)
     began = time.monotonic()

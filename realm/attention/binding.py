@@ -19,12 +19,16 @@ _VARIANT = "realm_variant"
 
 
 def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """What transformers hands to our attentions as mask: the plain (B, L) padding mask instead of a dense (B, 1, L, L)."""
+    """What transformers hands to our attentions as mask: the plain (B, L) padding mask instead
+    of a dense (B, 1, L, L)."""
     return attention_mask
 
 
-def _padding_mask_if_padded(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation, and compiled code cannot look."""
+def _padding_mask_if_padded(
+    batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object
+) -> Tensor | None:
+    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation,
+    and compiled code cannot look."""
     if attention_mask is None or torch.compiler.is_compiling() or may_be_padded(attention_mask):
         return attention_mask
     return None
@@ -44,9 +48,12 @@ def _dispatched(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The variant bound to a module that makes queries, keys and values itself; layers that are local by themselves stay so."""
+    """The variant bound to a module that makes queries, keys and values itself; layers that are
+    local by themselves stay so."""
     if sliding_window is not None:
-        return dense_attention(module, query_BHLD, key_BHLD, value_BHLD, mask_BL, scaling, sliding_window=sliding_window, **options)
+        return dense_attention(
+            module, query_BHLD, key_BHLD, value_BHLD, mask_BL, scaling, sliding_window=sliding_window, **options
+        )
     B, _, L, D = query_BHLD.shape
     if scaling is not None:  # variants divide by √D
         query_BHLD = query_BHLD * (scaling * D**0.5)
@@ -66,10 +73,11 @@ AttentionMaskInterface.register(_REPLACED, _padding_mask)
 def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
     """Put `attention` into every layer of `bert`, in place, keeping its pretrained projections.
 
-    For callers of the library `bert` may be of another family of encoders (ModernBERT) that makes queries, keys and values itself and dispatches
-    to transformers' attention interface; its layers with a window of their own keep it. Must be called again after a model is built anew: the
-    choice is not saved in transformers' own config. Raises UserError for a variant that needs more than queries, keys and values in such a
-    family, and for decoders.
+    For callers of the library `bert` may be of another family of encoders (ModernBERT) that makes
+    queries, keys and values itself and dispatches to transformers' attention interface; its layers
+    with a window of their own keep it. Must be called again after a model is built anew: the choice
+    is not saved in transformers' own config. Raises UserError for a variant that needs more than
+    queries, keys and values in such a family, and for decoders.
     """
     if isinstance(attention, DenseAttention):
         bert.set_attn_implementation(_DENSE)
@@ -84,26 +92,36 @@ def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
 
 
 def _bind_dispatching(model: PreTrainedModel, attention: AttentionConfig) -> None:
-    """Let the layers of `model` that attend to everything call a variant each; a model that is refused stays as it was."""
+    """Let the layers of `model` that attend to everything call a variant each; a model that is
+    refused stays as it was."""
     family, kind = type(model).__name__, type(attention).__name__
     modules = _dispatching_modules(model)
     if not modules:
-        raise UserError(f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention.")
+        raise UserError(
+            f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention."
+        )
     variants = attention.replace_all([heads for _, heads in modules])
     if not all(isinstance(variant, ProjectedSelfAttention) for variant in variants):
-        raise UserError(f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant.")
+        raise UserError(
+            f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant."
+        )
     for (module, _), variant in zip(modules, variants, strict=True):
         setattr(module, _VARIANT, variant.to(model.device).train(module.training))
     model.set_attn_implementation(_DISPATCHED)
 
 
 def _dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ForeignHeads]]:
-    """The attention modules without a window of their own, in the order in which a text passes them; the model itself is asked, by a short text."""
+    """The attention modules without a window of their own, in the order in which a text passes
+    them; the model itself is asked, by a short text."""
     found: list[tuple[nn.Module, ForeignHeads]] = []
 
-    def record(module: Any, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any) -> tuple[Tensor, None]:
+    def record(
+        module: Any, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any
+    ) -> tuple[Tensor, None]:
         if getattr(module, "is_causal", False) or key_BHLD.shape != query_BHLD.shape:
-            raise UserError(f"{type(model).__name__} is causal, or shares keys between heads; the variants are for encoders that do neither.")
+            raise UserError(
+                f"{type(model).__name__} is causal, or shares keys between heads; the variants are for encoders that do neither."
+            )
         if options.get("sliding_window") is None:
             dropout = module.attention_dropout if isinstance(getattr(module, "attention_dropout", None), float) else 0.0
             found.append((module, ForeignHeads(model.config, query_BHLD.shape[1], query_BHLD.shape[3], dropout)))
@@ -122,7 +140,8 @@ def _dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, Foreig
 
 
 def extend_positions(bert: BertModel, max_positions: int) -> None:
-    """Let `bert` read `max_positions` tokens: learned positions past the end repeat the learned ones (Beltagy et al. 2020, section 5)."""
+    """Let `bert` read `max_positions` tokens: learned positions past the end repeat the learned
+    ones (Beltagy et al. 2020, section 5)."""
     embeddings = bert.embeddings
     old = embeddings.position_embeddings.weight
     if max_positions <= old.shape[0]:
@@ -132,6 +151,8 @@ def extend_positions(bert: BertModel, max_positions: int) -> None:
     with torch.no_grad():
         longer.weight.copy_(old.repeat(copies, 1)[:max_positions])
     embeddings.position_embeddings = longer
-    embeddings.register_buffer("position_ids", torch.arange(max_positions, device=old.device).expand((1, -1)), persistent=False)
+    embeddings.register_buffer(
+        "position_ids", torch.arange(max_positions, device=old.device).expand((1, -1)), persistent=False
+    )
     embeddings.register_buffer("token_type_ids", torch.zeros_like(embeddings.position_ids), persistent=False)
     bert.config.max_position_embeddings = max_positions

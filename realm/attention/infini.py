@@ -1,10 +1,13 @@
-"""Segments with local attention and a compressive memory of the others (Munkhdalai et al. 2024, "Leave No Context Behind", section 2).
+"""Segments with local attention and a compressive memory of the others (Munkhdalai et al. 2024,
+"Leave No Context Behind", section 2).
 
-The text is cut into segments. A token attends to its segment by softmax, and reads a memory with σ(q) M / σ(q) z (equation 3), σ being ELU + 1;
-a gate learned for each head mixes the two (equation 6). In the paper a segment reads the memory of those before it. A reader looks both
-ways, so here two memories are kept, one written from the left and one from the right, each by the paper's rule, linear (equation 4) or delta
-(equation 5): a segment reads the left memory as it stands before it and the right memory as it stands behind it, both at once:
-σ(q)(M→ + M←) / σ(q)(z→ + z←). Under the linear rule that is the memory of all other segments. A text of one segment is attended as ever.
+The text is cut into segments. A token attends to its segment by softmax, and reads a memory with
+σ(q) M / σ(q) z (equation 3), σ being ELU + 1; a gate learned for each head mixes the two (equation
+6). In the paper a segment reads the memory of those before it. A reader looks both ways, so here
+two memories are kept, one written from the left and one from the right, each by the paper's rule,
+linear (equation 4) or delta (equation 5): a segment reads the left memory as it stands before it
+and the right memory as it stands behind it, both at once: σ(q)(M→ + M←) / σ(q)(z→ + z←). Under the
+linear rule that is the memory of all other segments. A text of one segment is attended as ever.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, N segments of S tokens.
 """
@@ -30,9 +33,11 @@ class InfiniAttention(AttentionConfig):
     segment: int = 512
     """Tokens of a segment."""
     update: Literal["linear", "delta"] = "delta"
-    """How a segment is written into the memory: added, or only what the memory does not say already."""
+    """How a segment is written into the memory: added, or only what the memory does not say
+    already."""
     gate_init: float = -2.0
-    """Start of the gate before its sigmoid: negative leans on local attention, as a pretrained model does."""
+    """Start of the gate before its sigmoid: negative leans on local attention, as a pretrained
+    model does."""
 
     def __post_init__(self) -> None:
         if self.segment < 1:
@@ -64,11 +69,15 @@ class InfiniSelfAttention(ProjectedSelfAttention):
         if N > 1:
             out = mixed_with_memory(out, query, key, value, real_BNS, torch.sigmoid(self.gate), self.config.update)
         elif self.training:
-            out = out + 0 * self.gate.sum().to(out.dtype)  # so that it has a gradient on every rank, whatever the length of its texts
+            out = out + 0 * self.gate.sum().to(
+                out.dtype
+            )  # so that it has a gradient on every rank, whatever the length of its texts
         return out.reshape(B, H, N * S, D)[:, :, :L]
 
 
-def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, dropout: float) -> Tensor:
+def local_attention(
+    query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, dropout: float
+) -> Tensor:
     """Softmax attention within each segment, (B, H, N, S, D)."""
     B, H, N, S, D = query_BHNSD.shape
 
@@ -80,9 +89,16 @@ def local_attention(query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor,
 
 
 def mixed_with_memory(
-    local_BHNSD: Tensor, query_BHNSD: Tensor, key_BHNSD: Tensor, value_BHNSD: Tensor, real_BNS: Tensor, gate_H: Tensor, update: str
+    local_BHNSD: Tensor,
+    query_BHNSD: Tensor,
+    key_BHNSD: Tensor,
+    value_BHNSD: Tensor,
+    real_BNS: Tensor,
+    gate_H: Tensor,
+    update: str,
 ) -> Tensor:
-    """Local attention and what each token reads from both memories, (B, H, N, S, D); local attention alone where the memories hold nothing."""
+    """Local attention and what each token reads from both memories, (B, H, N, S, D); local
+    attention alone where the memories hold nothing."""
     filled_BN = real_BNS.any(-1)
     gate_BHN = gate_H[None, :, None] * (filled_BN.sum(1, keepdim=True) > filled_BN.long())[:, None]
     with torch.autocast(query_BHNSD.device.type, enabled=False):  # sums over the whole text: single precision at least
@@ -97,7 +113,8 @@ def mixed_with_memory(
 
 
 def memories(segments: Sequence[tuple[Tensor, Tensor]], update: str) -> list[tuple[Tensor, Tensor]]:
-    """Memory (B, H, D, D) and normalisation (B, H, D, 1) as they stand before each of the segments is written; of each σ(keys) and values."""
+    """Memory (B, H, D, D) and normalisation (B, H, D, 1) as they stand before each of the
+    segments is written; of each σ(keys) and values."""
     B, H, _, D = segments[0][0].shape
     memory_BHDD, norm_BHD1 = segments[0][0].new_zeros(B, H, D, D), segments[0][0].new_zeros(B, H, D, 1)
     states = []
@@ -106,7 +123,10 @@ def memories(segments: Sequence[tuple[Tensor, Tensor]], update: str) -> list[tup
         new_BHSD = value_BHSD
         if update == "delta" and len(states) > 1:  # nothing is known at first
             new_BHSD = value_BHSD - key_BHSD @ memory_BHDD / (key_BHSD @ norm_BHD1).clamp(min=1e-6)
-        memory_BHDD, norm_BHD1 = memory_BHDD + key_BHSD.transpose(-1, -2) @ new_BHSD, norm_BHD1 + key_BHSD.sum(2)[..., None]
+        memory_BHDD, norm_BHD1 = (
+            memory_BHDD + key_BHSD.transpose(-1, -2) @ new_BHSD,
+            norm_BHD1 + key_BHSD.sum(2)[..., None],
+        )
     return states
 
 

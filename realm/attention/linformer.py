@@ -1,10 +1,14 @@
-"""Keys and values projected along the length to a fixed number, so that attention is linear in it (Wang et al. 2020, "Linformer", section 4).
+"""Keys and values projected along the length to a fixed number, so that attention is linear in it
+(Wang et al. 2020, "Linformer", section 4).
 
-head = softmax(Q (E K)ᵀ / √D) (F V) with E and F of size k × n (equation 7). The projections start as mean pooling: row j averages the j-th of k
-stretches of the n positions, so that a pretrained model begins with coarse but meaningful keys instead of random mixtures. A row whose
-stretch lies wholly behind the last real token is not attended to; one that is partly filled averages what is there.
+head = softmax(Q (E K)ᵀ / √D) (F V) with E and F of size k × n (equation 7). The projections start
+as mean pooling: row j averages the j-th of k stretches of the n positions, so that a pretrained
+model begins with coarse but meaningful keys instead of random mixtures. A row whose stretch lies
+wholly behind the last real token is not attended to; one that is partly filled averages what is
+there.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, K projected length, n the model's positions.
+Shape legend: B rows, H heads, L tokens, D width of a head, K projected length, n the model's
+positions.
 """
 
 from collections.abc import Sequence
@@ -23,14 +27,16 @@ from realm.errors import UserError
 @AttentionConfig.register_subclass("linformer")
 @dataclass(frozen=True)
 class LinformerAttention(AttentionConfig):
-    """Low-rank attention. A text of L of the model's n positions has about K · L / n keys, so that `reader.max_tokens` should not be far above it."""
+    """Low-rank attention. A text of L of the model's n positions has about K · L / n keys, so
+    that `reader.max_tokens` should not be far above it."""
 
     fixed_length: ClassVar[bool] = True
 
     projected_tokens: int = 256
     """Projected length K."""
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
-    """Projections for each head, key and value; one E and one F for all heads of a layer; one for both; one for all layers (section 4.3)."""
+    """Projections for each head, key and value; one E and one F for all heads of a layer; one
+    for both; one for all layers (section 4.3)."""
 
     def __post_init__(self) -> None:
         if self.projected_tokens < 1:
@@ -39,18 +45,24 @@ class LinformerAttention(AttentionConfig):
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
         modules: list[LinformerSelfAttention] = []
         for attention in attentions:
-            modules.append(LinformerSelfAttention(attention, self, modules[0] if modules and self.sharing == "layerwise" else None))
+            modules.append(
+                LinformerSelfAttention(attention, self, modules[0] if modules and self.sharing == "layerwise" else None)
+            )
         return list(modules)
 
 
 class LinformerSelfAttention(ProjectedSelfAttention):
     """Owns its projections, or uses those of the layer `owner`."""
 
-    def __init__(self, local: nn.Module, config: LinformerAttention, owner: "LinformerSelfAttention | None" = None) -> None:
+    def __init__(
+        self, local: nn.Module, config: LinformerAttention, owner: "LinformerSelfAttention | None" = None
+    ) -> None:
         super().__init__(local)
         positions: int = local.config.max_position_embeddings  # type: ignore[union-attr, assignment]
         if config.projected_tokens > positions:
-            raise UserError(f"attention.projected_tokens ({config.projected_tokens}) exceeds the reader's {positions} positions; lower it.")
+            raise UserError(
+                f"attention.projected_tokens ({config.projected_tokens}) exceeds the reader's {positions} positions; lower it."
+            )
         self.config = config
         heads = self.num_heads if config.sharing == "none" else 1
         pooling_HKn = mean_pooling(config.projected_tokens, positions).expand(heads, -1, -1)
@@ -65,11 +77,14 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         key_projection = self.owner[0].key_projection
         K, positions = key_projection.shape[1:]
         if positions < L:
-            raise UserError(f"a text of {L} wordpieces exceeds the {positions} positions that the linformer's projections were made for.")
+            raise UserError(
+                f"a text of {L} wordpieces exceeds the {positions} positions that the linformer's projections were made for."
+            )
         value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
         real_BLn = real_BL.to(key_BHLD.dtype)
         padded = may_be_padded(real_BL)
-        # What a stretch lacks at the end of the text is made up for, so that its mean is one of real tokens.
+        # What a stretch lacks at the end of the text is made up for, so that its mean is one of
+        # real tokens.
         starts_K, ends_K = stretches(K, positions, real_BL.device)
         before_BL1 = F.pad(real_BL.long().cumsum(1), (1, 0))
         count_BK = before_BL1[:, ends_K.clamp(max=L)] - before_BL1[:, starts_K.clamp(max=L)]
@@ -82,7 +97,9 @@ class LinformerSelfAttention(ProjectedSelfAttention):
             projection_HKL = projection_HKn[..., :L].to(x_BHLD.dtype)
             if len(projection_HKL) == 1:  # heads that share a projection are one matrix
                 B, H, _, D = x_BHLD.shape
-                projected_BHKD = (projection_HKL @ x_BHLD.transpose(1, 2).reshape(B, L, H * D)).view(B, K, H, D).transpose(1, 2)
+                projected_BHKD = (
+                    (projection_HKL @ x_BHLD.transpose(1, 2).reshape(B, L, H * D)).view(B, K, H, D).transpose(1, 2)
+                )
             else:
                 projected_BHKD = projection_HKL @ x_BHLD
             return projected_BHKD * factor_BK[:, None, :, None]

@@ -1,10 +1,14 @@
-"""Sliding-window attention with global tokens (Beltagy et al. 2020, "Longformer", sections 3.1 and 3.2).
+"""Sliding-window attention with global tokens (Beltagy et al. 2020, "Longformer", sections 3.1 and
+3.2).
 
-Every token attends to the tokens at most `window` places away and to the global tokens; a global token attends to every token, through
-query, key and value projections of its own that start as copies of the local ones. Windows may differ by layer, small ones below; a head may
-be dilated and see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with the length.
+Every token attends to the tokens at most `window` places away and to the global tokens; a global
+token attends to every token, through query, key and value projections of its own that start as
+copies of the local ones. Windows may differ by layer, small ones below; a head may be dilated and
+see every d-th token of a window d times as wide (section 3.1). Work and memory grow linearly with
+the length.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has most.
+Shape legend: B rows, H heads, L tokens, D width of a head, G global tokens of the row that has
+most.
 """
 
 import copy
@@ -34,15 +38,22 @@ class LongformerAttention(AttentionConfig):
 
     def __post_init__(self) -> None:
         if min((self.window, *self.layer_windows)) < 1:
-            raise UserError(f"attention.window must be at least 1 in every layer, got {min((self.window, *self.layer_windows))}.")
+            raise UserError(
+                f"attention.window must be at least 1 in every layer, got {min((self.window, *self.layer_windows))}."
+            )
         if self.dilation and min(self.dilation) < 1:
             raise UserError(f"attention.dilation must be at least 1 in every head, got {min(self.dilation)}.")
 
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
         if self.layer_windows and len(self.layer_windows) != len(attentions):
-            raise UserError(f"attention.layer_windows names {len(self.layer_windows)} layers where the encoder has {len(attentions)}.")
+            raise UserError(
+                f"attention.layer_windows names {len(self.layer_windows)} layers where the encoder has {len(attentions)}."
+            )
         windows = self.layer_windows or (self.window,) * len(attentions)
-        return [LongformerSelfAttention(attention, window, self.dilation) for attention, window in zip(attentions, windows, strict=True)]
+        return [
+            LongformerSelfAttention(attention, window, self.dilation)
+            for attention, window in zip(attentions, windows, strict=True)
+        ]
 
 
 class LongformerSelfAttention(nn.Module):
@@ -64,14 +75,24 @@ class LongformerSelfAttention(nn.Module):
         self.dropout: float = local.dropout.p  # type: ignore[union-attr, assignment]
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, global_mask: Tensor | None = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        global_mask: Tensor | None = None,
+        **_: object,
     ) -> tuple[Tensor, None]:
-        """`hidden_states` (B, L, H·D); `attention_mask` (B, L) true on real tokens; `global_mask` (B, L) true on global tokens.
+        """`hidden_states` (B, L, H·D); `attention_mask` (B, L) true on real tokens; `global_mask`
+        (B, L) true on global tokens.
 
-        Without a global mask the first token of every row ([CLS]) is global. Outputs on padding are finite and meaningless.
+        Without a global mask the first token of every row ([CLS]) is global. Outputs on padding are
+        finite and meaningless.
         """
         B, L, width = hidden_states.shape
-        real_BL = torch.ones(B, L, dtype=torch.bool, device=hidden_states.device) if attention_mask is None else attention_mask.bool()
+        real_BL = (
+            torch.ones(B, L, dtype=torch.bool, device=hidden_states.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         if global_mask is None:
             global_mask = torch.zeros_like(real_BL)
             global_mask[:, 0] = True
@@ -83,12 +104,18 @@ class LongformerSelfAttention(nn.Module):
 
         at_BG, present_BG = global_positions(global_BL)
         q, k, v = heads(self.query(hidden_states)), heads(self.key(hidden_states)), heads(self.value(hidden_states))
-        shared_k, shared_v = (x.gather(2, at_BG[:, None, :, None].expand(-1, self.num_heads, -1, x.shape[-1])) for x in (k, v))
+        shared_k, shared_v = (
+            x.gather(2, at_BG[:, None, :, None].expand(-1, self.num_heads, -1, x.shape[-1])) for x in (k, v)
+        )
         local_BL = real_BL & ~global_BL  # a global key is left to its own slot, so that no window counts it twice
         strides = sorted(set(self.dilation))
         parts = []
         for stride in strides:
-            own = slice(None) if len(strides) == 1 else [head for head, mine in enumerate(self.dilation) if mine == stride]
+            own = (
+                slice(None)
+                if len(strides) == 1
+                else [head for head, mine in enumerate(self.dilation) if mine == stride]
+            )
             inputs = Windowed(q[:, own], k[:, own], v[:, own], shared_k[:, own], shared_v[:, own], local_BL, present_BG)
             parts.append(dilated_attention(inputs, self.window, stride, dropout))
         order = sorted(range(self.num_heads), key=lambda head: self.dilation[head])  # as the parts hold the heads
@@ -100,11 +127,14 @@ class LongformerSelfAttention(nn.Module):
         out_BLW = out_BHLD.transpose(1, 2).reshape(B, L, width)
         global_out_BGW = global_out_BHGD.transpose(1, 2).reshape(B, -1, width).to(out_BLW.dtype)
         at_BGW = at_BG[..., None].expand_as(global_out_BGW)
-        return out_BLW.scatter(1, at_BGW, torch.where(present_BG[..., None], global_out_BGW, out_BLW.gather(1, at_BGW))), None
+        return out_BLW.scatter(
+            1, at_BGW, torch.where(present_BG[..., None], global_out_BGW, out_BLW.gather(1, at_BGW))
+        ), None
 
 
 def global_positions(global_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of each row's global tokens, (B, G), and which of those slots are filled, (B, G); G is at least 1."""
+    """Positions of each row's global tokens, (B, G), and which of those slots are filled, (B,
+    G); G is at least 1."""
     count = max(1, int(global_BL.sum(1).max()))
     order = torch.sort((~global_BL).to(torch.int8), dim=1, stable=True).indices[:, :count]
     return order, global_BL.gather(1, order)

@@ -1,4 +1,5 @@
-"""What a variant of the reader's self-attention is: its config, and how it counts updates where it has a schedule."""
+"""What a variant of the reader's self-attention is: its config, and how it counts updates where
+it has a schedule."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ class AttentionConfig(draccus.ChoiceRegistry):
         return "dense"
 
     def replace(self, attention: nn.Module, layer: int) -> nn.Module:
-        """The module that takes the place of BERT's self-attention in layer number `layer` (0 is the lowest)."""
+        """The module that takes the place of BERT's self-attention in layer number `layer` (0 is
+        the lowest)."""
         raise TypeError(f"{type(self).__name__} does not say how it replaces a self-attention module")
 
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
@@ -38,7 +40,8 @@ class CountsUpdates(ABC):
 
 
 def count_update(model: nn.Module) -> None:
-    """Tell the attentions of `model` that its parameters were updated; every training loop is to call this after the optimizer's step."""
+    """Tell the attentions of `model` that its parameters were updated; every training loop is to
+    call this after the optimizer's step."""
     for module in model.modules():
         if isinstance(module, CountsUpdates):
             module.count_update()

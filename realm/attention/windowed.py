@@ -1,11 +1,13 @@
-"""Attention of every token to a window around it and to some keys that all see: the work of Longformer, in time and memory linear in the length.
+"""Attention of every token to a window around it and to some keys that all see: the work of
+Longformer, in time and memory linear in the length.
 
-Queries are taken in blocks, each against the keys of its window; nothing of size length × length is ever made. On a GPU, or with dropout, all
-blocks go to torch's fused attention at once, under a mask. On a CPU the blocks are matrix products one after another, their scores in the
-cache; the gradient computes them again.
+Queries are taken in blocks, each against the keys of its window; nothing of size length × length is
+ever made. On a GPU, or with dropout, all blocks go to torch's fused attention at once, under a
+mask. On a CPU the blocks are matrix products one after another, their scores in the cache; the
+gradient computes them again.
 
-Shape legend: B rows, H heads, L tokens, D width of a head, G shared keys, C block of queries, K keys that
-a block sees, R rows of a block, N = ⌈L/C⌉ blocks.
+Shape legend: B rows, H heads, L tokens, D width of a head, G shared keys, C block of queries, K
+keys that a block sees, R rows of a block, N = ⌈L/C⌉ blocks.
 """
 
 import functools
@@ -46,7 +48,8 @@ class Windowed(NamedTuple):
 
 
 def dilated_attention(inputs: Windowed, window: int, stride: int, dropout: float) -> Tensor:
-    """Windowed attention over every `stride`-th token, (B, H, L, D): each residue of the positions is a text of its own."""
+    """Windowed attention over every `stride`-th token, (B, H, L, D): each residue of the
+    positions is a text of its own."""
     if stride == 1:
         return windowed_attention(inputs, window, dropout)
     B, H, L, D = inputs.q_BHLD.shape
@@ -54,12 +57,19 @@ def dilated_attention(inputs: Windowed, window: int, stride: int, dropout: float
     length = (L + pad) // stride
 
     def texts(x_BHLD: Tensor) -> Tensor:
-        return F.pad(x_BHLD, (0, 0, 0, pad)).view(B, H, length, stride, D).permute(0, 3, 1, 2, 4).reshape(B * stride, H, length, D)
+        return (
+            F.pad(x_BHLD, (0, 0, 0, pad))
+            .view(B, H, length, stride, D)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(B * stride, H, length, D)
+        )
 
     shared_k, shared_v = (x.repeat_interleave(stride, 0) for x in (inputs.shared_k_BHGD, inputs.shared_v_BHGD))
     local_BL = F.pad(inputs.local_BL, (0, pad)).view(B, length, stride).transpose(1, 2).reshape(B * stride, length)
     present_BG = inputs.present_BG.repeat_interleave(stride, 0)
-    split = Windowed(texts(inputs.q_BHLD), texts(inputs.k_BHLD), texts(inputs.v_BHLD), shared_k, shared_v, local_BL, present_BG)
+    split = Windowed(
+        texts(inputs.q_BHLD), texts(inputs.k_BHLD), texts(inputs.v_BHLD), shared_k, shared_v, local_BL, present_BG
+    )
     out = windowed_attention(split, window, dropout)
     return out.view(B, stride, H, length, D).permute(0, 2, 3, 1, 4).reshape(B, H, length * stride, D)[:, :, :L]
 
@@ -72,7 +82,8 @@ def windowed_attention(inputs: Windowed, window: int, dropout: float) -> Tensor:
 
 
 class _Blocks(torch.autograd.Function):
-    """Block after block by matrix products in the dtype of the inputs; the softmax adds up in single precision or better."""
+    """Block after block by matrix products in the dtype of the inputs; the softmax adds up in
+    single precision or better."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -90,7 +101,8 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, towards_BHLD = Windowed(*ctx.saved_tensors), gradients[0]
         q = torch.empty_like(inputs.q_BHLD)
-        # A key stands in several blocks: its gradient is a sum, and is kept as exact as the softmax.
+        # A key stands in several blocks: its gradient is a sum, and is kept as exact as the
+        # softmax.
         sums = [torch.zeros_like(x, dtype=softmax_dtype(x)) for x in inputs[1:5]]
         k, v, shared_k, shared_v = sums
         G = shared_k.shape[2]
@@ -132,19 +144,24 @@ class _Block(NamedTuple):
 
 
 def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
-    """All rows of a block at once where they are short, and fewer where their scores would not stay in the cache."""
+    """All rows of a block at once where they are short, and fewer where their scores would not
+    stay in the cache."""
     B, H, L, D = inputs.q_BHLD.shape
     scale = D**-0.5
     G = inputs.shared_k_BHGD.shape[2]
     C = max(_SHORTEST_BLOCK, min(_LONGEST_BLOCK, window))
     for start in range(0, L, C):
         here, around = slice(start, min(start + C, L)), slice(max(0, start - window), min(start + C + window, L))
-        # Keys before the window of the block's last query, and behind that of its first: only they are too far for some query.
+        # Keys before the window of the block's last query, and behind that of its first: only they
+        # are too far for some query.
         before = slice(around.start, max(around.start, min(around.stop, here.stop - 1 - window)))
         behind = slice(min(around.stop, max(around.start, start + window + 1)), around.stop)
         offset = G - around.start
         far = [
-            (slice(offset + end.start, offset + end.stop), _too_far(here.stop - start, end.stop - end.start, end.start - start, window))
+            (
+                slice(offset + end.start, offset + end.stop),
+                _too_far(here.stop - start, end.stop - end.start, end.start - start, window),
+            )
             for end in (before, behind)
             if end.stop > end.start
         ]
@@ -156,12 +173,15 @@ def _blocks(inputs: Windowed, window: int) -> Iterator[_Block]:
             absent = [] if bool(seen_RK.all()) else [(slice(None), ~seen_RK[:, None, None, :])]
             key = torch.cat((inputs.shared_k_BHGD[rows], inputs.k_BHLD[keys]), 2)
             value = torch.cat((inputs.shared_v_BHGD[rows], inputs.v_BHLD[keys]), 2)
-            yield _Block(rows, queries, keys, inputs.q_BHLD[queries].contiguous() * scale, key, value, [*far, *absent], scale)
+            yield _Block(
+                rows, queries, keys, inputs.q_BHLD[queries].contiguous() * scale, key, value, [*far, *absent], scale
+            )
 
 
 @functools.lru_cache(64)
 def _too_far(queries: int, keys: int, offset: int, window: int) -> Tensor:
-    """True where a key is more than `window` places from a query, (queries, keys); the first key stands `offset` behind the first query."""
+    """True where a key is more than `window` places from a query, (queries, keys); the first key
+    stands `offset` behind the first query."""
     return (torch.arange(queries)[:, None] - torch.arange(keys)[None] - offset).abs_() > window
 
 
@@ -171,12 +191,14 @@ def softmax_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def hide_(scores: Tensor, hidden: Tensor) -> Tensor:
-    """Give the lowest score there is, in place, where a key is not seen; finite, so that a query which sees none has no NaN."""
+    """Give the lowest score there is, in place, where a key is not seen; finite, so that a query
+    which sees none has no NaN."""
     return scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
 
 
 def _all_blocks_at_once(inputs: Windowed, window: int, dropout: float) -> Tensor:
-    """Blocks of `window` queries against three blocks of keys, as rows of one call of fused attention."""
+    """Blocks of `window` queries against three blocks of keys, as rows of one call of fused
+    attention."""
     q_BHLD, k_BHLD, v_BHLD, shared_k_BHGD, shared_v_BHGD, local_BL, present_BG = inputs
     B, H, L, D = q_BHLD.shape
     C = max(1, min(window, L))
@@ -195,7 +217,8 @@ def _all_blocks_at_once(inputs: Windowed, window: int, dropout: float) -> Tensor
     near_C3C = offset.abs() <= window
     mask_BNC3C = key_BN3C[:, :, None, :] & near_C3C
     mask = torch.cat([mask_BNC3C, present_BG[:, None, None, :].expand(-1, N, C, -1)], dim=-1)
-    # A query that sees nothing (padding in a row without global tokens) looks at everything instead of producing NaN.
+    # A query that sees nothing (padding in a row without global tokens) looks at everything instead
+    # of producing NaN.
     mask = mask | ~mask.any(-1, keepdim=True)
     keys = 3 * C + shared_k_BHGD.shape[2]
     out = F.scaled_dot_product_attention(

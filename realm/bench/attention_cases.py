@@ -1,7 +1,9 @@
-"""What `realm bench attention` measures: a self-attention module, with projections or without, of every variant, and of peers where installed.
+"""What `realm bench attention` measures: a self-attention module, with projections or without, of
+every variant, and of peers where installed.
 
-All have the same heads and widths and see [CLS] and a question of 32 tokens as global where they know global tokens. Peers' output projection,
-which BERT has outside its self-attention, is taken off. Windows, features and projected lengths are equal where both have them.
+All have the same heads and widths and see [CLS] and a question of 32 tokens as global where they
+know global tokens. Peers' output projection, which BERT has outside its self-attention, is taken
+off. Windows, features and projected lengths are equal where both have them.
 
 Shape legend: B rows (1), L tokens, W hidden width.
 """
@@ -24,7 +26,8 @@ from realm.run.config_file import decoded
 
 NUM_GLOBAL = 32
 _WINDOW, _FEATURES, _SEGMENT = 256, 256, 512
-"""Tokens seen on each side, random features or projected tokens, and segment: the variants' defaults, given to peers likewise."""
+"""Tokens seen on each side, random features or projected tokens, and segment: the variants'
+defaults, given to peers likewise."""
 
 Call = Callable[[Tensor], Tensor]
 """Hidden states (1, L, W) to outputs of that shape."""
@@ -32,7 +35,8 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the module, and whether it makes queries, keys and values, or takes hidden states for them: the attention alone."""
+    """Size of the module, and whether it makes queries, keys and values, or takes hidden states
+    for them: the attention alone."""
 
     heads: int
     head_width: int
@@ -46,7 +50,8 @@ class Shape:
 
 
 def parse_variant(text: str) -> AttentionConfig:
-    """A variant by its name, or as in a config: `{type: longformer, window: 128}`. Raises UserError where there is none such."""
+    """A variant by its name, or as in a config: `{type: longformer, window: 128}`. Raises
+    UserError where there is none such."""
     known = sorted(AttentionConfig.get_known_choices())
     try:
         tree = yaml.safe_load(text)
@@ -54,13 +59,18 @@ def parse_variant(text: str) -> AttentionConfig:
         tree = None
     tree = {"type": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict) or tree.get("type") not in known:
-        raise UserError(f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'.")
+        raise UserError(
+            f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'."
+        )
     return decoded(AttentionConfig, tree, repr(text))
 
 
 def every_variant() -> dict[str, AttentionConfig]:
     """All that are registered, with their defaults."""
-    return {name: parse_variant(name) for name in sorted(AttentionConfig.get_known_choices(), key=lambda name: (name != "dense", name))}
+    return {
+        name: parse_variant(name)
+        for name in sorted(AttentionConfig.get_known_choices(), key=lambda name: (name != "dense", name))
+    }
 
 
 def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
@@ -81,7 +91,8 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
 
 
 class Given(nn.Module):
-    """In the place of a projection: hidden states as they are, in the dtype that a projection would give them under autocast."""
+    """In the place of a projection: hidden states as they are, in the dtype that a projection
+    would give them under autocast."""
 
     def forward(self, hidden_BLW: Tensor) -> Tensor:
         """(1, L, W) to the same."""
@@ -115,9 +126,15 @@ def _transformers_longformer(shape: Shape, device: str) -> Call:
     from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
     config = LongformerConfig(
-        hidden_size=shape.width, num_attention_heads=shape.heads, attention_window=[2 * _WINDOW], attention_probs_dropout_prob=0.0
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        attention_window=[2 * _WINDOW],
+        attention_probs_dropout_prob=0.0,
     )
-    module, length = placed(LongformerSelfAttention(config, 0), shape, device), -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW
+    module, length = (
+        placed(LongformerSelfAttention(config, 0), shape, device),
+        -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW,
+    )
     is_global = global_mask(length, device)
     arguments = {
         "attention_mask": torch.where(is_global, 10000.0, 0.0),
@@ -125,7 +142,9 @@ def _transformers_longformer(shape: Shape, device: str) -> Call:
         "is_index_global_attn": is_global,
         "is_global_attn": True,
     }
-    return lambda hidden_BLW: module(nn.functional.pad(hidden_BLW, (0, 0, 0, length - shape.length)), **arguments)[0][:, : shape.length]
+    return lambda hidden_BLW: module(nn.functional.pad(hidden_BLW, (0, 0, 0, length - shape.length)), **arguments)[0][
+        :, : shape.length
+    ]
 
 
 def _transformers_bigbird(shape: Shape, device: str) -> Call:
@@ -139,7 +158,9 @@ def _transformers_bigbird(shape: Shape, device: str) -> Call:
         attention_probs_dropout_prob=0.0,
     )
     module = placed(BigBirdBlockSparseAttention(config, seed=0), shape, device)
-    masks = BigBirdModel.create_masks_for_block_sparse_attn(torch.ones(1, shape.length, device=device), config.block_size)
+    masks = BigBirdModel.create_masks_for_block_sparse_attn(
+        torch.ones(1, shape.length, device=device), config.block_size
+    )
     blocked, band, from_mask, to_mask = masks
     return lambda hidden_BLW: module(hidden_BLW, band, from_mask, to_mask, blocked, blocked)[0]
 
@@ -161,7 +182,8 @@ def _linformer(shape: Shape, device: str) -> Call:
 
 
 def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
-    """Its attention is causal: one memory, half of the scores; segment by segment as its own model calls it."""
+    """Its attention is causal: one memory, half of the scores; segment by segment as its own
+    model calls it."""
     from infini_transformer_pytorch.infini_transformer import CausalAttention
 
     module = CausalAttention(shape.width, dim_head=shape.head_width, heads=shape.heads, use_mem_delta_rule=True)
@@ -198,7 +220,7 @@ PEERS = {
     "infini-transformer-pytorch (causal)": Peer("infini_transformer_pytorch", "infini", _infini_transformer_pytorch),
 }
 
-RIVAL_OF = {peer.variant: name for name, peer in PEERS.items() if peer.variant is not None}
+PEER_OF = {peer.variant: name for name, peer in PEERS.items() if peer.variant is not None}
 """The peer of a variant's own mechanism."""
 
 

@@ -1,7 +1,9 @@
-"""`realm bench long`: what the attention variants can do on texts longer than they were trained on, beside what that costs.
+"""`realm bench long`: what the attention variants can do on texts longer than they were trained on,
+beside what that costs.
 
-A reader of a few narrow layers is trained from scratch on each task and variant, with the same seed, steps and batches. Positions start as
-sinusoids and are shifted at random in training, so that all of those of the longest test have been seen.
+A reader of a few narrow layers is trained from scratch on each task and variant, with the same
+seed, steps and batches. Positions start as sinusoids and are shifted at random in training, so that
+all of those of the longest test have been seen.
 """
 
 import time
@@ -36,8 +38,11 @@ _TEST_TOKENS_A_BATCH = 2**15
 Row = dict[str, Any]
 
 
-def bench_long(variants: Sequence[str], tasks: Sequence[str], seed: int, tests: int, steps: int | None, json_file: Path | None) -> list[Row]:
-    """Train and test every variant on every task, print one table, write rows where asked; returns a row for each variant, task and length."""
+def bench_long(
+    variants: Sequence[str], tasks: Sequence[str], seed: int, tests: int, steps: int | None, json_file: Path | None
+) -> list[Row]:
+    """Train and test every variant on every task, print one table, write rows where asked;
+    returns a row for each variant, task and length."""
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
         raise UserError(f"--tasks {unknown[0]!r} is none; name some of {', '.join(TASKS)}.")
@@ -60,15 +65,21 @@ def bench_long(variants: Sequence[str], tasks: Sequence[str], seed: int, tests: 
     }
     rows: list[Row] = []
     for name, text, attention in cases:
-        rows += [{"task": name, "variant": text, **row} for row in run_task(TASKS[name], attention, seed, tests, steps, f"{name}, {text}", device)]
+        rows += [
+            {"task": name, "variant": text, **row}
+            for row in run_task(TASKS[name], attention, seed, tests, steps, f"{name}, {text}", device)
+        ]
         if json_file is not None:
             write_json_atomic(json_file, {"setting": setting, "rows": rows})
     report(rows, tasks, seed)
     return rows
 
 
-def run_task(task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str, device: str) -> list[Row]:
-    """A row for each test length: share right, milliseconds of a training step (without making the texts) and of a tested text."""
+def run_task(
+    task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str, device: str
+) -> list[Row]:
+    """A row for each test length: share right, milliseconds of a training step (without making
+    the texts) and of a tested text."""
     torch.manual_seed(seed)
     reader = tiny_reader(task, attention).to(device)
     steps = steps or task.steps
@@ -82,7 +93,8 @@ def run_task(task: Task, attention: AttentionConfig, seed: int, tests: int, step
 
 
 class ShiftedPositions(nn.Embedding):
-    """Learned positions started as sinusoids, all of a batch shifted by the same random number in training (Kiyono et al. 2021, "SHAPE")."""
+    """Learned positions started as sinusoids, all of a batch shifted by the same random number
+    in training (Kiyono et al. 2021, "SHAPE")."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """(1, L) position ids to (1, L, H)."""
@@ -124,7 +136,8 @@ def logits(reader: Reader, examples: Sequence[Example]) -> tuple[Tensor, Tensor]
 
 
 def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> float:
-    """AdamW with warm-up and a linear descent; returns the seconds of all steps, without those that making the texts took."""
+    """AdamW with warm-up and a linear descent; returns the seconds of all steps, without those
+    that making the texts took."""
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (steps - step) / steps))
     rng, seconds = np.random.default_rng((seed, 1)), 0.0
@@ -163,19 +176,26 @@ def test(reader: Reader, task: Task, tokens: int, seed: int, count: int) -> tupl
 
 
 def report(rows: Sequence[Row], tasks: Sequence[str], seed: int) -> None:
-    """One table: a row for each variant, for each task a column for each length and what a training step and the longest text cost."""
+    """One table: a row for each variant, for each task a column for each length and what a
+    training step and the longest text cost."""
     found = {(row["variant"], row["task"], row["tokens"]): row for row in rows}
     rng = np.random.default_rng(seed)
     heads, guesses = [], []
     for name in tasks:
         lengths = TASKS[name].test_tokens
-        heads += [f"{name}, {tokens // TASKS[name].train_tokens}x" for tokens in lengths] + ["ms a step", f"ms a text of {max(lengths):,}"]
+        heads += [f"{name}, {tokens // TASKS[name].train_tokens}x" for tokens in lengths] + [
+            "ms a step",
+            f"ms a text of {max(lengths):,}",
+        ]
         guesses += [f"{100 * TASKS[name].guess(rng):.1f}"] * len(lengths) + [None, None]
     table: list[list[object]] = [["a guess", *guesses]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells: list[object] = [variant]
         for name in tasks:
             mine = [found[variant, name, tokens] for tokens in TASKS[name].test_tokens]
-            cells += [f"{100 * row['right']:.1f}" for row in mine] + [f"{mine[0]['step_ms']:.0f}", f"{mine[-1]['text_ms']:.1f}"]
+            cells += [f"{100 * row['right']:.1f}" for row in mine] + [
+                f"{mine[0]['step_ms']:.0f}",
+                f"{mine[-1]['text_ms']:.1f}",
+            ]
         table.append(cells)
     print_table("Right, %, by test length in training lengths, and cost", ["variant", *heads], table)

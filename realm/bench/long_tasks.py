@@ -1,6 +1,8 @@
-"""Tasks made up on the spot that ask what a reader of long texts can do, in a small vocabulary of their own.
+"""Tasks made up on the spot that ask what a reader of long texts can do, in a small vocabulary of
+their own.
 
-Each is put as the reader is asked: `[CLS] x [SEP] text [SEP]`, x with masks whose wordpieces the text decides.
+Each is put as the reader is asked: `[CLS] x [SEP] text [SEP]`, x with masks whose wordpieces the
+text decides.
 """
 
 import random
@@ -58,7 +60,8 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Kinds(Task):
-    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for a word by its kind, a mask behind it."""
+    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for
+    a word by its kind, a mask behind it."""
 
     kinds: int = 8
     words: int = 16
@@ -83,9 +86,11 @@ class Kinds(Task):
 
 @dataclass(frozen=True)
 class Passkey(Kinds):
-    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of that kind is to be returned.
+    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of
+    that kind is to be returned.
 
-    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys in the text.
+    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys
+    in the text.
     """
 
     test_tokens: tuple[int, ...] = (64, 256, 1024)
@@ -102,10 +107,12 @@ class Passkey(Kinds):
 
 @dataclass(frozen=True)
 class MaskedSpan(Kinds):
-    """A document about one entity of every kind, which names others too, less often; x is a sentence with the entity of one kind masked.
+    """A document about one entity of every kind, which names others too, less often; x is a
+    sentence with the entity of one kind masked.
 
-    What is to be filled in is what the whole document speaks of most, so that the evidence is spread over all of it and grows with it: of
-    every kind one word stands in the text three times for each training length, and two others once. A guess is a mention of the kind.
+    What is to be filled in is what the whole document speaks of most, so that the evidence is
+    spread over all of it and grows with it: of every kind one word stands in the text three times
+    for each training length, and two others once. A guess is a mention of the kind.
     """
 
     train_tokens: int = 128
@@ -126,10 +133,12 @@ class MaskedSpan(Kinds):
 
 @dataclass(frozen=True)
 class ListOps(Task):
-    """Nested lists of digits under MAX, MIN, MED and SM (sum modulo 10), by the published grammar (Nangia & Bowman 2018, section 3).
+    """Nested lists of digits under MAX, MIN, MED and SM (sum modulo 10), by the published grammar
+    (Nangia & Bowman 2018, section 3).
 
-    A node is an operator with probability ¼ and a digit otherwise, with two to `max_arguments` arguments and at most `max_depth` levels;
-    as in Long Range Arena (Tay et al. 2021, section 2.2.1), only lists of a certain length are kept: here more than half of the tokens there are.
+    A node is an operator with probability ¼ and a digit otherwise, with two to `max_arguments`
+    arguments and at most `max_depth` levels; as in Long Range Arena (Tay et al. 2021, section
+    2.2.1), only lists of a certain length are kept: here more than half of the tokens there are.
     """
 
     train_tokens: int = 128
@@ -143,7 +152,9 @@ class ListOps(Task):
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         room = tokens - len((CLS, MASK, SEP, SEP))
-        draws = random.Random(int(rng.integers(2**63)))  # one number at a time is what Python's own generator is fast at
+        draws = random.Random(
+            int(rng.integers(2**63))
+        )  # one number at a time is what Python's own generator is fast at
         while True:
             text: list[int] = []
             value = self._append(text, 1, draws, room)
@@ -151,9 +162,11 @@ class ListOps(Task):
                 return joint([MASK], text, (_FIRST + value,))
 
     def _append(self, text: list[int], depth: int, draws: random.Random, room: int) -> int:
-        """Append an operator with its arguments to `text` and return its value; the root is always one.
+        """Append an operator with its arguments to `text` and return its value; the root is always
+        one.
 
-        A text beyond `room` is thrown away whatever follows, so that its making stops there, with no value.
+        A text beyond `room` is thrown away whatever follows, so that its making stops there, with
+        no value.
         """
         operator = draws.randrange(len(OPERATORS))
         text.append(_FIRST + 10 + operator)

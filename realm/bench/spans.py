@@ -1,8 +1,10 @@
-"""`realm bench spans`: precision, recall, F1 and speed of a salient-span pipeline against annotated sentences.
+"""`realm bench spans`: precision, recall, F1 and speed of a salient-span pipeline against annotated
+sentences.
 
-Annotations are CoNLL files, plain or gzip, with BIO tags: one token a line (`token TAB tag` or `number TAB token TAB tag`), a blank line
-between sentences. A sentence's tokens are joined by single blanks for tagging; a predicted span counts where both its ends are those of an
-annotated one.
+Annotations are CoNLL files, plain or gzip, with BIO tags: one token a line (`token TAB tag` or
+`number TAB token TAB tag`), a blank line between sentences. A sentence's tokens are joined by
+single blanks for tagging; a predicted span counts where both its ends are those of an annotated
+one.
 """
 
 import argparse
@@ -24,14 +26,16 @@ _TAG = re.compile(r"O|[BI]-\S+")
 
 @dataclass(frozen=True)
 class AnnotatedSentence:
-    """A sentence's text, its tokens joined by single blanks, and its annotated spans as (start, end, label) in characters."""
+    """A sentence's text, its tokens joined by single blanks, and its annotated spans as (start,
+    end, label) in characters."""
 
     text: str
     spans: tuple[tuple[int, int, str], ...]
 
 
 def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
-    """The sentences of a CoNLL file. Raises UserError, naming file and line, on a line that is not one, and on a file it cannot read."""
+    """The sentences of a CoNLL file. Raises UserError, naming file and line, on a line that is
+    not one, and on a file it cannot read."""
     tokens: list[str] = []
     tags: list[str] = []
     try:
@@ -50,7 +54,9 @@ def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
                     yield _sentence(tokens, tags)
                     tokens, tags = [], []
     except (OSError, EOFError, ZlibError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as {'gzip-compressed ' if path.suffix == '.gz' else ''}UTF-8 text: {error}") from error
+        raise UserError(
+            f"{path} cannot be read as {'gzip-compressed ' if path.suffix == '.gz' else ''}UTF-8 text: {error}"
+        ) from error
     if tokens:
         yield _sentence(tokens, tags)
 
@@ -72,10 +78,12 @@ def _sentence(tokens: list[str], tags: list[str]) -> AnnotatedSentence:
 
 
 def bench_spans(entities: Path | None, dates: Path | None, config: SpanConfig) -> list[dict]:
-    """One row for each file given: what, pipeline, sentences, annotated, precision, recall, f1 (shares of 1) and sentences_per_s.
+    """One row for each file given: what, pipeline, sentences, annotated, precision, recall, f1
+    (shares of 1) and sentences_per_s.
 
-    On `entities` boundaries alone count, and predicted dates and numbers are left out; on `dates` only predicted dates count.
-    Raises UserError on a malformed or empty file and where the pipeline is not installed.
+    On `entities` boundaries alone count, and predicted dates and numbers are left out; on `dates`
+    only predicted dates count. Raises UserError on a malformed or empty file and where the pipeline
+    is not installed.
     """
     tagger = SpanTagger.load(config)
     files = [("entities", entities), ("dates", dates)]
@@ -126,7 +134,10 @@ def _table(rows: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [name in formats for name in rows[0]]
     return "\n".join(
-        "  ".join(cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ).rstrip()
         for line in cells
     )
 
@@ -135,13 +146,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("--entities", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of named entities")
     parser.add_argument("--dates", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of date expressions")
-    parser.add_argument("--pipeline", default="builtin", help='"builtin" or a spaCy pipeline by name or path (default: %(default)s)')
+    parser.add_argument(
+        "--pipeline", default="builtin", help='"builtin" or a spaCy pipeline by name or path (default: %(default)s)'
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Benchmarks as `argv` says, prints one table and returns 0; raises UserError."""
-    parser = argparse.ArgumentParser(prog="realm bench spans", description="Precision, recall, F1 and speed of a salient-span pipeline.")
+    parser = argparse.ArgumentParser(
+        prog="realm bench spans", description="Precision, recall, F1 and speed of a salient-span pipeline."
+    )
     add_options(parser)
     args = parser.parse_args(argv)
     if args.entities is None and args.dates is None:

@@ -1,7 +1,9 @@
-"""Retrieve small, read long: a block together with what stands around it in its document (`reader.context_tokens`).
+"""Retrieve small, read long: a block together with what stands around it in its document
+(`corpus.context_tokens`).
 
-The index holds blocks; the reader may read whole neighbouring blocks before and behind the retrieved one. Retrieved blocks that stand in what
-is read for a better one of their document are read once, with it.
+The index holds blocks; the reader may read whole neighbouring blocks before and behind the
+retrieved one. Retrieved blocks that stand in what is read for a better one of their document are
+read once, with it.
 """
 
 from collections.abc import Sequence
@@ -30,11 +32,13 @@ class Contexts:
     """Contexts of a corpus."""
 
     def __init__(self, corpus: PreparedCorpus, context_tokens: int) -> None:
-        """`context_tokens` bounds a context as `corpus.block_tokens` bounds a block, title and special tokens included; 0: the block alone."""
+        """`context_tokens` bounds a context as `corpus.block_tokens` bounds a block, title and
+        special tokens included; 0: the block alone."""
         self.corpus, self.context_tokens = corpus, context_tokens
 
     def around(self, row: int) -> Context:
-        """The block of `row` and its neighbours, taken in turn from behind and from before while they fit."""
+        """The block of `row` and its neighbours, taken in turn from behind and from before while
+        they fit."""
         rows = [row] if not self.context_tokens else self._neighbourhood(row)
         texts = [self.corpus.text_ids(other) for other in rows]
         ends = np.cumsum([len(text) for text in texts]).tolist()
@@ -46,7 +50,11 @@ class Contexts:
         while growing:
             for step in tuple(growing):
                 other = last[step] + step
-                if 0 <= other < len(corpus) and corpus.document(other) == corpus.document(row) and len(corpus.text_ids(other)) <= room:
+                if (
+                    0 <= other < len(corpus)
+                    and corpus.document(other) == corpus.document(row)
+                    and len(corpus.text_ids(other)) <= room
+                ):
                     room -= len(corpus.text_ids(other))
                     rows.append(other)
                     last[step] = other
@@ -55,7 +63,8 @@ class Contexts:
         return sorted(rows)
 
     def share(self, rows: Sequence[int] | np.ndarray) -> list[int]:
-        """For each place in `rows`, best first, the first place whose context holds that row: itself, or one it is read with; -1 for rows below 0."""
+        """For each place in `rows`, best first, the first place whose context holds that row:
+        itself, or one it is read with; -1 for rows below 0."""
         chosen: list[tuple[int, tuple[int, ...]]] = []
         places = []
         for place, row in enumerate(rows):

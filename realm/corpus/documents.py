@@ -1,4 +1,5 @@
-"""Documents read from what people have, and every way in which a record can be wrong. The formats themselves are in `document_formats`."""
+"""Documents read from what people have, and every way in which a record can be wrong. The
+formats themselves are in `document_formats`."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -18,15 +19,19 @@ class Document(NamedTuple):
     text: str
 
 
-def read_documents(sources: Sequence[SourceConfig], skip_bad: bool = False, report: BadRecords | None = None) -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[SourceConfig], skip_bad: bool = False, report: BadRecords | None = None
+) -> Iterator[Document]:
     """Yields the documents of all sources one after the other, each in its order, one of each id.
 
-    `id` (text, or a whole number, kept as its digits) and `text` are required, `title` is "" where missing or null, other fields are
-    ignored. Records that cannot be used (unreadable as their format asks, a field missing or of the wrong type, no visible character, an
-    id seen before or confusable with the number of a block, the rest of a truncated file) are noted in `report`.
+    `id` (text, or a whole number, kept as its digits) and `text` are required, `title` is "" where
+    missing or null, other fields are ignored. Records that cannot be used (unreadable as their
+    format asks, a field missing or of the wrong type, no visible character, an id seen before or
+    confusable with the number of a block, the rest of a truncated file) are noted in `report`.
 
-    Raises UserError at once where a source cannot be read, and, *after the last record*, the whole report unless `skip_bad`: who must not
-    act on half a corpus reads to the end first. The ids are held in memory.
+    Raises UserError at once where a source cannot be read, and, *after the last record*, the whole
+    report unless `skip_bad`: who must not act on half a corpus reads to the end first. The ids are
+    held in memory.
     """
     report = BadRecords() if report is None else report
     seen = _Ids()
@@ -67,7 +72,8 @@ class _Ids:
         other = self.place_of.get(base) if is_numbered else self._numbered.get(document_id)
         if other is not None:
             raise BadRecord(
-                "id confusable with a block", f" {document_id!r}: blocks of a document A are named A#0, A#1; the other is {other.seen_from(place)}"
+                "id confusable with a block",
+                f" {document_id!r}: blocks of a document A are named A#0, A#1; the other is {other.seen_from(place)}",
             )
         self.place_of[document_id] = place
         if is_numbered:
@@ -99,5 +105,6 @@ def _parse(record: dict[str, object]) -> Document:
 
 
 def _is_visible(character: str) -> bool:
-    """Letter, digit, punctuation or symbol: a tokenizer drops white space, control characters and lone accents."""
+    """Letter, digit, punctuation or symbol: a tokenizer drops white space, control characters
+    and lone accents."""
     return unicodedata.category(character)[0] in "LNPS" and character != "\ufffd"

@@ -1,6 +1,8 @@
-"""The formats in which people have documents, each a function from a source to records; `FORMATS` is the registry.
+"""The formats in which people have documents, each a function from a source to records; `FORMATS`
+is the registry.
 
-A format reads, names places, and puts fields under their names here; what makes a record a document is judged in `documents`.
+A format reads, names places, and puts fields under their names here; what makes a record a document
+is judged in `documents`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,7 @@ from realm.corpus.text_files import (
     BadRecords,
     Place,
     check_file,
+    detect_by_key,
     lines,
     named_format,
     parse_object,
@@ -21,7 +24,6 @@ from realm.corpus.text_files import (
     read_json,
     read_text,
     stem,
-    told_by_key,
 )
 from realm.errors import UserError
 from realm.runtime.hub import load_split
@@ -38,18 +40,22 @@ class Record(NamedTuple):
 
 
 def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The records of one source in its order; those that its format cannot take apart are noted in `report`.
+    """The records of one source in its order; those that its format cannot take apart are noted in
+    `report`.
 
     Raises UserError where the source cannot be read at all, or its format is not known.
     """
     name = format_of(source)
     if source.fields and name in ("squad", "timeqa", "text"):
-        raise UserError(f"`fields` of {source.path} is for records with fields of their own, and this source is {name}; leave it out")
+        raise UserError(
+            f"`fields` of {source.path} is for records with fields of their own, and this source is {name}; leave it out"
+        )
     return FORMATS[name](source, report)
 
 
 def format_of(source: SourceConfig) -> str:
-    """The format by name. Raises UserError where it is unknown, or cannot be told from the path and has to be named."""
+    """The format by name. Raises UserError where it is unknown, or cannot be told from the path
+    and has to be named."""
     if named := named_format(source.format, FORMATS, source.path):
         return named
     path = Path(source.path)
@@ -60,13 +66,17 @@ def format_of(source: SourceConfig) -> str:
         kinds = sorted({kind for file in path.rglob("*") if file.is_file() and (kind := _kind(file))})
         if len(kinds) == 1:
             return kinds[0]
-        found = f"{' and '.join(kinds)} files" if kinds else f"neither a saved data set nor files ending in {', '.join(_SUFFIXES)}"
+        found = (
+            f"{' and '.join(kinds)} files"
+            if kinds
+            else f"neither a saved data set nor files ending in {', '.join(_SUFFIXES)}"
+        )
         raise UserError(f"{path} is a folder of {found}; name its format, one of {', '.join(FORMATS)}")
     if kind := _kind(path):
         return kind
     if not path.exists():
         raise UserError(f"{path} does not exist; for a data set on the Hugging Face hub set `format: datasets`")
-    if stem(path)[1] == ".json" and (kind := told_by_key(path, "documents", {"squad": "data", "timeqa": "paras"})):
+    if stem(path)[1] == ".json" and (kind := detect_by_key(path, "documents", {"squad": "data", "timeqa": "paras"})):
         return kind
     raise UserError(f"the format of {path} cannot be told from its name; name it, one of {', '.join(FORMATS)}")
 
@@ -77,11 +87,16 @@ def _kind(file: Path) -> str | None:
 
 
 def files_of(source: SourceConfig, kind: str) -> list[Path]:
-    """The file of a source, or those of its format in its folder and the folders below, in the order of their paths. Raises UserError for none."""
+    """The file of a source, or those of its format in its folder and the folders below, in the
+    order of their paths. Raises UserError for none."""
     root = Path(source.path)
-    files = sorted(file for file in root.rglob("*") if file.is_file() and _kind(file) == kind) if root.is_dir() else [root]
+    files = (
+        sorted(file for file in root.rglob("*") if file.is_file() and _kind(file) == kind) if root.is_dir() else [root]
+    )
     if not files:
-        raise UserError(f"{root} holds no file ending in {' or '.join(suffix for suffix, name in _SUFFIXES.items() if name == kind)}")
+        raise UserError(
+            f"{root} holds no file ending in {' or '.join(suffix for suffix, name in _SUFFIXES.items() if name == kind)}"
+        )
     return files
 
 
@@ -90,14 +105,18 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
     if not source.fields:
         return record
     taken = set(source.fields.values())
-    mapped: dict[str, object] = {name: value for name, value in record.items() if name not in taken and name not in source.fields}
+    mapped: dict[str, object] = {
+        name: value for name, value in record.items() if name not in taken and name not in source.fields
+    }
     for name, theirs in source.fields.items():
         if name == "id" and source.id_template:
             mapped[name] = theirs.replace("#", str(number))
         elif theirs in record:
             mapped[name] = record[theirs]
         elif name != "title":
-            raise BadRecord(f'no field "{theirs}" (for {name})', f"; the record has {', '.join(sorted(record)) or 'no fields'}")
+            raise BadRecord(
+                f'no field "{theirs}" (for {name})', f"; the record has {', '.join(sorted(record)) or 'no fields'}"
+            )
     return mapped
 
 
@@ -155,7 +174,9 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
             table = pa.parquet.ParquetFile(file)
             columns, missing = source.columns(table.schema_arrow.names)
             if missing:
-                raise UserError(f"{file} has no column {', '.join(missing)} but {', '.join(table.schema_arrow.names)}; map them with `fields`")
+                raise UserError(
+                    f"{file} has no column {', '.join(missing)} but {', '.join(table.schema_arrow.names)}; map them with `fields`"
+                )
             row = 0
             for batch in table.iter_batches(1000, columns=columns):
                 for record in batch.to_pylist():
@@ -166,26 +187,34 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 
 def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The paragraphs of a SQuAD file (1.1 or 2.0): ids `Title/0`, `Title/1` …, underscores of the title as blanks."""
+    """The paragraphs of a SQuAD file (1.1 or 2.0): ids `Title/0`, `Title/1` …, underscores of
+    the title as blanks."""
     path = Path(source.path)
     squad = read_json(path, "SQuAD's articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
         raise UserError(f'{path} is not in SQuAD format: it must be an object with a list under "data"')
     for a, article in enumerate(squad["data"]):
-        title, paragraphs = (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
+        title, paragraphs = (
+            (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
+        )
         if not isinstance(title, str) or not isinstance(paragraphs, list):
-            report.add(Place(f"{path}, data[{a}]"), "not an article of SQuAD", ": it needs a title and a list of paragraphs")
+            report.add(
+                Place(f"{path}, data[{a}]"), "not an article of SQuAD", ": it needs a title and a list of paragraphs"
+            )
             continue
         for number, paragraph in enumerate(paragraphs):
             place = Place(f"{path}, {title!r}, paragraph {number}")
             if not isinstance(paragraph, dict) or "context" not in paragraph:
                 report.add(place, "not a paragraph of SQuAD", ": it has no context")
                 continue
-            yield Record(place, {"id": f"{title}/{number}", "title": title.replace("_", " "), "text": paragraph["context"]})
+            yield Record(
+                place, {"id": f"{title}/{number}", "title": title.replace("_", " "), "text": paragraph["context"]}
+            )
 
 
 def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The articles of a TimeQA file, each once: id is their link, paragraphs stand apart by an empty line."""
+    """The articles of a TimeQA file, each once: id is their link, paragraphs stand apart by an
+    empty line."""
     path = Path(source.path)
     articles = read_json(path, "TimeQA's list of articles")
     seen: set[str] = set()
@@ -203,7 +232,8 @@ def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 
 def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """A folder of `.txt` and `.md` files: the path inside it is the id, the name the title. A single file is one document."""
+    """A folder of `.txt` and `.md` files: the path inside it is the id, the name the title. A
+    single file is one document."""
     root = Path(source.path)
     for file in files_of(source, "text"):
         try:
@@ -216,11 +246,14 @@ def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 
 def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the hub."""
+    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the
+    hub."""
     dataset = load_split(source.path, source.name, source.split)
     columns, missing = source.columns(dataset.column_names)
     if missing:
-        raise UserError(f"data set {source.path} has no column {', '.join(missing)} but {', '.join(dataset.column_names)}; map them with `fields`")
+        raise UserError(
+            f"data set {source.path} has no column {', '.join(missing)} but {', '.join(dataset.column_names)}; map them with `fields`"
+        )
     rows: Iterable[dict] = dataset.select_columns(columns)
     for number, record in enumerate(rows):
         place = Place(source.path, number + 1)
@@ -247,10 +280,14 @@ def source_files(source: SourceConfig) -> list[Path]:
     path, kind = Path(source.path), format_of(source)
     if not path.is_dir():
         return [path] if path.exists() else []
-    return files_of(source, kind) if kind in _SUFFIXES.values() else sorted(file for file in path.rglob("*") if file.is_file())
+    return (
+        files_of(source, kind)
+        if kind in _SUFFIXES.values()
+        else sorted(file for file in path.rglob("*") if file.is_file())
+    )
 
 
-def passed_over(source: SourceConfig) -> int:
+def count_ignored(source: SourceConfig) -> int:
     """How many files of a source's folder are not read, being of another kind."""
     path = Path(source.path)
     return sum(file.is_file() for file in path.rglob("*")) - len(source_files(source)) if path.is_dir() else 0

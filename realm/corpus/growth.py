@@ -1,11 +1,13 @@
-"""A prepared corpus grows: documents are added behind those it has, and taken away; rows keep their numbers.
+"""A prepared corpus grows: documents are added behind those it has, and taken away; rows keep their
+numbers.
 
     passages/                       the corpus as it was prepared
       additions/0123456789ab/       added documents, prepared like it
       additions/step-0001.json      one step: the part added, the rows taken away, the fingerprint before and after
 
-Each step has a fingerprint made from the one before, so an index of an ancestor is recognised and completed instead of built again. Steps
-are written once, exclusively, and never change; whoever has the corpus open goes on with what it opened.
+Each step has a fingerprint made from the one before, so an index of an ancestor is recognised and
+completed instead of built again. Steps are written once, exclusively, and never change; whoever has
+the corpus open goes on with what it opened.
 """
 
 import hashlib
@@ -41,26 +43,43 @@ def grow_corpus(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Add the documents of `sources` to the corpus in `path` and take away those with the ids `delete`; returns the grown corpus.
+    """Add the documents of `sources` to the corpus in `path` and take away those with the ids
+    `delete`; returns the grown corpus.
 
-    `replace`: added documents take the place of those of the same id. May be killed and called again; what was added before is not added
-    twice. Raises UserError for another tokenizer or span pipeline than the corpus was prepared with, for ids that the corpus has already or
-    has not, and where another process grew the corpus meanwhile.
+    `replace`: added documents take the place of those of the same id. May be killed and called
+    again; what was added before is not added twice. Raises UserError for another tokenizer or span
+    pipeline than the corpus was prepared with, for ids that the corpus has already or has not, and
+    where another process grew the corpus meanwhile.
     """
     corpus = PreparedCorpus.open(path)
     if tokenizer_fingerprint(tokenizer) != corpus.manifest["tokenizer"]:
         raise UserError(f"{path} was prepared with another tokenizer; give the run that it belongs to.")
     if tagger.name != corpus.manifest["span_pipeline"]:
-        raise UserError(f"{path} was prepared with span pipeline {corpus.manifest['span_pipeline']}, now {tagger.name}; set `spans` as it was.")
+        raise UserError(
+            f"{path} was prepared with span pipeline {corpus.manifest['span_pipeline']}, now {tagger.name}; set `spans` as it was."
+        )
     rows_of = _rows_by_document(corpus)
     unknown = [name for name in delete if name not in rows_of]
     if unknown:
-        raise UserError(f"{path} has no document {', '.join(map(repr, unknown[:3]))}{' …' if len(unknown) > 3 else ''} to take away.")
+        raise UserError(
+            f"{path} has no document {', '.join(map(repr, unknown[:3]))}{' …' if len(unknown) > 3 else ''} to take away."
+        )
     deleted = [row for name in delete for row in rows_of[name]]
     part: str | None = None
     if sources:
-        part = hashlib.sha256(json.dumps([identity(source) for source in sources], sort_keys=True).encode()).hexdigest()[:12]
-        added = prepare_corpus(sources, path / ADDITIONS / part, tokenizer, corpus.manifest["block_tokens"], tagger, num_workers, skip_bad, progress)
+        part = hashlib.sha256(
+            json.dumps([identity(source) for source in sources], sort_keys=True).encode()
+        ).hexdigest()[:12]
+        added = prepare_corpus(
+            sources,
+            path / ADDITIONS / part,
+            tokenizer,
+            corpus.manifest["block_tokens"],
+            tagger,
+            num_workers,
+            skip_bad,
+            progress,
+        )
         if part in corpus.parts:
             part = None  # by a call that was killed before its index stood
         else:

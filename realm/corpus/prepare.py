@@ -1,8 +1,10 @@
-"""`realm prepare`: the documents of some sources become a folder of memory-mapped blocks, in parallel, and may be killed at any moment.
+"""`realm prepare`: the documents of some sources become a folder of memory-mapped blocks, in
+parallel, and may be killed at any moment.
 
-Documents are taken in chunks. Each chunk is tokenised, cut and tagged by one process, which publishes it as `shards/000000.arrow`; a
-second start finds the finished shards and goes on behind them. The shards are then put together in order, the manifest is written, and
-the shards are removed. What comes out depends on the input alone, not on the number of processes or of starts.
+Documents are taken in chunks. Each chunk is tokenised, cut and tagged by one process, which
+publishes it as `shards/000000.arrow`; a second start finds the finished shards and goes on behind
+them. The shards are then put together in order, the manifest is written, and the shards are
+removed. What comes out depends on the input alone, not on the number of processes or of starts.
 """
 
 import hashlib
@@ -37,7 +39,8 @@ if TYPE_CHECKING:
 
 CHUNK_DOCUMENTS = 2_000
 CHUNK_CHARACTERS = 4_000_000
-"""A chunk ends with the document that reaches either bound: what is in memory for each process, and what a kill costs."""
+"""A chunk ends with the document that reaches either bound: what is in memory for each process,
+and what a kill costs."""
 CHARACTERS_PER_WORKER = 4_000_000
 """A process takes seconds to start: with `num_workers` 0 it is not started for less."""
 MIN_BLOCK_TOKENS = 16
@@ -57,13 +60,16 @@ def prepare_corpus(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Prepares the documents of `sources` in the folder `out` and opens it; at once where that was done already.
+    """Prepares the documents of `sources` in the folder `out` and opens it; at once where that was
+    done already.
 
-    `block_tokens` bounds `[CLS] title [SEP] text [SEP]`. `num_workers` is 0 for one process per CPU (fewer for a small corpus), 1 for none
-    beside this one; with more, `tagger` is sent to them by pickle. `progress(done, total)` is told how many documents are done.
+    `block_tokens` bounds `[CLS] title [SEP] text [SEP]`. `num_workers` is 0 for one process per CPU
+    (fewer for a small corpus), 1 for none beside this one; with more, `tagger` is sent to them by
+    pickle. `progress(done, total)` is told how many documents are done.
 
-    Raises UserError for everything `read_documents` refuses, before anything is written, and where `out` holds something else, or was
-    begun from other sources, tokenizer, block size or span pipeline.
+    Raises UserError for everything `read_documents` refuses, before anything is written, and where
+    `out` holds something else, or was begun from other sources, tokenizer, block size or span
+    pipeline.
     """
     if block_tokens < MIN_BLOCK_TOKENS:
         raise UserError(f"block_tokens must be at least {MIN_BLOCK_TOKENS}, got {block_tokens}")
@@ -83,7 +89,8 @@ def prepare_corpus(
         return finished
     survey = _survey(job, inputs)
     _begin(job, inputs)
-    # The span cache stands beside `out`: it also serves when the same texts are prepared again with another tokenizer.
+    # The span cache stands beside `out`: it also serves when the same texts are prepared again with
+    # another tokenizer.
     maker = ShardMaker(job.shards, out.parent / "spans", tokenizer.backend_tokenizer.to_str(), block_tokens, tagger)
     num_missing = sum(not maker.path(number).exists() for number in range(survey.chunks))
     if num_workers == 0:
@@ -111,7 +118,8 @@ def prepare_corpus(
 
 
 def identity(source: SourceConfig) -> dict[str, Any]:
-    """What a source is, wherever it lies: its content, and how it is read. Of a hub's data set, its name."""
+    """What a source is, wherever it lies: its content, and how it is read. Of a hub's data set,
+    its name."""
     digests = [checksum(file) for file in source_files(source)]
     settings = {name: value for name, value in asdict(source).items() if name not in ("path", "format")}
     return {"format": format_of(source), "content": digests or source.path, **settings}
@@ -208,11 +216,14 @@ def _refuse_other(job: _Job, what: str, old: dict[str, Any], new: dict[str, Any]
         if old.get(key) != new[key]
     ]
     if differing:
-        raise UserError(f"{job.out} {what} with another {' and another '.join(differing)}; remove it or give another folder")
+        raise UserError(
+            f"{job.out} {what} with another {' and another '.join(differing)}; remove it or give another folder"
+        )
 
 
 def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, progress: Progress | None) -> None:
-    """Makes the missing shards, here or in `num_workers` processes; at most two chunks for each wait in memory."""
+    """Makes the missing shards, here or in `num_workers` processes; at most two chunks for each
+    wait in memory."""
     done = 0
 
     def report(documents: int) -> None:
@@ -227,7 +238,8 @@ def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, pro
                 maker.make(chunk)
             report(len(chunk.documents))
         return
-    # Started anew, never forked: the parent may have threads (torch, tokenizers) whose locks a fork would copy.
+    # Started anew, never forked: the parent may have threads (torch, tokenizers) whose locks a fork
+    # would copy.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_process, initargs=(maker,))
     waiting: set[Future[int]] = set()
@@ -244,13 +256,16 @@ def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, pro
         for future in as_completed(waiting):
             report(future.result())
     except BrokenProcessPool as error:
-        raise UserError(f"a process preparing {job.out} died (out of memory?); start again with fewer num_workers to go on") from error
+        raise UserError(
+            f"a process preparing {job.out} died (out of memory?); start again with fewer num_workers to go on"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
-    """Puts the shards together in order, one in memory at a time; returns the numbers of blocks, spans and spans dropped."""
+    """Puts the shards together in order, one in memory at a time; returns the numbers of blocks,
+    spans and spans dropped."""
     blocks = spans = dropped = 0
 
     def batches() -> Iterator[pa.RecordBatch]:

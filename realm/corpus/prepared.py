@@ -1,12 +1,12 @@
 """The corpus: its configuration, and the prepared blocks, memory-mapped.
 
-A *document* is one record of the input. A *block* is what is retrieved and read: a stretch of whole sentences of one document.
+A *document* is one record of the input. A *block* is what is retrieved and read: a stretch of whole
+sentences of one document.
 """
 
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -44,46 +43,19 @@ SCHEMA = pa.schema(
 _LISTS = tuple(column.name for column in SCHEMA if pa.types.is_list(column.type))
 
 
-@dataclass(frozen=True)
-class CorpusConfig:
-    """What is retrieved, what is pretrained on, and how it is prepared."""
-
-    passages: tuple[SourceConfig, ...]
-    """Where the passages are, one source or a list: a path such as `wiki.jsonl.gz`, or `{path: …, format: …, fields: …}`."""
-    statements: tuple[SourceConfig, ...] | None = None
-    """Sentences to mask in pretraining, given likewise; without it the passages themselves."""
-    limit: int | None = None
-    """Read no more than this many documents of each source, to try a config on a part."""
-    prepared: str = "prepared"
-    """Folder that `realm prepare` writes."""
-    block_tokens: int = 288
-    """A block's wordpieces at most, counted as the encoder reads it: `[CLS] title [SEP] text [SEP]`, the three special tokens included."""
-    num_workers: int = 0
-    """Processes that prepare; 0: one per CPU, fewer for a small corpus."""
-    skip_bad: bool = False
-    """Leave out records that cannot be used, and say how many, instead of refusing the file."""
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"corpus.limit must be at least 1 document of each source, got {self.limit}.")
-        if not self.passages:
-            raise UserError("corpus.passages names no source; give at least one path.")
-
-    def limited(self, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
-        """Sources of this corpus with `limit` applied to each."""
-        limits = [[limit for limit in (source.limit, self.limit) if limit is not None] for source in sources]
-        return [replace(source, limit=min(some, default=None)) for source, some in zip(sources, limits, strict=True)]
-
-
 class _Batch:
     """One record batch as NumPy views of the mapped file: `lists[name]` is (offsets, values)."""
 
     def __init__(self, batch: pa.RecordBatch, first_document: int):
         self.columns = {name: batch.column(name) for name in ("id", "title", "text")}
-        self.document, self.place, self.text_hash = (batch.column(name).to_numpy() for name in ("document", "place", "text_hash"))
+        self.document, self.place, self.text_hash = (
+            batch.column(name).to_numpy() for name in ("document", "place", "text_hash")
+        )
         if first_document:
             self.document = self.document + first_document
-        self.lists = {name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS}
+        self.lists = {
+            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS
+        }
 
     def piece(self, name: str, row: int) -> np.ndarray:
         offsets, values = self.lists[name]
@@ -91,26 +63,33 @@ class _Batch:
 
 
 class PreparedCorpus:
-    """The blocks of a prepared corpus, read-only and memory-mapped: processes that open the same folder share its pages.
+    """The blocks of a prepared corpus, read-only and memory-mapped: processes that open the same
+    folder share its pages.
 
-    Rows are numbered as the blocks stand in the input. Arrays are views of the mapped file, int32 unless said otherwise.
+    Rows are numbered as the blocks stand in the input. Arrays are views of the mapped file, int32
+    unless said otherwise.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch]):
         self.path = path
         self.manifest = manifest
-        """Of the whole, additions included, but for `inputs`, which tells what the corpus was begun with."""
+        """Of the whole, additions included, but for `inputs`, which tells what the corpus was
+        begun with."""
         self.fingerprint: str = manifest["fingerprint"]
-        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the block size; of a corpus that has grown, over the
-        fingerprint before and what was added and taken away."""
+        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the
+        block size; of a corpus that has grown, over the fingerprint before and what was added
+        and taken away."""
         self.ids: Sequence[str] = _BlockIds(self)
-        """Id of every row: the document's own where it is one block, else `document#0`, `document#1` …"""
+        """Id of every row: the document's own where it is one block, else `document#0`,
+        `document#1` …"""
         self.ancestors: dict[str, int] = {self.fingerprint: manifest["blocks"]}
-        """Rows of the corpus under its own fingerprint and under all it had before it grew, oldest first."""
+        """Rows of the corpus under its own fingerprint and under all it had before it grew,
+        oldest first."""
         self.base_rows: int = manifest["blocks"]
         """Rows the corpus was begun with."""
         self.deleted: frozenset[int] = frozenset()
-        """Rows that were taken away: they keep their numbers and are never retrieved, nor trained on."""
+        """Rows that were taken away: they keep their numbers and are never retrieved, nor
+        trained on."""
         self.parts: list[str] = []
         """Names of the additions."""
         self._batches = [_Batch(batch, 0) for batch in batches]
@@ -118,7 +97,8 @@ class PreparedCorpus:
 
     @classmethod
     def open(cls, path: Path | str) -> "PreparedCorpus":
-        """Maps the folder that `realm.corpus.prepare.prepare_corpus` wrote, and what was added to it since.
+        """Maps the folder that `realm.corpus.prepare.prepare_corpus` wrote, and what was added to
+        it since.
 
         Raises UserError where it is missing, unfinished or altered.
         """
@@ -131,12 +111,17 @@ class PreparedCorpus:
 
     def _grow(self, step: dict[str, Any]) -> None:
         if step["parent"] != self.fingerprint:
-            raise UserError(f"{self.path / ADDITIONS} does not belong to this corpus; remove the folder, or restore it whole.")
+            raise UserError(
+                f"{self.path / ADDITIONS} does not belong to this corpus; remove the folder, or restore it whole."
+            )
         if step["part"] is not None:
             manifest, batches = _map(self.path / ADDITIONS / step["part"])
             self._batches += [_Batch(batch, self.manifest["documents"]) for batch in batches]
             self._first_rows = [0, *accumulate(len(batch.document) for batch in self._batches)]
-            sums = {name: self.manifest[name] + manifest[name] for name in ("documents", "skipped", "blocks", "spans", "spans_dropped", "bytes")}
+            sums = {
+                name: self.manifest[name] + manifest[name]
+                for name in ("documents", "skipped", "blocks", "spans", "spans_dropped", "bytes")
+            }
             self.manifest = self.manifest | sums
             self.parts.append(step["part"])
         self.deleted |= frozenset(step["deleted"])
@@ -161,12 +146,14 @@ class PreparedCorpus:
         return batch.columns["title"][i].as_py()
 
     def text(self, row: int) -> str:
-        """Text of the block, white space at its ends included: a document's blocks put together are its text."""
+        """Text of the block, white space at its ends included: a document's blocks put together
+        are its text."""
         batch, i = self._at(row)
         return batch.columns["text"][i].as_py()
 
     def title_ids(self, row: int) -> np.ndarray:
-        """Wordpieces of the title, without special tokens; a title beyond half a block is cut there."""
+        """Wordpieces of the title, without special tokens; a title beyond half a block is cut
+        there."""
         batch, i = self._at(row)
         return batch.piece("title_ids", i)
 
@@ -176,12 +163,14 @@ class PreparedCorpus:
         return batch.piece("text_ids", i)
 
     def sentence_starts(self, row: int) -> np.ndarray:
-        """Offsets into `text_ids` at which sentences begin; the first is 0 even where a block goes on with a long sentence."""
+        """Offsets into `text_ids` at which sentences begin; the first is 0 even where a block
+        goes on with a long sentence."""
         batch, i = self._at(row)
         return batch.piece("sentence_starts", i)
 
     def spans(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Salient spans: starts and ends (exclusive) as offsets into `text_ids`, and types (int8, into `SPAN_TYPES`)."""
+        """Salient spans: starts and ends (exclusive) as offsets into `text_ids`, and types
+        (int8, into `SPAN_TYPES`)."""
         batch, i = self._at(row)
         return batch.piece("span_starts", i), batch.piece("span_ends", i), batch.piece("span_types", i)
 
@@ -212,7 +201,8 @@ class PreparedCorpus:
         return np.concatenate([batch.place for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
-        """Row of the block with this id; KeyError where there is none, or it was taken away. The first call reads all ids into memory."""
+        """Row of the block with this id; KeyError where there is none, or it was taken away. The
+        first call reads all ids into memory."""
         return self._rows[block_id]
 
     @cached_property
@@ -236,11 +226,15 @@ def _map(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
     except ValueError as error:
         raise UserError(f"{path / MANIFEST} is no JSON ({error}); prepare it again into a new folder") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder")
+        raise UserError(
+            f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder"
+        )
     blocks = path / BLOCKS
     size = blocks.stat().st_size if blocks.is_file() else 0
     if size != manifest["bytes"]:
-        raise UserError(f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder")
+        raise UserError(
+            f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder"
+        )
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -248,7 +242,9 @@ def _map(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
         raise UserError(f"{blocks} is damaged ({error}); prepare it again into a new folder") from error
     count = sum(map(len, batches))
     if count != manifest["blocks"]:
-        raise UserError(f"{blocks} has {count} rows but its manifest says {manifest['blocks']}; prepare it again into a new folder")
+        raise UserError(
+            f"{blocks} has {count} rows but its manifest says {manifest['blocks']}; prepare it again into a new folder"
+        )
     return manifest, batches
 
 

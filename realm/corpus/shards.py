@@ -1,4 +1,5 @@
-"""A chunk of documents becomes a shard: tokenised, cut into blocks, tagged, written. Runs in the processes of `realm.corpus.prepare`."""
+"""A chunk of documents becomes a shard: tokenised, cut into blocks, tagged, written. Runs in the
+processes of `realm.corpus.prepare`."""
 
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from realm.spans.cache import SpanCache
 from realm.spans.rules import SPAN_TYPES
 from realm.spans.tagger import SpanTagger
 from realm.text.blocks import NUM_SPECIAL_TOKENS, align_spans, cut_blocks, sentence_bounds, text_hash
-from realm.text.tokenizer import encode_plain
+from realm.text.tokenizer import tokenize
 
 
 class Chunk(NamedTuple):
@@ -59,21 +60,28 @@ class ShardMaker:
         return self.shards / f"{chunk_number:06d}.arrow"
 
     def make(self, chunk: Chunk) -> int:
-        """Tokenises, cuts and tags the documents of `chunk`, publishes its shard and returns their number.
+        """Tokenises, cuts and tags the documents of `chunk`, publishes its shard and returns their
+        number.
 
         Raises UserError where a text has no wordpiece.
         """
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         pieces = []
-        titles = encode_plain(self.tokenizer, [document.title for document in chunk.documents])
-        texts = encode_plain(self.tokenizer, [document.text for document in chunk.documents])
-        for row, (document, (title_ids, _), (text_ids, offset_L2)) in enumerate(zip(chunk.documents, titles, texts, strict=True)):
+        titles = tokenize(self.tokenizer, [document.title for document in chunk.documents])
+        texts = tokenize(self.tokenizer, [document.text for document in chunk.documents])
+        for row, (document, (title_ids, _), (text_ids, offset_L2)) in enumerate(
+            zip(chunk.documents, titles, texts, strict=True)
+        ):
             if not len(text_ids):
-                raise UserError(f"document {document.id!r} has no wordpiece in its text: this tokenizer drops all its characters")
+                raise UserError(
+                    f"document {document.id!r} has no wordpiece in its text: this tokenizer drops all its characters"
+                )
             room = self.block_tokens - NUM_SPECIAL_TOKENS
             title_ids = title_ids[: room // 2]
             bounds = sentence_bounds(document.text)
-            blocks = cut_blocks(len(document.text), offset_L2, self.is_word_start_V[text_ids], bounds, room - len(title_ids))
+            blocks = cut_blocks(
+                len(document.text), offset_L2, self.is_word_start_V[text_ids], bounds, room - len(title_ids)
+            )
             for place, block in enumerate(blocks):
                 text = document.text[block.start : block.end]
                 columns["id"].append(document.id if len(blocks) == 1 else f"{document.id}#{place}")
@@ -105,7 +113,8 @@ _maker: ShardMaker
 
 
 def start_process(maker: ShardMaker) -> None:
-    """In a fresh process: no threads beside the other processes', Ctrl-C is the parent's, and the parent's end is ours."""
+    """In a fresh process: no threads beside the other processes', Ctrl-C is the parent's, and
+    the parent's end is ours."""
     global _maker
     _maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,5 @@
-"""Entity substitution: another span of the same type in the place of the one to predict, so that only reading helps."""
+"""Entity substitution: another span of the same type in the place of the one to predict, so that
+only reading helps."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -13,9 +14,11 @@ SpanPool: TypeAlias = dict[int, list[IntArray]]
 
 
 def span_pool(corpora: Sequence[PreparedCorpus], max_span_tokens: int, max_blocks: int = 100_000) -> SpanPool:
-    """Distinct spans by type, for entity substitution, from at most `max_blocks` blocks of each corpus.
+    """Distinct spans by type, for entity substitution, from at most `max_blocks` blocks of each
+    corpus.
 
-    The passages belong in it beside the statements: what is never substituted in is never learnt as something to copy.
+    The passages belong in it beside the statements: what is never substituted in is never learnt as
+    something to copy.
     """
     seen: dict[int, dict[bytes, IntArray]] = {}
     for corpus in corpora:

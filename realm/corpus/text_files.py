@@ -1,4 +1,5 @@
-"""Text files as people have them, plain or compressed: lines with their places, whole JSON files, and a report of what cannot be used."""
+"""Text files as people have them, plain or compressed: lines with their places, whole JSON
+files, and a report of what cannot be used."""
 
 import csv
 import gzip
@@ -39,10 +40,12 @@ class Place(NamedTuple):
 
 @dataclass
 class BadRecords:
-    """The records that cannot be used: the first twenty with place and reason, all of them counted by kind."""
+    """The records that cannot be used: the first twenty with place and reason, all of them
+    counted by kind."""
 
     no_mistakes: tuple[str, ...] = ()
-    """Kinds that are left out as their authors meant it: counted in `left_out`, and neither listed nor part of the total."""
+    """Kinds that are left out as their authors meant it: counted in `left_out`, and neither
+    listed nor part of the total."""
     left_out: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -60,9 +63,14 @@ class BadRecords:
         return sum(self.counts.values())
 
     def __str__(self) -> str:
-        lines = [f"{self.total} {'record' if self.total == 1 else 'records'} cannot be used:", *("  " + line for line in self.first)]
+        lines = [
+            f"{self.total} {'record' if self.total == 1 else 'records'} cannot be used:",
+            *("  " + line for line in self.first),
+        ]
         if (more := self.total - len(self.first)) > 0:
-            lines.append(f"  … and {more} more; in all " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common()))
+            lines.append(
+                f"  … and {more} more; in all " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common())
+            )
         return "\n".join(lines)
 
 
@@ -75,13 +83,15 @@ class BadRecord(Exception):
 
 
 def stem(path: Path) -> tuple[str, str]:
-    """Name without the suffixes of format and compression, and the format's suffix: `a.jsonl.gz` is `a`, `.jsonl`."""
+    """Name without the suffixes of format and compression, and the format's suffix: `a.jsonl.gz`
+    is `a`, `.jsonl`."""
     plain = path.with_suffix("") if path.suffix in COMPRESSED[1:] else path
     return plain.stem, plain.suffix.lower()
 
 
 def named_format(name: str, formats: Collection[str], path: str) -> str | None:
-    """The format a source names, or None where it leaves it to be told (`auto`). Raises UserError for one that there is not."""
+    """The format a source names, or None where it leaves it to be told (`auto`). Raises
+    UserError for one that there is not."""
     if name == "auto":
         return None
     if name not in formats:
@@ -90,7 +100,8 @@ def named_format(name: str, formats: Collection[str], path: str) -> str | None:
 
 
 def parsed_lines(path: Path, holds: str, report: BadRecords, parse: Callable[[Place, bytes], T]) -> Iterator[T]:
-    """`parse(place, line)` of every line of a file that `holds` something; lines for which it raises BadRecord are noted in `report`."""
+    """`parse(place, line)` of every line of a file that `holds` something; lines for which it
+    raises BadRecord are noted in `report`."""
     check_file(path, holds)
     for place, line in lines(path, report.add):
         try:
@@ -100,7 +111,8 @@ def parsed_lines(path: Path, holds: str, report: BadRecords, parse: Callable[[Pl
 
 
 def check_file(path: Path, holds: str) -> None:
-    """Raises UserError, in one sentence, where `path` is no file with content that can be opened; `holds` says what should be in it."""
+    """Raises UserError, in one sentence, where `path` is no file with content that can be
+    opened; `holds` says what should be in it."""
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file that holds {holds}")
     try:
@@ -114,8 +126,8 @@ def check_file(path: Path, holds: str) -> None:
 
 
 def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
-    """The lines that are not blank of the decompressed file, byte order mark gone; where the compressed data breaks off, `broken` is told and
-    the file ends."""
+    """The lines that are not blank of the decompressed file, byte order mark gone; where the
+    compressed data breaks off, `broken` is told and the file ends."""
     with path.open("rb") as raw, _decompressed(raw, path) as stream:
         for number in count(1):
             place = Place(str(path), number)
@@ -133,9 +145,12 @@ def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[t
 
 
 def read_names(path: Path) -> list[str]:
-    """The lines of a text file, without the white space at their ends. Raises UserError where there is none, or one is no UTF-8."""
+    """The lines of a text file, without the white space at their ends. Raises UserError where
+    there is none, or one is no UTF-8."""
     report = BadRecords()
-    names = list(parsed_lines(path, "one name a line", report, lambda place, line: line.decode("utf-8", "replace").strip()))
+    names = list(
+        parsed_lines(path, "one name a line", report, lambda place, line: line.decode("utf-8", "replace").strip())
+    )
     if report.total:
         raise UserError(str(report))
     broken = next((number for number, name in enumerate(names, 1) if "\ufffd" in name), None)
@@ -145,7 +160,8 @@ def read_names(path: Path) -> list[str]:
 
 
 def read_json(path: Path, holds: str) -> Any:
-    """The value of a JSON file, plain or compressed. Raises UserError naming the file and what is wrong with it."""
+    """The value of a JSON file, plain or compressed. Raises UserError naming the file and what
+    is wrong with it."""
     check_file(path, holds)
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
@@ -153,19 +169,25 @@ def read_json(path: Path, holds: str) -> Any:
     except (EOFError, zlib.error, OSError) as error:
         raise UserError(f"{path} is broken off or not compressed as its name says ({error})") from error
     except (ValueError, RecursionError) as error:
-        remedy = "name its format, jsonl, if it has one object a line" if "Extra data" in str(error) else f"it must hold {holds}"
+        remedy = (
+            "name its format, jsonl, if it has one object a line"
+            if "Extra data" in str(error)
+            else f"it must hold {holds}"
+        )
         raise UserError(f"{path} is no JSON ({error}); {remedy}") from error
 
 
-def told_by_key(path: Path, holds: str, formats: Mapping[str, str]) -> str | None:
-    """The format whose key stands in a JSON file's object, or in the first of its list; `formats` names the key of each."""
+def detect_by_key(path: Path, holds: str, formats: Mapping[str, str]) -> str | None:
+    """The format whose key stands in a JSON file's object, or in the first of its list;
+    `formats` names the key of each."""
     content = read_json(path, holds)
     first = content[0] if isinstance(content, list) and content else content
     return next((name for name, key in formats.items() if isinstance(first, dict) and key in first), None)
 
 
 def read_text(path: Path) -> str:
-    """A text file, plain or compressed, byte order mark gone. Raises UnicodeDecodeError, and UserError where it cannot be read."""
+    """A text file, plain or compressed, byte order mark gone. Raises UnicodeDecodeError, and
+    UserError where it cannot be read."""
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             content = stream.read()
@@ -182,7 +204,15 @@ def check_text(text: str, where: str = "") -> None:
 
 def json_type(value: object) -> str:
     """A value's type as a person says it."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 
@@ -209,7 +239,8 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def parse_tsv(line: bytes) -> list[str]:
-    """The fields of a tab-separated line with CSV quoting, as DPR's files have it. Raises BadRecord, also for a quote that is not closed."""
+    """The fields of a tab-separated line with CSV quoting, as DPR's files have it. Raises
+    BadRecord, also for a quote that is not closed."""
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:

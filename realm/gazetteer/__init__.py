@@ -1,4 +1,5 @@
-"""The built-in corpus: real facts in tables, written out as passages, statements to pretrain on, and questions."""
+"""The built-in corpus: real facts in tables, written out as passages, statements to pretrain on,
+and questions."""
 
 from realm.gazetteer.write import GAZETTEER_VERSION, GazetteerSummary, write_gazetteer
 

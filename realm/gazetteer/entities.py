@@ -1,4 +1,5 @@
-"""The gazetteer's tables and templates, read from the package, and the split of its entities and facts."""
+"""The gazetteer's tables and templates, read from the package, and the split of its entities and
+facts."""
 
 import csv
 import hashlib
@@ -21,7 +22,8 @@ QUESTION_SPLITS = ("train", "validation", "test")
 class Relation:
     """One column of a table that states facts, with the sentences that state and ask it.
 
-    `column` is the heading in the TSV file. A relation with few distinct objects is stated but not `asked`.
+    `column` is the heading in the TSV file. A relation with few distinct objects is stated but not
+    `asked`.
     """
 
     name: str
@@ -36,9 +38,10 @@ class Relation:
 class Table:
     """How the entities of one TSV file are written about.
 
-    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and in questions. `reference` is how a text
-    goes on about an entity already named. `passages` groups the relations that stand in one passage; `contexts` are sentences that introduce
-    the entity from its other columns, the first of them by saying what it is.
+    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and
+    in questions. `reference` is how a text goes on about an entity already named. `passages` groups
+    the relations that stand in one passage; `contexts` are sentences that introduce the entity from
+    its other columns, the first of them by saying what it is.
     """
 
     name: str
@@ -52,7 +55,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Fact:
-    """One cell of a table: `objects[0]` is the form used in texts, the others are accepted as answers too."""
+    """One cell of a table: `objects[0]` is the form used in texts, the others are accepted as
+    answers too."""
 
     id: str
     relation: Relation
@@ -64,8 +68,8 @@ class Fact:
 class Entity:
     """One row of a table.
 
-    `split` is train, validation or test; or, for entities of which no passage tells, stated-orphan (its statements are pretrained on) or
-    orphan (they are not).
+    `split` is train, validation or test; or, for entities of which no passage tells, stated-orphan
+    (its statements are pretrained on) or orphan (they are not).
     """
 
     id: str
@@ -90,13 +94,16 @@ class Entity:
 
 
 def stable_number(*parts: str) -> int:
-    """A 64-bit number that depends on the parts alone, not on the process, so that every choice is the same each time."""
+    """A 64-bit number that depends on the parts alone, not on the process, so that every choice
+    is the same each time."""
     return int.from_bytes(hashlib.sha256("\0".join((SEED, *parts)).encode()).digest()[:8], "big")
 
 
 def slug(name: str) -> str:
     """`name` in lower-case ASCII with hyphens, for ids."""
-    plain = unicodedata.normalize("NFKD", name.translate(str.maketrans("øØłŁ", "oOlL"))).encode("ascii", "ignore").decode()
+    plain = (
+        unicodedata.normalize("NFKD", name.translate(str.maketrans("øØłŁ", "oOlL"))).encode("ascii", "ignore").decode()
+    )
     return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
 
 
@@ -141,7 +148,8 @@ def read_rows(table: Table) -> list[dict[str, str]]:
 
 
 def split_of(position: int, num_orphans: int, num_entities: int) -> str:
-    """The split of the entity at `position` in the hash order of its table: orphans of both kinds first, the rest 70/10/20."""
+    """The split of the entity at `position` in the hash order of its table: orphans of both
+    kinds first, the rest 70/10/20."""
     if position < num_orphans:
         return "orphan" if position % 2 == 0 else "stated-orphan"
     num_rest = num_entities - num_orphans
@@ -155,8 +163,8 @@ def split_of(position: int, num_orphans: int, num_entities: int) -> str:
 def load_entities() -> list[Entity]:
     """All entities in the order of tables and rows, split by entity within each table.
 
-    A tenth of the facts that stand in passages is held out from the statements: every tenth in the order of table, split and hash, which
-    spreads them over all of these.
+    A tenth of the facts that stand in passages is held out from the statements: every tenth in the
+    order of table, split and hash, which spreads them over all of these.
     """
     tables, relations = load_templates()
     drafts: list[tuple[str, Table, str, dict[str, str], list[tuple[str, Relation, tuple[str, ...]]]]] = []

@@ -9,7 +9,8 @@ Record = dict[str, object]
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage about one entity. `places` gives for each fact it states the character offset of the object in `text`."""
+    """A passage about one entity. `places` gives for each fact it states the character offset of
+    the object in `text`."""
 
     id: str
     entity: Entity
@@ -19,7 +20,8 @@ class Passage:
 
 
 def sentence(template: str, subject: str, object_: str) -> tuple[str, int]:
-    """The template with both names in place and a capital at its head, and the character offset of the object."""
+    """The template with both names in place and a capital at its head, and the character offset
+    of the object."""
     before, _, after = template.partition("{object}")
     before, after = before.replace("{subject}", subject), after.replace("{subject}", subject)
     text = before + object_ + after
@@ -29,8 +31,8 @@ def sentence(template: str, subject: str, object_: str) -> tuple[str, int]:
 def context_sentence(entity: Entity, number: int) -> str:
     """The entity's `number`-th introduction: the first names the entity, the others refer to it.
 
-    Which template is first differs between entities. `contexts[0]` says what the entity is, which a reference says already, so it serves
-    only as the first.
+    Which template is first differs between entities. `contexts[0]` says what the entity is, which a
+    reference says already, so it serves only as the first.
     """
     contexts = entity.table.contexts
     first = stable_number("context", entity.id) % len(contexts)
@@ -44,9 +46,11 @@ def context_sentence(entity: Entity, number: int) -> str:
 
 
 def render_passages(entity: Entity) -> list[Passage]:
-    """The entity's passages, each an introduction and a disjoint part of its facts; none for an orphan.
+    """The entity's passages, each an introduction and a disjoint part of its facts; none for an
+    orphan.
 
-    As in passages cut from an article, the first sentence of the first names the entity and all others say "the country", "the writer".
+    As in passages cut from an article, the first sentence of the first names the entity and all
+    others say "the country", "the writer".
     """
     if not entity.has_passages:
         return []
@@ -71,7 +75,8 @@ def render_passages(entity: Entity) -> list[Passage]:
 
 
 def render_statement(entity: Entity, fact: Fact, number: int) -> tuple[Record, int]:
-    """The fact's `number`-th statement without its answer, and the character offset of the object in it."""
+    """The fact's `number`-th statement without its answer, and the character offset of the
+    object in it."""
     text, start = sentence(fact.relation.statements[number], entity.in_text(), fact.objects[0])
     record: Record = {
         "id": f"{fact.id}/s{number + 1}",
@@ -85,7 +90,8 @@ def render_statement(entity: Entity, fact: Fact, number: int) -> tuple[Record, i
 
 
 def with_answer(record: Record, fact: Fact, start: int, passage_id: str | None) -> Record:
-    """The statement with the object as its answer and, unless it is an orphan, the passage that states the fact."""
+    """The statement with the object as its answer and, unless it is an orphan, the passage that
+    states the fact."""
     evidence: Record = {} if passage_id is None else {"passage": passage_id}
     return {**record, "answer": {"text": fact.objects[0], "start": start}, **evidence}
 
@@ -98,7 +104,8 @@ def one_statement(entity: Entity, fact: Fact, passage_id: str | None) -> Record:
 
 
 def render_article(passages: list[Passage]) -> Record | None:
-    """The SQuAD article of one entity: its passages with the questions on them; None where nothing is asked."""
+    """The SQuAD article of one entity: its passages with the questions on them; None where
+    nothing is asked."""
     paragraphs: list[Record] = []
     for passage in passages:
         qas: list[Record] = []

@@ -15,7 +15,8 @@ GAZETTEER_VERSION = 2
 
 @dataclass(frozen=True)
 class GazetteerSummary:
-    """What `write_gazetteer` wrote, in counts. `facts` are those with statements or held-out statements, orphans' not among them."""
+    """What `write_gazetteer` wrote, in counts. `facts` are those with statements or held-out
+    statements, orphans' not among them."""
 
     entities: int
     facts: int
@@ -78,7 +79,7 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
         "statements.jsonl": json_lines(statements),
         "heldout_statements.jsonl": json_lines(heldout),
         "evaluation_statements.jsonl": json_lines(evaluation),
-        "orphan_statements.jsonl": json_lines(orphans),
+        "unsupported_statements.jsonl": json_lines(orphans),
     }
     for split in QUESTION_SPLITS:
         content = {"version": f"gazetteer-{GAZETTEER_VERSION}", "data": articles[split]}
@@ -101,7 +102,8 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
 def write_gazetteer(out: Path) -> GazetteerSummary:
     """Write passages, statements and questions under the folder `out` and return their counts.
 
-    Where `out` is missing it appears whole, by a rename; where it exists each file in it is replaced whole. Two calls write the same bytes.
+    Where `out` is missing it appears whole, by a rename; where it exists each file in it is
+    replaced whole. Two calls write the same bytes.
     """
     texts, summary = render_files()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -35,17 +35,21 @@ class BertSource:
     init_std: float = 0.02
     """Standard deviation of random weights."""
     init: Literal["normal", "mimetic"] = "normal"
-    """Random weights as they are, or with attention started as trained models end up: see `mimetic_init`."""
+    """Random weights as they are, or with attention started as trained models end up: see
+    `mimetic_init`."""
 
 
 def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:
     """The encoder without BERT's pooler. `field` names the config section in messages.
 
-    Raises UserError where the checkpoint cannot be found or read, is no BERT, or has fewer embeddings than the tokenizer has wordpieces.
+    Raises UserError where the checkpoint cannot be found or read, is no BERT, or has fewer
+    embeddings than the tokenizer has wordpieces.
     """
     if source.path is None:
         if source.hidden % source.heads:
-            raise UserError(f"{field}.hidden ({source.hidden}) is no multiple of {field}.heads ({source.heads}); choose a divisor.")
+            raise UserError(
+                f"{field}.hidden ({source.hidden}) is no multiple of {field}.heads ({source.heads}); choose a divisor."
+            )
         config = BertConfig(
             vocab_size=vocab_size,
             hidden_size=source.hidden,
@@ -66,10 +70,13 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
     try:
         with quiet_loading():
-            # Whatever the checkpoint was saved in, parameters are fp32; lower precision is autocast.
+            # Whatever the checkpoint was saved in, parameters are fp32; lower precision is
+            # autocast.
             bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{field}.path: no BERT weights could be read from {source.path!r} ({first_line(error)}).") from error
+        raise UserError(
+            f"{field}.path: no BERT weights could be read from {source.path!r} ({first_line(error)})."
+        ) from error
     if bert.config.vocab_size < vocab_size:
         raise UserError(
             f"{field}.path: {source.path!r} embeds {bert.config.vocab_size} wordpieces, the tokenizer has {vocab_size}; "
@@ -80,7 +87,8 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers from reporting the heads that a checkpoint lacks, or has and we do not use: those that matter we report ourselves."""
+    """Keep transformers from reporting the heads that a checkpoint lacks, or has and we do not
+    use: those that matter we report ourselves."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -92,15 +100,20 @@ def quiet_loading() -> Iterator[None]:
 
 
 def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> None:
-    """Add to every attention what training from scratch takes long to find (after Trockman & Kolter 2023, "Mimetic Initialization").
+    """Add to every attention what training from scratch takes long to find (after Trockman & Kolter
+    2023, "Mimetic Initialization").
 
-    Values and output together pass a share `copy` of each attended token on as it is; queries and keys together let like attend to like, at
-    scale `match`. The sign of the first is that of a model that copies: with tied output embeddings a mask then predicts what it attends to.
-    Positions start as sinusoids as large as the word embeddings (Vaswani et al. 2017, section 3.5), so that near positions are alike.
+    Values and output together pass a share `copy` of each attended token on as it is; queries and
+    keys together let like attend to like, at scale `match`. The sign of the first is that of a
+    model that copies: with tied output embeddings a mask then predicts what it attends to.
+    Positions start as sinusoids as large as the word embeddings (Vaswani et al. 2017, section 3.5),
+    so that near positions are alike.
     """
     with torch.no_grad():
         positions = bert.embeddings.position_embeddings.weight
-        angle = torch.arange(positions.shape[0])[:, None] / 10_000 ** (torch.arange(0, positions.shape[1], 2) / positions.shape[1])
+        angle = torch.arange(positions.shape[0])[:, None] / 10_000 ** (
+            torch.arange(0, positions.shape[1], 2) / positions.shape[1]
+        )
         positions.copy_(torch.stack((angle.sin(), angle.cos()), -1).flatten(1) * bert.config.initializer_range * 2**0.5)
         for layer in bert.encoder.layer:
             attention: Any = layer.attention
@@ -113,13 +126,16 @@ def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> Non
 
 
 def bert_config(path: str, field: str) -> BertConfig:
-    """The checkpoint's config; raises UserError with the remedy when it is out of reach or of another family."""
+    """The checkpoint's config; raises UserError with the remedy when it is out of reach or of
+    another family."""
     local = Path(path).exists() or path.startswith(("/", ".", "~"))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         if local:
-            raise UserError(f"{field}.path: {path!r} is no folder of a transformers checkpoint ({first_line(error)}).") from error
+            raise UserError(
+                f"{field}.path: {path!r} is no folder of a transformers checkpoint ({first_line(error)})."
+            ) from error
         require_on_hub(path, f"{field}.path:")
         config = AutoConfig.from_pretrained(path)
     if not isinstance(config, BertConfig):

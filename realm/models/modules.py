@@ -1,7 +1,8 @@
-"""The trainable wholes: what DeepSpeed wraps, one module per stage. Each `forward(batch)` returns scalars with `loss` among them.
+"""The trainable wholes: what DeepSpeed wraps, one module per stage. Each `forward(batch)` returns
+scalars with `loss` among them.
 
-Shape legend: B queries, N candidates a query (slot 0 is the null passage), U distinct passages, M masked wordpieces, R joint inputs of a
-bucket, L wordpieces, D embedding width.
+Shape legend: B queries, N candidates a query (slot 0 is the null passage), U distinct passages, M
+masked wordpieces, R joint inputs of a bucket, L wordpieces, D embedding width.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,15 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from realm.models.objectives import MARGINALS, NEVER, candidate_log_prior, in_batch_loss, open_qa_loss, positive_log_marginal, reading_scores
+from realm.models.objectives import (
+    MARGINALS,
+    MASKED_SCORE,
+    candidate_log_prior,
+    in_batch_loss,
+    merge_slot_scores,
+    open_qa_loss,
+    positive_log_marginal,
+)
 from realm.models.reader import Reader
 from realm.models.retriever import Retriever, embed_by_length
 
@@ -54,17 +63,20 @@ class JointBatch(Batch):
 
 @dataclass
 class MaskedBatch(Batch):
-    """Joint inputs with the masked wordpieces of their x; candidates that are read together have one."""
+    """Joint inputs with the masked wordpieces of their x; candidates that are read together have
+    one."""
 
     joint: list[JointBatch]
     position_BM: Tensor
-    """Where the masks of query b stand in each of its joint inputs (x comes first, so the place is the same for all candidates)."""
+    """Where the masks of query b stand in each of its joint inputs (x comes first, so the place
+    is the same for all candidates)."""
     target_BM: Tensor
     """The wordpieces under the masks."""
     token_BM: Tensor
     """False on padding of the two above."""
-    reading_BN: Tensor
-    """Candidate whose joint input stands for each candidate: its own number, or that of the one it is read with."""
+    read_slot_BN: Tensor
+    """Candidate whose joint input stands for each candidate: its own number, or that of the one
+    it is read with."""
 
 
 @dataclass
@@ -95,7 +107,7 @@ class SpanTargets(Batch):
 
 
 @dataclass
-class WarmupBatch(Batch):
+class ReaderPretrainingBatch(Batch):
     """Masked sentences with one passage each, and the span's places in it, bucket by bucket."""
 
     masked: MaskedBatch
@@ -103,7 +115,8 @@ class WarmupBatch(Batch):
 
 
 class DualEncoderModel(nn.Module):
-    """Find each query's passage among those of the batch: the inverse cloze task, and finetuning of the retriever on questions."""
+    """Find each query's passage among those of the batch: the inverse cloze task, and finetuning
+    of the retriever on questions."""
 
     def __init__(self, retriever: Retriever) -> None:
         super().__init__()
@@ -112,11 +125,13 @@ class DualEncoderModel(nn.Module):
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         passage_emb_CD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_CL, batch.passage_mask_CL)
-        loss, accuracy = in_batch_loss(query_emb_BD, passage_emb_CD, batch.target_B, batch.excluded_BC, self.retriever.temperature)
+        loss, accuracy = in_batch_loss(
+            query_emb_BD, passage_emb_CD, batch.target_B, batch.excluded_BC, self.retriever.temperature
+        )
         return {"loss": loss, "accuracy": accuracy}
 
 
-class Reading(NamedTuple):
+class MaskedPrediction(NamedTuple):
     """What the reader makes of masked spans."""
 
     token_log_p_BNM: Tensor
@@ -132,9 +147,9 @@ def read_joint(reader: Reader, batch: MaskedBatch) -> list[Tensor]:
     return [reader(joint.ids_RL, joint.mask_RL, joint.type_RL) for joint in batch.joint]
 
 
-def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor]) -> Reading:
+def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor]) -> MaskedPrediction:
     """Predict the masked wordpieces from the hidden states of each bucket."""
-    B, N = batch.reading_BN.shape
+    B, N = batch.read_slot_BN.shape
     log_ps, rights, bests, rows = [], [], [], []
     for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
         query_R = joint.row_R // N
@@ -145,33 +160,39 @@ def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor])
         rights.append(((choice_RM == target_RM) | ~token_RM).all(-1))
         bests.append((best_RM * token_RM).sum(-1))
         rows.append(joint.row_R)
-    row_R, first_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.reading_BN.device)[:, None]
-    number_BN = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(0, row_R, torch.arange(len(row_R), device=row_R.device))
-    at_BN = number_BN[first_B1 + batch.reading_BN]
-    return Reading(torch.cat(log_ps)[at_BN], torch.cat(rights)[at_BN], torch.cat(bests)[at_BN])
+    row_R, first_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.read_slot_BN.device)[:, None]
+    number_BN = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(
+        0, row_R, torch.arange(len(row_R), device=row_R.device)
+    )
+    at_BN = number_BN[first_B1 + batch.read_slot_BN]
+    return MaskedPrediction(torch.cat(log_ps)[at_BN], torch.cat(rights)[at_BN], torch.cat(bests)[at_BN])
 
 
-def read_masked(reader: Reader, batch: MaskedBatch) -> Reading:
+def read_masked(reader: Reader, batch: MaskedBatch) -> MaskedPrediction:
     """Read every joint input of the batch and predict the masked wordpieces."""
     return predict_masked(reader, batch, read_joint(reader, batch))
 
 
-class ReaderWarmupModel(nn.Module):
-    """Predict the masked span from one passage that holds it: its wordpieces by the masked-language head, its place by the span head."""
+class ReaderPretrainingModel(nn.Module):
+    """Predict the masked span from one passage that holds it: its wordpieces by the
+    masked-language head, its place by the span head."""
 
     def __init__(self, reader: Reader, span_loss: float) -> None:
         super().__init__()
         self.reader = reader
         self.span_loss = span_loss
 
-    def forward(self, batch: WarmupBatch) -> dict[str, Tensor]:
+    def forward(self, batch: ReaderPretrainingBatch) -> dict[str, Tensor]:
         hidden = read_joint(self.reader, batch.masked)
         reading = predict_masked(self.reader, batch.masked, hidden)
         masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_BM).sum(-1).mean()
         log_p, placed, right = [], [], []
         for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
-            allowed_RS, is_answer_RS = spans.allowed_RLW.flatten(1), (spans.is_answer_RLW & spans.allowed_RLW).flatten(1)
-            span_score_RS = self.reader.span_scores(hidden_RLH).flatten(1).masked_fill(~allowed_RS, NEVER)
+            allowed_RS, is_answer_RS = (
+                spans.allowed_RLW.flatten(1),
+                (spans.is_answer_RLW & spans.allowed_RLW).flatten(1),
+            )
+            span_score_RS = self.reader.span_scores(hidden_RLH).flatten(1).masked_fill(~allowed_RS, MASKED_SCORE)
             log_p_R, placed_R = positive_log_marginal(span_score_RS.log_softmax(-1), is_answer_RS)
             log_p.append(log_p_R)
             placed.append(placed_R)
@@ -188,7 +209,8 @@ class ReaderWarmupModel(nn.Module):
 
 
 class RealmModel(nn.Module):
-    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, section 3.1), the retriever trained through p(z|x)."""
+    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, section 3.1), the retriever trained
+    through p(z|x)."""
 
     def __init__(self, retriever: Retriever, reader: Reader, marginal: str) -> None:
         super().__init__()
@@ -198,13 +220,15 @@ class RealmModel(nn.Module):
 
     def forward(self, batch: RealmBatch) -> dict[str, Tensor]:
         """Loss and telemetry; see `docs/architecture.md` for what each figure means."""
-        # Retrieve: the candidates found with a stale index are embedded and scored again, with gradient.
+        # Retrieve: the candidates found with a stale index are embedded and scored again, with
+        # gradient.
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         passage_emb_UD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_UL, batch.passage_mask_UL)
         retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
         log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
 
-        # Read: every candidate on its own; blocks of one document that are read together share p(y|z,x), so that their p(z|x) add up.
+        # Read: every candidate on its own; blocks of one document that are read together share
+        # p(y|z,x), so that their p(z|x) add up.
         reading = read_masked(self.reader, batch.masked)
 
         # Marginalise.
@@ -216,12 +240,15 @@ class RealmModel(nn.Module):
         return {"loss": loss, **telemetry}
 
 
-def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, holds_BN: Tensor) -> dict[str, Tensor]:
+def retrieval_telemetry(
+    log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, holds_BN: Tensor
+) -> dict[str, Tensor]:
     """How retrieval and reading fare on a batch, each a mean over B.
 
-    `utility`: log p(y|z,x) − log p(y|null,x) of the passages retrieved (Guu et al. 2020, section 4.2), mean over valid ones;
-    `null_mass`: p(null|x); `entropy`: of p(z|x) in nats; `holding`: share of retrieved passages in whose reading the span stands; `accuracy`: the
-    reader's span right on the most probable candidate; `accuracy_null`: on the null passage.
+    `utility`: log p(y|z,x) − log p(y|null,x) of the passages retrieved (Guu et al. 2020, section
+    4.2), mean over valid ones; `null_mass`: p(null|x); `entropy`: of p(z|x) in nats;
+    `candidate_hit_rate`: share of retrieved passages in whose reading the span stands; `accuracy`:
+    the reader's span right on the most probable candidate; `accuracy_null`: on the null passage.
     """
     passage_BN = valid_BN.clone()
     passage_BN[:, 0] = False
@@ -232,7 +259,7 @@ def retrieval_telemetry(log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor
         "utility": ((log_p_y_BN - log_p_y_BN[:, :1]) * passage_BN).sum() / count,
         "null_mass": p_BN[:, 0].mean(),
         "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
-        "holding": (holds_BN & passage_BN).sum() / count,
+        "candidate_hit_rate": (holds_BN & passage_BN).sum() / count,
         "accuracy": right_BN.gather(1, best_B1).float().mean(),
         "accuracy_null": right_BN[:, 0].float().mean(),
     }
@@ -253,8 +280,9 @@ class QuestionBatch(Batch):
     valid_BK: Tensor
     read_emb_BND: Tensor
     """Embeddings of the passages read."""
-    reading_BN: Tensor
-    """Place (0 … N − 1) at which each of them is read: its own, or that of the one it is read with; -1 where there is none."""
+    read_slot_BN: Tensor
+    """Place (0 … N − 1) at which each of them is read: its own, or that of the one it is read
+    with; -1 where there is none."""
     row_Q: Tensor
     """Place of each joint input in the flat (B·N) order."""
     ids_QL: Tensor
@@ -267,13 +295,14 @@ class QuestionBatch(Batch):
 
     def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
         """Values of spans by place, (B, N, L·W); `fill` where nothing is read."""
-        B, N = self.reading_BN.shape
+        B, N = self.read_slot_BN.shape
         flat = value_QLW.flatten(1)
         return flat.new_full((B * N, flat.shape[1]), fill).index_copy(0, self.row_Q, flat).view(B, N, -1)
 
 
 class OpenQaModel(nn.Module):
-    """Question answering by span extraction from retrieved passages (Lee et al. 2019): query tower and reader are trained."""
+    """Question answering by span extraction from retrieved passages (Lee et al. 2019): query
+    tower and reader are trained."""
 
     def __init__(self, retriever: Retriever, reader: Reader) -> None:
         super().__init__()
@@ -285,14 +314,20 @@ class OpenQaModel(nn.Module):
         retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD)
         span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
         span_score_BNS, _ = self.scored(batch, span_score_QLW, query_emb_BD)
-        is_answer_BNS, allowed_BNS = batch.by_passage(batch.is_answer_QLW, False), batch.by_passage(batch.allowed_QLW, False)
-        losses = open_qa_loss(retrieval_score_BK, batch.has_answer_BK, batch.valid_BK, span_score_BNS, is_answer_BNS, allowed_BNS)
+        is_answer_BNS, allowed_BNS = (
+            batch.by_passage(batch.is_answer_QLW, False),
+            batch.by_passage(batch.allowed_QLW, False),
+        )
+        losses = open_qa_loss(
+            retrieval_score_BK, batch.has_answer_BK, batch.valid_BK, span_score_BNS, is_answer_BNS, allowed_BNS
+        )
         with torch.no_grad():
-            best_B = span_score_BNS.masked_fill(~allowed_BNS, NEVER).flatten(1).argmax(-1, keepdim=True)
+            best_B = span_score_BNS.masked_fill(~allowed_BNS, MASKED_SCORE).flatten(1).argmax(-1, keepdim=True)
             losses["accuracy"] = is_answer_BNS.flatten(1).gather(1, best_B).float().mean()
         return losses
 
     def scored(self, batch: QuestionBatch, span_score_QLW: Tensor, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of the spans by passage read, the relevance score of what is read added, (B, N, L·W); and the relevance scores (B, N)."""
-        read_score_BN = reading_scores(self.retriever.score(query_emb_BD, batch.read_emb_BND), batch.reading_BN)
-        return batch.by_passage(span_score_QLW, NEVER) + read_score_BN[..., None], read_score_BN
+        """Scores of the spans by passage read, the relevance score of what is read added, (B, N,
+        L·W); and the relevance scores (B, N)."""
+        read_score_BN = merge_slot_scores(self.retriever.score(query_emb_BD, batch.read_emb_BND), batch.read_slot_BN)
+        return batch.by_passage(span_score_QLW, MASKED_SCORE) + read_score_BN[..., None], read_score_BN

@@ -1,8 +1,10 @@
-"""The reader: a BERT over `[CLS] x [SEP] title [SEP] text [SEP]` with a masked-language head and a span head.
+"""The reader: a BERT over `[CLS] x [SEP] title [SEP] text [SEP]` with a masked-language head and a
+span head.
 
 Token type 0 marks `[CLS] x [SEP]` (global tokens of a long-context attention), type 1 the passage.
 
-Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, W longest answer in wordpieces.
+Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, W
+longest answer in wordpieces.
 """
 
 import json
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import draccus
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -36,15 +37,14 @@ class ReaderConfig:
     attention: AttentionConfig = field(default_factory=DenseAttention)
     """Self-attention variant, by `type`."""
     mlm_head: Literal["transform", "tied"] = "transform"
-    """BERT's dense transform before the tied output embeddings, or the tied output alone (better from scratch with few steps)."""
+    """BERT's dense transform before the tied output embeddings, or the tied output alone (better
+    from scratch with few steps)."""
     span_hidden: int = 256
     """Width of the span head's hidden layer."""
     max_span_tokens: int = 10
     """Longest answer span W in wordpieces."""
     max_tokens: int = 384
     """Longest joint input; positions are extended when the encoder has fewer."""
-    context_tokens: int = 0
-    """Wordpieces of a block with what stands around it in its document, title and special tokens included; 0: read the block alone."""
 
 
 class Reader(nn.Module):
@@ -58,7 +58,9 @@ class Reader(nn.Module):
         self.bert = bert
         hidden = bert.config.hidden_size
         if config.mlm_head == "transform":
-            self.mlm_transform: nn.Module = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden, eps=bert.config.layer_norm_eps))
+            self.mlm_transform: nn.Module = nn.Sequential(
+                nn.Linear(hidden, hidden), nn.GELU(), nn.LayerNorm(hidden, eps=bert.config.layer_norm_eps)
+            )
         else:
             self.mlm_transform = nn.Identity()
         self.mlm_bias = nn.Parameter(torch.zeros(bert.config.vocab_size))
@@ -68,18 +70,23 @@ class Reader(nn.Module):
         self.span_score = nn.Linear(config.span_hidden, 1)
 
     def adapt(self, config: ReaderConfig) -> None:
-        """Read as `config` says from now on: longer inputs, and another attention in the place of dense attention.
+        """Read as `config` says from now on: longer inputs, and another attention in the place of
+        dense attention.
 
-        Raises UserError where what was trained cannot be carried over: from one variant to another, to another span length, or to longer
-        texts with a variant made for a number of positions.
+        Raises UserError where what was trained cannot be carried over: from one variant to another,
+        to another span length, or to longer texts with a variant made for a number of positions.
         """
         old = self.config
         for name in ("mlm_head", "span_hidden", "max_span_tokens"):
             if getattr(config, name) != getattr(old, name):
-                raise UserError(f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with {getattr(old, name)!r}; keep that.")
+                raise UserError(
+                    f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with {getattr(old, name)!r}; keep that."
+                )
         positions = self.bert.config.max_position_embeddings
         if old.attention.fixed_length and config.max_tokens > positions:
-            raise UserError(f"reader.max_tokens is {config.max_tokens}, but {old.attention} was trained for {positions} positions; lower it to that.")
+            raise UserError(
+                f"reader.max_tokens is {config.max_tokens}, but {old.attention} was trained for {positions} positions; lower it to that."
+            )
         extend_positions(self.bert, config.max_tokens)
         if config.attention != old.attention:
             if not isinstance(old.attention, DenseAttention):
@@ -91,17 +98,25 @@ class Reader(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor) -> Tensor:
         """Hidden states (B, L, H)."""
-        # Dense attention has no use for the global mask; replaced modules receive it through BERT's keyword arguments.
-        extra = {} if isinstance(self.config.attention, DenseAttention) else {"global_mask": (type_BL == 0) & mask_BL.bool()}
+        # Dense attention has no use for the global mask; replaced modules receive it through BERT's
+        # keyword arguments.
+        extra = (
+            {}
+            if isinstance(self.config.attention, DenseAttention)
+            else {"global_mask": (type_BL == 0) & mask_BL.bool()}
+        )
         return self.bert(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL, **extra).last_hidden_state
 
     def mlm_logits(self, hidden_BLH: Tensor, position_BM: Tensor) -> Tensor:
         """Vocabulary logits at the given positions, (B, M, V)."""
         picked_BMH = hidden_BLH.gather(1, position_BM[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
-        return F.linear(self.mlm_transform(picked_BMH), self.bert.embeddings.word_embeddings.weight, self.mlm_bias).float()
+        return F.linear(
+            self.mlm_transform(picked_BMH), self.bert.embeddings.word_embeddings.weight, self.mlm_bias
+        ).float()
 
     def span_scores(self, hidden_BLH: Tensor) -> Tensor:
-        """Scores of all spans, (B, L, W): entry [b, s, w] is the span from s to s + w inclusive (Lee et al. 2019, section 3.3).
+        """Scores of all spans, (B, L, W): entry [b, s, w] is the span from s to s + w inclusive
+        (Lee et al. 2019, section 3.3).
 
         Spans that run past the end hold values of no meaning; `span_mask` tells them apart.
         """
@@ -113,9 +128,11 @@ class Reader(nn.Module):
 
 
 def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
-    """True where a span lies inside what may be chosen from and begins and ends with whole words, (B, L, W).
+    """True where a span lies inside what may be chosen from and begins and ends with whole words,
+    (B, L, W).
 
-    `inside_BL`: true on wordpieces of the passage that are no special tokens; `continuation_BL`: true on those that continue a word.
+    `inside_BL`: true on wordpieces of the passage that are no special tokens; `continuation_BL`:
+    true on those that continue a word.
     """
     inside_BLW = F.pad(inside_BL, (0, width - 1)).unfold(1, width, 1)
     word_ends_BL = F.pad(~continuation_BL[:, 1:], (0, 1), value=True)
@@ -124,11 +141,18 @@ def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
 
 
 def span_targets(
-    places: Sequence[Sequence[tuple[int, int]]], ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor, words: Wordpieces, width: int
+    places: Sequence[Sequence[tuple[int, int]]],
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    type_BL: Tensor,
+    words: Wordpieces,
+    width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Which spans of joint inputs are the answer, and which may be one, both (B, L, W): see `Reader.span_scores`, `span_mask`.
+    """Which spans of joint inputs are the answer, and which may be one, both (B, L, W): see
+    `Reader.span_scores`, `span_mask`.
 
-    `places` has for each input the start and the length in wordpieces of every occurrence; longer ones than W cannot be chosen.
+    `places` has for each input the start and the length in wordpieces of every occurrence; longer
+    ones than W cannot be chosen.
     """
     is_answer_BLW = torch.zeros(*ids_BL.shape, width, dtype=torch.bool)
     for row, spots in enumerate(places):
@@ -139,18 +163,6 @@ def span_targets(
     return is_answer_BLW, span_mask(inside_BL, torch.from_numpy(words.continuation)[ids_BL], width)
 
 
-def joint_input(query_ids: IntArray, title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> tuple[IntArray, int, int]:
-    """`[CLS] x [SEP] title [SEP] text [SEP]` cut at the end of the text to `max_tokens`.
-
-    Returns the ids, the length of the first segment (`[CLS] x [SEP]`) and the place of the first wordpiece of the text.
-    """
-    first = len(query_ids) + 2
-    room = max_tokens - first - 2
-    title_ids = title_ids[: max(room // 2, room - len(text_ids))]
-    ids = np.concatenate(([cls_id], query_ids, [sep_id], title_ids, [sep_id], text_ids[: room - len(title_ids)], [sep_id]))
-    return ids.astype(np.int32), first, first + len(title_ids) + 1
-
-
 def pad_joint(sequences: list[IntArray], first_segments: list[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Padded ids, mask and token types of joint inputs, each (B, L)."""
     ids_BL, mask_BL = pad_batch(sequences, pad_id)
@@ -159,7 +171,8 @@ def pad_joint(sequences: list[IntArray], first_segments: list[int], pad_id: int)
 
 
 def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Reader, list[str]]:
-    """A reader as the config says, and notes for the user on what the checkpoint did not bring along."""
+    """A reader as the config says, and notes for the user on what the checkpoint did not bring
+    along."""
     bert = load_bert(config.bert, len(tokenizer), tokenizer.pad_token_id, "reader.bert")
     reader = Reader(bert, config)
     std = bert.config.initializer_range
@@ -173,7 +186,9 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
         loaded: Any = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True, dtype=torch.float32)
     masked_lm, info = loaded
     if any(name.startswith("cls.predictions") and "decoder" not in name for name in info["missing_keys"]):
-        return reader, [f"reader.bert.path {config.bert.path!r} holds no masked-language head: it starts untrained, so warm the reader up."]
+        return reader, [
+            f"reader.bert.path {config.bert.path!r} holds no masked-language head: it starts untrained, so warm the reader up."
+        ]
     head = masked_lm.cls.predictions
     with torch.no_grad():
         reader.mlm_bias[: len(head.bias)].copy_(head.bias)
@@ -187,14 +202,19 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write weights (safetensors), both configs and the tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in reader.state_dict().items()}, path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in reader.state_dict().items()},
+        path / "model.safetensors",
+        {"format": "pt"},
+    )
     reader.bert.config.save_pretrained(path)
     (path / "reader.json").write_text(json.dumps(draccus.encode(reader.config), indent=2) + "\n")
     tokenizer.save_pretrained(path)
 
 
 def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
-    """Read what `save_reader` wrote, parameters of the attention variant included, in evaluation mode; with `config` see `Reader.adapt`."""
+    """Read what `save_reader` wrote, parameters of the attention variant included, in evaluation
+    mode; with `config` see `Reader.adapt`."""
     try:
         saved = draccus.decode(ReaderConfig, json.loads((path / "reader.json").read_text()))
     except OSError as error:

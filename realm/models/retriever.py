@@ -1,7 +1,8 @@
-"""The retriever: BERT towers that embed queries and passages for maximum inner product search (Guu et al. 2020, section 3.2).
+"""The retriever: BERT towers that embed queries and passages for maximum inner product search (Guu
+et al. 2020, section 3.2).
 
-Exported folders have the layout of sentence-transformers and load there as they are; passages are encoded as `[CLS] title [SEP] text [SEP]`
-with every token of type 0, queries as `[CLS] text [SEP]`.
+Exported folders have the layout of sentence-transformers and load there as they are; passages are
+encoded as `[CLS] title [SEP] text [SEP]` with every token of type 0, queries as `[CLS] text [SEP]`.
 
 Shape legend: B rows, L wordpieces, H hidden width, D embedding width.
 """
@@ -23,6 +24,7 @@ from realm.attention.binding import bind_attention
 from realm.attention.dense import DenseAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert
+from realm.models.precision import Precision, autocast
 from realm.text.tokenizer import load_tokenizer
 
 
@@ -33,7 +35,8 @@ class RetrieverConfig:
     bert: BertSource = field(default_factory=BertSource)
     """The encoder of each tower."""
     pooling: Literal["cls", "mean"] = "cls"
-    """What stands for the whole text: the first token, or the mean of all real tokens (off-the-shelf sentence encoders)."""
+    """What stands for the whole text: the first token, or the mean of all real tokens
+    (off-the-shelf sentence encoders)."""
     projection: Literal["linear", "none"] = "linear"
     """A linear map to `projection_dim` (the paper's W), or the pooled vector itself."""
     projection_dim: int = 128
@@ -41,7 +44,8 @@ class RetrieverConfig:
     normalize: bool = False
     """Scale embeddings to length 1; set a `temperature` well below 1 with it."""
     temperature: float = 1.0
-    """Inner products are divided by this before the softmax over candidates; the ranking does not change."""
+    """Inner products are divided by this before the softmax over candidates; the ranking does
+    not change."""
     shared_tower: bool = True
     """One tower for queries and passages, or one each (started alike)."""
     max_query_tokens: int = 96
@@ -65,11 +69,15 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BLH = self.bert(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        dtype = torch.promote_types(hidden_BLH.dtype, torch.float32)  # from here on, whatever autocast says: scores must not be rounded
+        dtype = torch.promote_types(
+            hidden_BLH.dtype, torch.float32
+        )  # from here on, whatever autocast says: scores must not be rounded
         if self.pooling == "cls":
             pooled_BH = hidden_BLH[:, 0].to(dtype)
         else:
-            pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(1, keepdim=True)
+            pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(
+                1, keepdim=True
+            )
         if isinstance(self.projection, nn.Linear):
             pooled_BH = pooled_BH.to(self.projection.weight.dtype)
         with torch.autocast(pooled_BH.device.type, enabled=False):
@@ -105,13 +113,17 @@ class Retriever(nn.Module):
         return self.passage_tower(ids_BL, mask_BL)
 
     def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
-        """Relevance f(x, z) of N candidates a query, (B, N): inner product over temperature (section 3.1)."""
+        """Relevance f(x, z) of N candidates a query, (B, N): inner product over temperature
+        (section 3.1)."""
         with torch.autocast(query_emb_BD.device.type, enabled=False):
             return torch.einsum("bd,bnd->bn", query_emb_BD.float(), candidate_emb_BND.float()) / self.temperature
 
 
-def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4) -> Tensor:
-    """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not computed as long as the longest.
+def embed_by_length(
+    embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4
+) -> Tensor:
+    """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not
+    computed as long as the longest.
 
     The number of buckets is the same for every B, so that ranks issue the same collectives.
     """
@@ -125,12 +137,13 @@ def embed_by_length(embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, m
     return torch.cat(parts)[order_B.argsort()]
 
 
-def embed_plain(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: str = "fp32") -> np.ndarray:
-    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32; `precision` bf16 computes under autocast."""
+def embed_no_grad(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: Precision = "fp32") -> np.ndarray:
+    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32;
+    `precision` bf16 computes under autocast."""
     device = next(tower.parameters()).device
     training = tower.training
     tower.eval()
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.inference_mode(), autocast(device, precision):
         embeddings = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
     tower.train(training)
     return embeddings
@@ -141,7 +154,9 @@ def build_retriever(config: RetrieverConfig, tokenizer: PreTrainedTokenizerBase)
 
     def tower() -> Tower:
         bert = load_bert(config.bert, len(tokenizer), tokenizer.pad_token_id, "retriever.bert")
-        return Tower(bert, config.pooling, config.projection_dim if config.projection == "linear" else None, config.normalize)
+        return Tower(
+            bert, config.pooling, config.projection_dim if config.projection == "linear" else None, config.normalize
+        )
 
     query_tower = tower()
     longest = max(config.max_query_tokens, config.max_passage_tokens)
@@ -157,10 +172,14 @@ def build_retriever(config: RetrieverConfig, tokenizer: PreTrainedTokenizerBase)
     return Retriever(query_tower, passage_tower, config.temperature)
 
 
-def save_retriever(retriever: Retriever, tokenizer: PreTrainedTokenizerBase, path: Path, max_query_tokens: int, max_passage_tokens: int) -> None:
-    """Write a folder that `load_retriever` and `SentenceTransformer(path)` both read (safetensors and JSON, no pickle).
+def save_retriever(
+    retriever: Retriever, tokenizer: PreTrainedTokenizerBase, path: Path, max_query_tokens: int, max_passage_tokens: int
+) -> None:
+    """Write a folder that `load_retriever` and `SentenceTransformer(path)` both read (safetensors
+    and JSON, no pickle).
 
-    With two towers the folder holds a sentence-transformers Router: `encode_query` and `encode_document` choose the tower.
+    With two towers the folder holds a sentence-transformers Router: `encode_query` and
+    `encode_document` choose the tower.
     """
     path.mkdir(parents=True, exist_ok=True)
     if retriever.shared:
@@ -178,7 +197,9 @@ def save_retriever(retriever: Retriever, tokenizer: PreTrainedTokenizerBase, pat
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write_json(path / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
         _write_json(path / "modules.json", [_module(0, "", "sentence_transformers.models.Router")])
-    _write_json(path / "config_sentence_transformers.json", {"model_type": "SentenceTransformer", "similarity_fn_name": "dot"})
+    _write_json(
+        path / "config_sentence_transformers.json", {"model_type": "SentenceTransformer", "similarity_fn_name": "dot"}
+    )
     settings = {
         "shared_tower": retriever.shared,
         "pooling": retriever.query_tower.pooling,
@@ -223,10 +244,14 @@ def read_retriever_settings(path: Path) -> dict:
     try:
         return json.loads((path / "retriever.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no exported retriever (no readable retriever.json); give a folder under encoders/ of a run.") from error
+        raise UserError(
+            f"{path} is no exported retriever (no readable retriever.json); give a folder under encoders/ of a run."
+        ) from error
 
 
-def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, prefix: str, max_tokens: int) -> list[dict]:
+def _save_tower(
+    tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, prefix: str, max_tokens: int
+) -> list[dict]:
     """One tower's modules in sentence-transformers' layout; returns their entries for modules.json."""
     package = "sentence_transformers.models"
     transformer = path / f"{prefix}0_Transformer" if prefix else path
@@ -239,9 +264,13 @@ def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, pr
     tower.bert.config.architectures = ["BertModel"]
     tower.bert.config.save_pretrained(transformer)
     tokenizer.save_pretrained(transformer)
-    # Without its pooler the weights are complete, and loading them brings no report of missing ones.
+    # Without its pooler the weights are complete, and loading them brings no report of missing
+    # ones.
     arguments = {"add_pooling_layer": False}
-    _write_json(transformer / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False, "model_args": arguments})
+    _write_json(
+        transformer / "sentence_bert_config.json",
+        {"max_seq_length": max_tokens, "do_lower_case": False, "model_args": arguments},
+    )
     # Both parts of a passage are of token type 0, so the tokenizer is told not to hand out types.
     tokenizer_config = json.loads((transformer / "tokenizer_config.json").read_text())
     tokenizer_config |= {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_tokens}
@@ -259,11 +288,22 @@ def _save_tower(tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, pr
     hidden = tower.bert.config.hidden_size
     add(
         "Pooling",
-        {"word_embedding_dimension": hidden, "pooling_mode_cls_token": tower.pooling == "cls", "pooling_mode_mean_tokens": tower.pooling == "mean"},
+        {
+            "word_embedding_dimension": hidden,
+            "pooling_mode_cls_token": tower.pooling == "cls",
+            "pooling_mode_mean_tokens": tower.pooling == "mean",
+        },
     )
     if isinstance(tower.projection, nn.Linear):
-        dense = {"in_features": hidden, "out_features": tower.dim, "bias": True, "activation_function": "torch.nn.modules.linear.Identity"}
-        weights = {f"linear.{name}": value.detach().cpu().contiguous() for name, value in tower.projection.state_dict().items()}
+        dense = {
+            "in_features": hidden,
+            "out_features": tower.dim,
+            "bias": True,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        weights = {
+            f"linear.{name}": value.detach().cpu().contiguous() for name, value in tower.projection.state_dict().items()
+        }
         save_file(weights, add("Dense", dense) / "model.safetensors")
     if tower.normalize:
         add("Normalize", {})

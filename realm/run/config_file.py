@@ -1,6 +1,8 @@
-"""Reading and writing configs: one YAML per kind of run, dotted overrides, every mistake named by its field.
+"""Reading and writing configs: one YAML per kind of run, dotted overrides, every mistake named by
+its field.
 
-A YAML may start with `extends: other.yaml` (relative to itself); its own keys are merged over that file's.
+A YAML may start with `extends: other.yaml` (relative to itself); its own keys are merged over that
+file's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,13 +37,15 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
     """Read a YAML file with `--section.field value` overrides.
 
-    Raises UserError naming the file and the field for anything missing, unknown or of the wrong kind.
+    Raises UserError naming the file and the field for anything missing, unknown or of the wrong
+    kind.
     """
     return decoded(RealmConfig, merge(_read_yaml(path), parse_overrides(overrides)), str(path))
 
 
 def parse_section(kind: type[T], text: str, where: str) -> T:
-    """A path, or a mapping in YAML, as a config class with a `SHORTHAND`. Raises UserError that begins with `where`."""
+    """A path, or a mapping in YAML, as a config class with a `SHORTHAND`. Raises UserError that
+    begins with `where`."""
     try:
         tree = text if Path(text).exists() else yaml.safe_load(text)
     except (yaml.YAMLError, OSError) as error:
@@ -51,8 +55,8 @@ def parse_section(kind: type[T], text: str, where: str) -> T:
 
 def decoded(kind: type[T], value: Any, where: str) -> T:
     """What YAML gave as a config class. Raises UserError that begins with `where`."""
-    tree = _spelled_out(kind, value)
-    if complaints := list(_misplaced(kind, tree)):
+    tree = expand_shorthands(kind, value)
+    if complaints := list(find_type_errors(kind, tree)):
         raise UserError(f"{where}: {'; '.join(complaints)}.")
     try:
         return draccus.decode(kind, tree)
@@ -63,7 +67,9 @@ def decoded(kind: type[T], value: Any, where: str) -> T:
             cause = cause.__cause__
         if cause is not None:
             raise UserError(f"{where}: {cause}") from error
-        raise UserError(f"{where}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are.") from error
+        raise UserError(
+            f"{where}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are."
+        ) from error
 
 
 def dump_config(config: RealmConfig) -> str:
@@ -94,19 +100,20 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _spelled_out(kind: Any, value: Any) -> Any:
-    """The tree with its shorthands written out: the one field named by a class's `SHORTHAND` for the whole, one entry for a list of them."""
+def expand_shorthands(kind: Any, value: Any) -> Any:
+    """The tree with its shorthands written out: the one field named by a class's `SHORTHAND` for
+    the whole, one entry for a list of them."""
     if value is None:
         return None
     kind = _without_none(kind)
     if get_origin(kind) is tuple and is_dataclass(entry := get_args(kind)[0]):
-        return [_spelled_out(entry, part) for part in (value if isinstance(value, list) else [value])]
+        return [expand_shorthands(entry, part) for part in (value if isinstance(value, list) else [value])]
     if is_dataclass(kind) and hasattr(kind, "SHORTHAND") and isinstance(value, str):
         return {kind.SHORTHAND: value}
     if not is_dataclass(kind) or not isinstance(value, dict):
         return value
     fields = get_type_hints(kind)
-    return {key: _spelled_out(fields[key], part) if key in fields else part for key, part in value.items()}
+    return {key: expand_shorthands(fields[key], part) if key in fields else part for key, part in value.items()}
 
 
 def _without_none(kind: Any) -> Any:
@@ -115,8 +122,9 @@ def _without_none(kind: Any) -> Any:
     return members[0] if NoneType in get_args(kind) and len(members) == 1 else kind
 
 
-def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
-    """What draccus accepts or reports without the field's name: empty values, sections that are no mapping, unknown variants."""
+def find_type_errors(kind: Any, value: Any, name: str = "") -> Iterator[str]:
+    """What draccus accepts or reports without the field's name: empty values, sections that are
+    no mapping, unknown variants."""
     if value is None:
         if kind is not Any and NoneType not in get_args(kind):
             yield f"`{name}` is empty; give it a value or leave it out"
@@ -124,7 +132,7 @@ def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
     kind = _without_none(kind)
     if get_origin(kind) is tuple and is_dataclass(entry := get_args(kind)[0]):
         for number, part in enumerate(value):
-            yield from _misplaced(entry, part, f"{name}[{number}]")
+            yield from find_type_errors(entry, part, f"{name}[{number}]")
         return
     if get_origin(kind) is tuple and not isinstance(value, list | tuple):
         yield f"`{name}` must be a list, got {value!r}"
@@ -145,7 +153,7 @@ def _misplaced(kind: Any, value: Any, name: str = "") -> Iterator[str]:
     fields = get_type_hints(kind) if is_dataclass(kind) else {}
     for key in value if fields else ():
         if key in fields:
-            yield from _misplaced(fields[key], value[key], f"{name}.{key}".lstrip("."))
+            yield from find_type_errors(fields[key], value[key], f"{name}.{key}".lstrip("."))
 
 
 def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The run folder: where each stage keeps its checkpoints and its result, and the one resolved config that every program reads.
+"""The run folder: where each stage keeps its checkpoints and its result, and the one resolved
+config that every program reads.
 
 runs/NAME/
   config.yaml                     resolved; written once
@@ -29,7 +30,7 @@ from realm.text.tokenizer import load_tokenizer
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
 
-STAGES = ("ict", "reader_warmup", "pretrain", "finetune_retriever", "finetune")
+STAGES = ("ict", "reader_pretraining", "pretrain", "finetune_retriever", "finetune")
 """Training stages in the order in which they build on each other."""
 
 
@@ -44,7 +45,8 @@ class Run:
     def create(cls, config: RealmConfig) -> "Run":
         """Make the folder with its config, or go on with one that holds the same config.
 
-        Raises UserError where the folder holds another config, or the corpus is not prepared as the config says.
+        Raises UserError where the folder holds another config, or the corpus is not prepared as the
+        config says.
         """
         folder = Path(config.run)
         path, text = folder / "config.yaml", dump_config(config)
@@ -69,10 +71,13 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = ()) -> "Run":
-        """Read an existing run; overrides hold for this program alone. Raises UserError where there is none."""
+        """Read an existing run; overrides hold for this program alone. Raises UserError where
+        there is none."""
         path = folder / "config.yaml"
         if not path.exists():
-            raise UserError(f"{folder} is no run folder (no config.yaml); start one with `realm ict --config …` or check the path.")
+            raise UserError(
+                f"{folder} is no run folder (no config.yaml); start one with `realm ict --config …` or check the path."
+            )
         return cls(folder, load_config(path, overrides))
 
     def stage(self, name: str) -> Path:
@@ -88,7 +93,8 @@ class Run:
         return self.model(name).exists()
 
     def begin(self, stage: str, resume: bool) -> bool:
-        """Whether a stage has anything left to do. Raises UserError for one that was begun before, unless `resume`."""
+        """Whether a stage has anything left to do. Raises UserError for one that was begun
+        before, unless `resume`."""
         if self.finished(stage):
             console.print(f"  {stage}: finished before, in {self.model(stage)}")
             return False
@@ -99,7 +105,8 @@ class Run:
         return True
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
-        """The newest `retriever` or `reader` written by a stage; of those before stage `before`, or up to and with `until`, if given."""
+        """The newest `retriever` or `reader` written by a stage; of those before stage `before`,
+        or up to and with `until`, if given."""
         stages = STAGES[: STAGES.index(before)] if before else STAGES[: STAGES.index(until) + 1] if until else STAGES
         for name in reversed(stages):
             if (self.model(name) / part).exists():
@@ -126,7 +133,7 @@ class Run:
     @cached_property
     def contexts(self) -> Contexts:
         """What the reader reads for a passage."""
-        return Contexts(self.passages, self.config.reader.context_tokens)
+        return Contexts(self.passages, self.config.corpus.context_tokens)
 
     @cached_property
     def statements(self) -> PreparedCorpus:
@@ -135,13 +142,18 @@ class Run:
         return self.passages if sources is None else self._opened("statements", sources)
 
     def _opened(self, kind: str, sources: Sequence[SourceConfig]) -> PreparedCorpus:
-        """Raises UserError for a corpus that was prepared from other sources than the config names, as far as that shows without reading them."""
+        """Raises UserError for a corpus that was prepared from other sources than the config
+        names, as far as that shows without reading them."""
         corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
         made = corpus.manifest["inputs"]
         for name, there, here in (
             ("corpus.block_tokens", made["block_tokens"], config.block_tokens),
             (f"the number of sources of corpus.{kind}", len(made["sources"]), len(sources)),
-            ("the limit of documents of each source", [source["limit"] for source in made["sources"]], [s.limit for s in config.limited(sources)]),
+            (
+                "the limit of documents of each source",
+                [source["limit"] for source in made["sources"]],
+                [s.limit for s in config.limited(sources)],
+            ),
         ):
             if there != here:
                 raise UserError(
@@ -152,9 +164,12 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the corpus was prepared with. Raises UserError where nothing is prepared yet."""
+        """The tokenizer the corpus was prepared with. Raises UserError where nothing is prepared
+        yet."""
         if not (self.prepared / "tokenizer").exists():
-            raise UserError(f"{self.prepared} holds no prepared corpus; run `realm prepare` with the same config first.")
+            raise UserError(
+                f"{self.prepared} holds no prepared corpus; run `realm prepare` with the same config first."
+            )
         return load_tokenizer(str(self.prepared / "tokenizer"))
 
     @cached_property
@@ -163,7 +178,8 @@ class Run:
         return Wordpieces.of(self.tokenizer)
 
     def data(self, field: str) -> Path | None:
-        """File of annotated statements named by a field of the config's `data` section, `builtin:` resolved."""
+        """File of annotated statements named by a field of the config's `data` section,
+        `builtin:` resolved."""
         name = getattr(self.config.data, field)
         return None if name is None else source_path(name, self.prepared)
 
@@ -174,5 +190,6 @@ class Run:
 
 
 def source_path(name: str, prepared: Path) -> Path:
-    """A path of the config: `builtin:NAME` is a file of the built-in corpus, written by `realm prepare`."""
+    """A path of the config: `builtin:NAME` is a file of the built-in corpus, written by `realm
+    prepare`."""
     return prepared / "gazetteer" / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name)

@@ -1,1 +1,2 @@
-"""Processes, threads, publishing, telemetry: what every program needs and that knows nothing of machine learning."""
+"""Processes, threads, publishing, telemetry: what every program needs and that knows nothing of
+machine learning."""

@@ -1,6 +1,8 @@
-"""The trainer's processes: how many there are, and how they agree. With one process everything here is a plain call.
+"""The trainer's processes: how many there are, and how they agree. With one process everything here
+is a plain call.
 
-Agreement goes over a group of its own on the CPU, whatever the gradients travel over: NCCL takes no CPU tensors.
+Agreement goes over a group of its own on the CPU, whatever the gradients travel over: NCCL takes no
+CPU tensors.
 """
 
 import os
@@ -37,7 +39,7 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process writes what all share."""
     return rank() == 0
 
@@ -47,13 +49,14 @@ def _group() -> Any:
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone; every rank returns its result (which must be picklable) or raises its UserError."""
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 alone; every rank returns its result (which must be picklable) or
+    raises its UserError."""
     if world_size() == 1:
         return work()
     box: list[Any] = [None, None]
     failure: UserError | None = None
-    if is_main():
+    if is_rank_zero():
         try:
             box[0] = work()
         except UserError as error:

@@ -1,7 +1,9 @@
-"""What two processes that meet only in the file system need: atomic publishing, versions, their lineage.
+"""What two processes that meet only in the file system need: atomic publishing, versions, their
+lineage.
 
-A published directory never changes: it is written under a temporary name beside its place, flushed to disk and renamed. Temporary
-names begin with `.tmp-`; whatever a crash leaves behind carries that name.
+A published directory never changes: it is written under a temporary name beside its place, flushed
+to disk and renamed. Temporary names begin with `.tmp-`; whatever a crash leaves behind carries that
+name.
 """
 
 import hashlib
@@ -41,12 +43,16 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `final` that becomes `final`, all at once, when the block ends.
+    """Yield an empty directory beside `final` that becomes `final`, all at once, when the block
+    ends.
 
-    If the block raises, nothing is left. Raises PublishError where `final` exists: published directories never change.
+    If the block raises, nothing is left. Raises PublishError where `final` exists: published
+    directories never change.
     """
     if final.exists():
-        raise PublishError(f"{final} exists already and published folders never change; remove it or choose another name")
+        raise PublishError(
+            f"{final} exists already and published folders never change; remove it or choose another name"
+        )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{final.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -69,7 +75,8 @@ def published(final: Path) -> Iterator[Path]:
 
 
 def write_file_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then put it in the place of `path`: a reader sees the old or the new."""
+    """Let `write(file)` fill a temporary file beside `path`, then put it in the place of `path`:
+    a reader sees the old or the new."""
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:
@@ -88,7 +95,8 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file; of a folder: over the names and checksums of all files in it, in the order of their names."""
+    """SHA-256 of a file; of a folder: over the names and checksums of all files in it, in the
+    order of their names."""
     if path.is_dir():
         files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
         return hashlib.sha256("".join(f"{checksum(file)}  {name}\n" for name, file in files).encode()).hexdigest()
@@ -101,7 +109,8 @@ def _self_checksum(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json`, the last file of `folder`, adding size and checksum of all other files and a checksum of itself."""
+    """Write `manifest.json`, the last file of `folder`, adding size and checksum of all other
+    files and a checksum of itself."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": checksum(file)}
         for file in sorted(folder.rglob("*"))
@@ -112,12 +121,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what `write_manifest` wrote, `files` included. PublishError where it is missing, no JSON, or altered."""
+    """Read what `write_manifest` wrote, `files` included. PublishError where it is missing, no
+    JSON, or altered."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise PublishError(f"{path} is missing: {folder.name} was not published by this program, or only copied in part") from None
+        raise PublishError(
+            f"{path} is missing: {folder.name} was not published by this program, or only copied in part"
+        ) from None
     except ValueError as error:
         raise PublishError(f"{path} is not valid JSON ({error}); publish it again") from None
     if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _self_checksum(manifest):
@@ -126,14 +138,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file named in the manifest with its size, then its checksum. PublishError names the first that differs."""
+    """Compare every file named in the manifest with its size, then its checksum. PublishError
+    names the first that differs."""
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise PublishError(f"{path} is missing; publish it again")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise PublishError(f"{path} has {size} bytes where its manifest promises {expected['bytes']}; publish it again")
+            raise PublishError(
+                f"{path} has {size} bytes where its manifest promises {expected['bytes']}; publish it again"
+            )
     for name, expected in manifest["files"].items():
         if checksum(folder / name) != expected["sha256"]:
             raise PublishError(f"{folder / name} does not match the checksum in its manifest; publish it again")
@@ -142,7 +157,8 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 @total_ordering
 @dataclass(frozen=True)
 class Version:
-    """`a01-step-000500` is an encoder exported by attempt 1 at step 500, `a01-step-000500-e3` the index built from it under epoch 3.
+    """`a01-step-000500` is an encoder exported by attempt 1 at step 500, `a01-step-000500-e3` the
+    index built from it under epoch 3.
 
     Ordered by attempt, step, epoch; an encoder stands before its indexes.
     """
@@ -185,7 +201,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of the trainer: it continues `parent` from `parent_step`, or starts from nothing (both None)."""
+    """One run of the trainer: it continues `parent` from `parent_step`, or starts from nothing
+    (both None)."""
 
     attempt: int
     parent: int | None = None
@@ -207,7 +224,9 @@ class Lineage:
         except FileNotFoundError:
             return cls()
         except (ValueError, TypeError) as error:
-            raise PublishError(f"{path} is not a list of attempts ({error}); restore it from a copy of the run") from None
+            raise PublishError(
+                f"{path} is not a list of attempts ({error}); restore it from a copy of the run"
+            ) from None
 
     @property
     def current(self) -> int | None:
@@ -215,7 +234,8 @@ class Lineage:
         return self.attempts[-1].attempt if self.attempts else None
 
     def limits(self, attempt: int) -> dict[int, float]:
-        """Last step that counts, for `attempt` (infinity) and each of its ancestors; all other attempts are abandoned futures."""
+        """Last step that counts, for `attempt` (infinity) and each of its ancestors; all other
+        attempts are abandoned futures."""
         by_number = {entry.attempt: entry for entry in self.attempts}
         entry, limit = by_number[attempt], float("inf")
         limits = {attempt: limit}
@@ -226,26 +246,32 @@ class Lineage:
         return limits
 
     def allows(self, version: Version, attempt: int) -> bool:
-        """Whether `version` comes from `attempt` itself or from an ancestor, not later than the step where the way to `attempt` left it."""
+        """Whether `version` comes from `attempt` itself or from an ancestor, not later than the
+        step where the way to `attempt` left it."""
         return version.step <= self.limits(attempt).get(version.attempt, -1)
 
 
 def start_attempt(run: Path, parent: int | None = None, parent_step: int | None = None) -> int:
-    """Record a new attempt in `run/lineage.json` and return its number. Only the run's one trainer may call it.
+    """Record a new attempt in `run/lineage.json` and return its number. Only the run's one trainer
+    may call it.
 
-    `parent` and `parent_step`: the attempt that wrote the checkpoint resumed from, and that checkpoint's step; both None for a new run.
+    `parent` and `parent_step`: the attempt that wrote the checkpoint resumed from, and that
+    checkpoint's step; both None for a new run.
     """
     attempts = Lineage.load(run).attempts
     assert (parent is None) == (parent_step is None)
     if parent is not None and parent not in {entry.attempt for entry in attempts}:
-        raise PublishError(f"{run / 'lineage.json'} knows no attempt {parent} to resume from; restore it from a copy of the run")
+        raise PublishError(
+            f"{run / 'lineage.json'} knows no attempt {parent} to resume from; restore it from a copy of the run"
+        )
     attempt = Attempt(len(attempts) + 1, parent, parent_step)
     write_json_atomic(run / "lineage.json", [asdict(entry) for entry in (*attempts, attempt)])
     return attempt.attempt
 
 
 def versions_in(folder: Path) -> list[Version]:
-    """All versions published in `folder`, of whatever lineage, oldest first; other names are passed over. Empty without the folder."""
+    """All versions published in `folder`, of whatever lineage, oldest first; other names are
+    passed over. Empty without the folder."""
     versions = []
     for entry in folder.iterdir() if folder.is_dir() else ():
         with suppress(PublishError):
@@ -254,5 +280,6 @@ def versions_in(folder: Path) -> list[Version]:
 
 
 def newest(folder: Path, lineage: Lineage, attempt: int) -> list[Version]:
-    """The versions in `folder` that `attempt` may use, newest first: by step, then attempt, then epoch."""
+    """The versions in `folder` that `attempt` may use, newest first: by step, then attempt, then
+    epoch."""
     return [version for version in reversed(versions_in(folder)) if lineage.allows(version, attempt)]

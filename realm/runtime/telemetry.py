@@ -1,4 +1,5 @@
-"""What a person sees of long work: progress with rate and time left, `metrics.jsonl`, TensorBoard, tables."""
+"""What a person sees of long work: progress with rate and time left, `metrics.jsonl`,
+TensorBoard, tables."""
 
 import json
 import resource
@@ -8,13 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
-from realm.runtime.distributed import is_main
+from realm.runtime.distributed import is_rank_zero
 
-console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
+console = Console(highlight=False, soft_wrap=True, quiet=not is_rank_zero())
 """Where people look; only rank 0 speaks."""
 
 
@@ -46,7 +56,9 @@ class Ticker:
             rate = (done - self.start_done) / max(now - self.started, 1e-9)
             left = (self.total - done) / rate if rate > 0 else float("inf")
             eta = "" if done >= self.total else f", {format_seconds(left)} left"
-            console.print(f"  {self.title}: {done:,}/{self.total:,} {self.unit}s, {rate:,.1f}/s{eta}{'  ' + note if note else ''}")
+            console.print(
+                f"  {self.title}: {done:,}/{self.total:,} {self.unit}s, {rate:,.1f}/s{eta}{'  ' + note if note else ''}"
+            )
 
     def of(self, done: int, total: int | None) -> None:
         """`done` units are finished, of `total` where that is known by now."""
@@ -73,7 +85,8 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(title: str, total: int, done: int = 0, unit: str = "step", every_s: float = 10.0) -> Iterator[Ticker]:
-    """Show progress of `total` units: a bar on a terminal, a line every `every_s` seconds elsewhere."""
+    """Show progress of `total` units: a bar on a terminal, a line every `every_s` seconds
+    elsewhere."""
     ticker = Ticker(title, total, done, unit, every_s)
     try:
         yield ticker
@@ -94,7 +107,8 @@ def format_seconds(seconds: float) -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Largest memory of this process so far in GiB: `peak_gib` resident, `peak_gpu_gib` allocated on the GPU where there is one."""
+    """Largest memory of this process so far in GiB: `peak_gib` resident, `peak_gpu_gib`
+    allocated on the GPU where there is one."""
     import torch
 
     peak = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
@@ -124,7 +138,9 @@ class Metrics:
         if not self.enabled:
             return
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
-        self._file.write(json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **rounded}) + "\n")
+        self._file.write(
+            json.dumps({"stage": self.stage, "step": step, "time": round(time.time(), 3), **rounded}) + "\n"
+        )
         for name, value in values.items():
             if not isinstance(value, str):
                 self._board.add_scalar(name, value, step)
@@ -136,7 +152,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict]]:
-    """`metrics.jsonl` by stage; of steps logged twice (a resumed run) the last line counts, a torn last line is passed over."""
+    """`metrics.jsonl` by stage; of steps logged twice (a resumed run) the last line counts, a
+    torn last line is passed over."""
     by_stage: dict[str, dict[int, dict]] = {}
     for line in path.read_text().splitlines():
         try:

@@ -12,7 +12,8 @@ def cores() -> int:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads (0: as many as now) and give back what was set before, whatever is set within."""
+    """Compute on `count` threads (0: as many as now) and give back what was set before, whatever
+    is set within."""
     import torch  # slow to load, and preparing the corpus in several processes needs none of it
 
     before = torch.get_num_threads()

@@ -30,8 +30,9 @@ _SCHEMA = pa.schema(
 class SpanCache:
     """Salient spans on disk, keyed by tagger and text.
 
-    `folder / tagger.name` holds Arrow IPC shards, one a chunk, each published whole (temporary file, fsync, rename) under the digest of
-    its own bytes. A shard that does not match its name is left out, so a writer may be killed at any moment; several may share a folder.
+    `folder / tagger.name` holds Arrow IPC shards, one a chunk, each published whole (temporary
+    file, fsync, rename) under the digest of its own bytes. A shard that does not match its name is
+    left out, so a writer may be killed at any moment; several may share a folder.
     """
 
     def __init__(self, folder: Path, tagger: "SpanTagger", chunk_size: int = 10_000):
@@ -46,8 +47,11 @@ class SpanCache:
             if time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink(missing_ok=True)
 
-    def tag(self, texts: Iterable[str], progress: Callable[[int], None] | None = None) -> Iterator[tuple[SalientSpan, ...]]:
-        """Yields what `tagger.tag(texts)` would, tagging only texts not seen before; `progress(n)` is told of every n texts more done."""
+    def tag(
+        self, texts: Iterable[str], progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[SalientSpan, ...]]:
+        """Yields what `tagger.tag(texts)` would, tagging only texts not seen before;
+        `progress(n)` is told of every n texts more done."""
         self._load_shards()
         texts = iter(texts)
         while chunk := list(islice(texts, self.chunk_size)):
@@ -89,8 +93,12 @@ class SpanCache:
         for i in np.flatnonzero(self._keys[places] == wanted):
             row = self._rows[places[i]]
             shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-            columns = (batches[shard][name][int(row - self._first_rows[shard])].as_py() for name in ("starts", "ends", "types"))
-            spans_of[keys[i]] = tuple(SalientSpan(start, end, SPAN_TYPES[kind]) for start, end, kind in zip(*columns, strict=True))
+            columns = (
+                batches[shard][name][int(row - self._first_rows[shard])].as_py() for name in ("starts", "ends", "types")
+            )
+            spans_of[keys[i]] = tuple(
+                SalientSpan(start, end, SPAN_TYPES[kind]) for start, end, kind in zip(*columns, strict=True)
+            )
         return spans_of
 
     def _publish(self, found: dict[bytes, tuple[SalientSpan, ...]]) -> None:
@@ -114,7 +122,8 @@ class SpanCache:
 
 
 def _read_shard(path: Path) -> pa.RecordBatch | None:
-    """The memory-mapped batch of one shard, or None where its bytes are not those it was named after."""
+    """The memory-mapped batch of one shard, or None where its bytes are not those it was named
+    after."""
     content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
     if hashlib.blake2b(content, digest_size=16).hexdigest() != path.stem:
         return None

@@ -1,4 +1,5 @@
-"""Built-in rules for date expressions and numbers, in ordinary or space-tokenised text, by regular expression."""
+"""Built-in rules for date expressions and numbers, in ordinary or space-tokenised text, by
+regular expression."""
 
 import re
 
@@ -51,7 +52,8 @@ _DATE = re.compile(
     )""",
     re.VERBOSE,
 )
-# A date is tried for where one may begin: a search for literal beginnings is several times as fast as the whole expression at every letter.
+# A date is tried for where one may begin: a search for literal beginnings is several times as fast
+# as the whole expression at every letter.
 _BEGINNINGS = (
     r"\d|Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun|AD|A\.D|Spring|Summer|Autumn|Fall|Winter|spring|summer|"
     r"autumn|fall|winter|early|mid|late|beg|end|first|sec|third|four|fif|six|sev|eigh|nin|ten|elev|twel|thirt|twen|yest|Yest|tom|Tom|ton|Ton|"
@@ -60,7 +62,9 @@ _BEGINNINGS = (
 _MAY_BEGIN = re.compile(rf"(?<!\w)(?:{_BEGINNINGS})")
 _MAY_BEGIN_RELATIVE = re.compile(rf"(?<!\w)(?:{_BEGINNINGS}|a|A|one|two|three|forty|several|many|few|some)")
 _NEXT_WORD = re.compile(r"\s?-?\s?([\w%]+)")
-_YEAR_CUE = re.compile(r"(?:[Ii]n|[Ss]ince|[Uu]ntil|till|[Bb]y|[Ff]rom|[Bb]etween|[Aa]round|[Cc]irca|[Cc]a?\s?\.|[Bb]efore|[Aa]fter|[(\u2013-])\s?$")
+_YEAR_CUE = re.compile(
+    r"(?:[Ii]n|[Ss]ince|[Uu]ntil|till|[Bb]y|[Ff]rom|[Bb]etween|[Aa]round|[Cc]irca|[Cc]a?\s?\.|[Bb]efore|[Aa]fter|[(\u2013-])\s?$"
+)
 
 
 def date_spans(text: str) -> list[tuple[int, int]]:
@@ -78,7 +82,8 @@ def date_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _is_year(text: str, start: int) -> bool:
-    """Whether the four figures at `start` are a year, not a count: by the word after them, and for unlikely years by the word before."""
+    """Whether the four figures at `start` are a year, not a count: by the word after them, and
+    for unlikely years by the word before."""
     following = _NEXT_WORD.match(text, start + 4)
     if following and following[1] in MEASURES:
         return False

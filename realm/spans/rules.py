@@ -1,7 +1,8 @@
 """Built-in salient-span rules: dates, entities and numbers found in raw text by regular expression.
 
-The rules serve where no trained spaCy pipeline is installed. They read ordinary prose and space-tokenised text (`word ,`) alike, know
-nothing beyond the text in front of them and a few closed word lists, and aim at exact boundaries first and plausible types second.
+The rules serve where no trained spaCy pipeline is installed. They read ordinary prose and
+space-tokenised text (`word ,`) alike, know nothing beyond the text in front of them and a few
+closed word lists, and aim at exact boundaries first and plausible types second.
 """
 
 import re
@@ -39,7 +40,8 @@ RULES_VERSION = 1
 
 
 class SalientSpan(NamedTuple):
-    """A named entity, date or number: characters `start` to `end` (exclusive) of its text, and one of `SPAN_TYPES`."""
+    """A named entity, date or number: characters `start` to `end` (exclusive) of its text, and
+    one of `SPAN_TYPES`."""
 
     start: int
     end: int
@@ -58,9 +60,15 @@ _OPENING = re.compile(r"(?:^|[.!?:;)\]\n]|[.!?]\ ?[\"'”\u2019)])\s*[\"“('\u2
 _QUOTED = re.compile(r'(?:"|``|“) ?([^"“”`]{1,90}?) ?(?:"|\'\'|”)')
 _FOLLOWING = re.compile(r"\s?([\w'\u2019]+|\S)")
 _YEAR_BEFORE = re.compile(r"(?<![\w.,-])(?:1[89]|20)\d\d(?:\ ?[\u2013-]\ ?\d\d)?\ $")
-_NUMBER_AFTER = re.compile(r"\ (?:\d{1,3}|[3-9]\d{3})(?![\w,%]|\.\d|\ ?[\u2013-]|\ (?:[a-z]+s|to|of|and|million|billion|per)\b)")
-_VERB_OF_I = re.compile(r" (?:am|was|have|had|['\u2019]\w+|would|will|did|do|think|know|love|want|can|could|should|never|always|also)\b")
-_COMPOUND = re.compile(r"-(?:themed|rated|style|free|animated|based|born|era|like|funded|speaking|only|led|winning|nominated|owned|shaped|wide)$")
+_NUMBER_AFTER = re.compile(
+    r"\ (?:\d{1,3}|[3-9]\d{3})(?![\w,%]|\.\d|\ ?[\u2013-]|\ (?:[a-z]+s|to|of|and|million|billion|per)\b)"
+)
+_VERB_OF_I = re.compile(
+    r" (?:am|was|have|had|['\u2019]\w+|would|will|did|do|think|know|love|want|can|could|should|never|always|also)\b"
+)
+_COMPOUND = re.compile(
+    r"-(?:themed|rated|style|free|animated|based|born|era|like|funded|speaking|only|led|winning|nominated|owned|shaped|wide)$"
+)
 _INSTITUTIONS = HEADS | POSSESSED
 _OCCUPATION = re.compile(
     r"(?:ist|mate|grapher|ician|logian|Singer|Actor|Actress|Producer|Writer|Author|Drummer|Composer|Painter|Historian|Engineer)$"
@@ -68,7 +76,8 @@ _OCCUPATION = re.compile(
 
 
 def entity_spans(text: str, dates: list[tuple[int, int]]) -> list[SalientSpan]:
-    """Names of `text` outside its `dates` (sorted): quoted titles, and runs of capitalised words with the small words that join them."""
+    """Names of `text` outside its `dates` (sorted): quoted titles, and runs of capitalised words
+    with the small words that join them."""
     quoted = _quoted_titles(text, dates)
     blocked = sorted(quoted + dates)
     spans = [SalientSpan(start, end, "other") for start, end in quoted]
@@ -96,12 +105,16 @@ def entity_spans(text: str, dates: list[tuple[int, int]]) -> list[SalientSpan]:
     if run:
         spans += _name(text, run)
     surnames = {text[span.start : span.end].rpartition(" ")[2] for span in spans if span.type == "person"}
-    spans = [span._replace(type="person") if span.type == "other" and text[span.start : span.end] in surnames else span for span in spans]
+    spans = [
+        span._replace(type="person") if span.type == "other" and text[span.start : span.end] in surnames else span
+        for span in spans
+    ]
     return _filled([], sorted(spans))
 
 
 def _quoted_titles(text: str, dates: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Quoted names of works, unlike quoted speech, capitalise every word but the small ones; a Latin species name fails by that too."""
+    """Quoted names of works, unlike quoted speech, capitalise every word but the small ones; a
+    Latin species name fails by that too."""
     spans = []
     for match in _QUOTED.finditer(text):
         inside = match[1].rstrip(",.;: \t\n\r").strip()
@@ -133,13 +146,20 @@ def _joined(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bo
         if joiner in ("for", "for the"):
             return last in FOR_HEADS
         if joiner in ("of", "of the"):
-            # "Bank of Canada", "Isle of Man" but "Brent Hinds of Mastodon": two plain words before "of" are a person
+            # "Bank of Canada", "Isle of Man" but "Brent Hinds of Mastodon": two plain words before
+            # "of" are a person
             return last not in CAPITAL_STOP_WORDS and (
-                len(run) - (head in CAPITAL_STOP_WORDS) < 2 or last in HEADS or head in HEADS or " of " in text[run[0][0] : run[-1][0]]
+                len(run) - (head in CAPITAL_STOP_WORDS) < 2
+                or last in HEADS
+                or head in HEADS
+                or " of " in text[run[0][0] : run[-1][0]]
             )
         if joiner == "and":
             span = text[run[0][0] : run[-1][1]]
-            return (head in HEADS and (" of " in span or " for " in span) and word not in HEADS) or (last, word) in AND_PAIRS
+            return (head in HEADS and (" of " in span or " for " in span) and word not in HEADS) or (
+                last,
+                word,
+            ) in AND_PAIRS
         if joiner == "at":
             return head == "University"
         if joiner == "the":
@@ -150,8 +170,9 @@ def _joined(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bo
 
 
 def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
-    """The name within a run of joined capitalised words, without the sentence's first word, titles and roles; two names where an office
-    stands between them ("Soviet Premier Nikita Khrushchev")."""
+    """The name within a run of joined capitalised words, without the sentence's first word,
+    titles and roles; two names where an office stands between them ("Soviet Premier Nikita
+    Khrushchev")."""
     words = [text[slice(*token)] for token in run]
     begin, end = run[0][0], run[-1][1]
     after_word = begin > 1 and text[begin - 1] == " " and (text[begin - 2].isalnum() or text[begin - 2] == ",")
@@ -168,12 +189,18 @@ def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
             return _name(text, run[first:k]) + _name(text, run[k:])
     titled = False
     while first < len(run) and words[first].rstrip(".") in TITLES:
-        if first + 1 < len(run) and words[first + 1] in _INSTITUTIONS and text[run[first][1] : run[first + 1][0]] == " ":
+        if (
+            first + 1 < len(run)
+            and words[first + 1] in _INSTITUTIONS
+            and text[run[first][1] : run[first + 1][0]] == " "
+        ):
             break
         titled = True
         first += 1
     while first < len(run) and (words[first] in NEVER_NAMES or len(words[first].rstrip(".")) == 1):
-        if first + 1 < len(run) and (words[first][-1] == "." or (text[run[first][1] : run[first + 1][0]] == " " and len(words[first]) > 1)):
+        if first + 1 < len(run) and (
+            words[first][-1] == "." or (text[run[first][1] : run[first + 1][0]] == " " and len(words[first]) > 1)
+        ):
             break
         first += 1
     if first == len(run) or (first == len(run) - 1 and _COMPOUND.search(words[first])):
@@ -187,7 +214,8 @@ def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
 
 
 def _is_subject(text: str, word: str, end: int) -> bool:
-    """Whether the one capitalised word that opens a sentence is a name, to judge by its letters and by what follows it."""
+    """Whether the one capitalised word that opens a sentence is a name, to judge by its letters
+    and by what follows it."""
     if not word[1:].islower():
         return word not in NEVER_NAMES
     following = _FOLLOWING.match(text, end)
@@ -198,7 +226,8 @@ def _is_subject(text: str, word: str, end: int) -> bool:
 
 
 def _type(text: str, begin: int, words: list[str], titled: bool) -> str:
-    """A plausible type for the name `words` that begins at `begin`, from its words and the one before it."""
+    """A plausible type for the name `words` that begins at `begin`, from its words and the one
+    before it."""
     kinds = set(words)
     if titled:
         return "person"
@@ -216,9 +245,17 @@ def _type(text: str, begin: int, words: list[str], titled: bool) -> str:
     if before and before[-1] in BEFORE_PLACES:
         return "place"
     if len(words) == 1:
-        return "organisation" if len(words[0]) > 1 and words[0].isupper() else "person" if words[0] in FIRST_NAMES else "other"
+        return (
+            "organisation"
+            if len(words[0]) > 1 and words[0].isupper()
+            else "person"
+            if words[0] in FIRST_NAMES
+            else "other"
+        )
     stands_bare = not before or before[-1].lower() not in ("the", "a", "an")
-    return "person" if len(words) < 4 and stands_bare and not DEMONYM.search(words[0]) and not kinds & HEADS else "other"
+    return (
+        "person" if len(words) < 4 and stands_bare and not DEMONYM.search(words[0]) and not kinds & HEADS else "other"
+    )
 
 
 def builtin_spans(text: str) -> list[SalientSpan]:
@@ -231,12 +268,15 @@ def builtin_spans(text: str) -> list[SalientSpan]:
 
 
 def _filled(spans: list[SalientSpan], candidates: list[SalientSpan]) -> list[SalientSpan]:
-    """`spans` and those of `candidates` that overlap none of them nor an earlier candidate; all sorted."""
+    """`spans` and those of `candidates` that overlap none of them nor an earlier candidate; all
+    sorted."""
     free: list[SalientSpan] = []
     place = 0
     for candidate in candidates:
         while place < len(spans) and spans[place].end <= candidate.start:
             place += 1
-        if (place == len(spans) or candidate.end <= spans[place].start) and (not free or free[-1].end <= candidate.start):
+        if (place == len(spans) or candidate.end <= spans[place].start) and (
+            not free or free[-1].end <= candidate.start
+        ):
             free.append(candidate)
     return sorted(spans + free)

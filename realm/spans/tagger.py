@@ -1,7 +1,7 @@
 """Salient spans: the named entities, dates and numbers that pretraining masks (REALM, section 3.4).
 
-`SpanTagger` runs any spaCy pipeline, or the built-in rules, over a stream of texts; `SpanCache` keeps what it found on disk by text hash,
-so that a killed run goes on where it was.
+`SpanTagger` runs any spaCy pipeline, or the built-in rules, over a stream of texts; `SpanCache`
+keeps what it found on disk by text hash, so that a killed run goes on where it was.
 """
 
 import hashlib
@@ -24,7 +24,14 @@ from spacy.vocab import Vocab
 from realm.errors import UserError
 from realm.spans.rules import RULES_VERSION, SalientSpan, builtin_spans, date_spans
 
-_BUILTIN_LABELS = {"person": "PERSON", "place": "GPE", "organisation": "ORG", "date": "DATE", "number": "CARDINAL", "other": "MISC"}
+_BUILTIN_LABELS = {
+    "person": "PERSON",
+    "place": "GPE",
+    "organisation": "ORG",
+    "date": "DATE",
+    "number": "CARDINAL",
+    "other": "MISC",
+}
 _TYPE_OF_LABEL = {
     **dict.fromkeys(("PERSON", "PER"), "person"),
     **dict.fromkeys(("GPE", "LOC", "FAC"), "place"),
@@ -41,9 +48,11 @@ class SpanConfig:
     """Which spans are salient, and how they are found."""
 
     pipeline: str = "builtin"
-    """"builtin" (rules, nothing to install) or any installed spaCy pipeline with entities, by name or path."""
+    """"builtin" (rules, nothing to install) or any installed spaCy pipeline with entities, by
+    name or path."""
     dates: bool = True
-    """Also the date expressions of the built-in rules, whatever the pipeline; false with "builtin" leaves dates out."""
+    """Also the date expressions of the built-in rules, whatever the pipeline; false with
+    "builtin" leaves dates out."""
     batch_size: int = 256
     """Texts handed to spaCy at a time."""
     num_workers: int = 1
@@ -53,8 +62,8 @@ class SpanConfig:
 class _RuleTokenizer:
     """Text to a spaCy `Doc` with the built-in spans as its entities.
 
-    The rules read characters, not tokens, so the text is cut at blanks and at the spans' ends: several times as fast as English
-    tokenisation, and every span stands on token boundaries.
+    The rules read characters, not tokens, so the text is cut at blanks and at the spans' ends:
+    several times as fast as English tokenisation, and every span stands on token boundaries.
     """
 
     def __init__(self, vocab: Vocab):
@@ -72,13 +81,18 @@ class _RuleTokenizer:
             done = end
         pieces += _PIECE.findall(text, done)
         spaces = [len(piece) > 1 and piece[-1] == " " for piece in pieces]
-        doc = Doc(self.vocab, words=[piece[:-1] if space else piece for piece, space in zip(pieces, spaces, strict=True)], spaces=spaces)
+        doc = Doc(
+            self.vocab,
+            words=[piece[:-1] if space else piece for piece, space in zip(pieces, spaces, strict=True)],
+            spaces=spaces,
+        )
         doc.ents = tuple(Span(doc, *place) for place in places)
         return doc
 
 
 class SpanTagger:
-    """A spaCy pipeline, with or without the built-in date expressions, as a stream from texts to salient spans."""
+    """A spaCy pipeline, with or without the built-in date expressions, as a stream from texts to
+    salient spans."""
 
     def __init__(self, nlp: Language, name: str, config: SpanConfig):
         self.nlp = nlp
@@ -88,7 +102,8 @@ class SpanTagger:
 
     @classmethod
     def load(cls, config: SpanConfig) -> "SpanTagger":
-        """Loads the pipeline of `config`. Raises UserError where it is not installed or marks no entities."""
+        """Loads the pipeline of `config`. Raises UserError where it is not installed or marks no
+        entities."""
         if config.pipeline == "builtin":
             nlp = spacy.blank("en")
             nlp.tokenizer = _RuleTokenizer(nlp.vocab)
@@ -113,13 +128,15 @@ class SpanTagger:
         return cls(nlp, name + (f"+dates-{RULES_VERSION}" if config.dates else ""), config)
 
     def tag(self, texts: Iterable[str]) -> Iterator[tuple[SalientSpan, ...]]:
-        """Yields each text's salient spans in the order of `texts`: sorted, not overlapping, without white space at their ends."""
+        """Yields each text's salient spans in the order of `texts`: sorted, not overlapping,
+        without white space at their ends."""
         if self.config.num_workers == 1:
             yield from self._tag_here(texts)
             return
         texts = iter(texts)
         pending: deque[AsyncResult[list[tuple[SalientSpan, ...]]]] = deque()
-        # not nlp.pipe's own processes: those send whole documents back, which takes longer than the rules
+        # not nlp.pipe's own processes: those send whole documents back, which takes longer than the
+        # rules
         with get_context("fork").Pool(self.config.num_workers, _adopt, (self,)) as pool:
             while batch := list(islice(texts, self.config.batch_size)):
                 pending.append(pool.apply_async(_tag_batch, (batch,)))
@@ -131,7 +148,10 @@ class SpanTagger:
     def _tag_here(self, texts: Iterable[str]) -> Iterator[tuple[SalientSpan, ...]]:
         builtin = self.config.pipeline == "builtin"
         for doc in self.nlp.pipe(texts, batch_size=self.config.batch_size):
-            found = [SalientSpan(entity.start_char, entity.end_char, _TYPE_OF_LABEL.get(entity.label_, "other")) for entity in doc.ents]
+            found = [
+                SalientSpan(entity.start_char, entity.end_char, _TYPE_OF_LABEL.get(entity.label_, "other"))
+                for entity in doc.ents
+            ]
             if builtin:
                 yield tuple(found if self.config.dates else (span for span in found if span.type != "date"))
                 continue
@@ -154,7 +174,8 @@ def _tag_batch(texts: list[str]) -> list[tuple[SalientSpan, ...]]:
 
 
 def _disable_unused(nlp: Language) -> None:
-    """Skips the parser and its like where they cannot touch the entities: they take half of a small pipeline's time."""
+    """Skips the parser and its like where they cannot touch the entities: they take half of a
+    small pipeline's time."""
     unused = {"tagger", "parser", "senter", "lemmatizer", "attribute_ruler", "morphologizer"} & set(nlp.pipe_names)
     if set(nlp.pipe_names) - unused <= {"tok2vec", "transformer", "ner"}:
         for pipe in unused:
@@ -162,7 +183,8 @@ def _disable_unused(nlp: Language) -> None:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Digest of a pipeline folder's content: two pipelines trained by a user may well bear one name and version."""
+    """Digest of a pipeline folder's content: two pipelines trained by a user may well bear one
+    name and version."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(str(path.relative_to(folder)).encode())
@@ -174,11 +196,14 @@ def _folder_digest(folder: Path) -> str:
 
 def _trimmed(span: SalientSpan, text: str) -> SalientSpan:
     inside = text[span.start : span.end]
-    return SalientSpan(span.start + len(inside) - len(inside.lstrip()), span.end - len(inside) + len(inside.rstrip()), span.type)
+    return SalientSpan(
+        span.start + len(inside) - len(inside.lstrip()), span.end - len(inside) + len(inside.rstrip()), span.type
+    )
 
 
 def _with_dates(found: list[SalientSpan], text: str) -> tuple[SalientSpan, ...]:
-    """The pipeline's names first, then the rules' dates, then the pipeline's own dates and numbers, each where nothing stands yet."""
+    """The pipeline's names first, then the rules' dates, then the pipeline's own dates and
+    numbers, each where nothing stands yet."""
     is_name = [span.type not in ("date", "number") for span in found]
     dates = [SalientSpan(start, end, "date") for start, end in date_spans(text)]
     kept: list[SalientSpan] = []
@@ -187,6 +212,8 @@ def _with_dates(found: list[SalientSpan], text: str) -> tuple[SalientSpan, ...]:
         dates,
         [span for span, name in zip(found, is_name, strict=True) if not name],
     ):
-        free = [span for span in candidates if not any(span.start < other.end and other.start < span.end for other in kept)]
+        free = [
+            span for span in candidates if not any(span.start < other.end and other.start < span.end for other in kept)
+        ]
         kept.extend(free)
     return tuple(sorted(kept))

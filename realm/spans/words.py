@@ -1,4 +1,5 @@
-"""Closed word lists of the built-in salient-span rules (`realm.spans.rules`). Raise RULES_VERSION there with every change here."""
+"""Closed word lists of the built-in salient-span rules (`realm.spans.rules`). Raise
+RULES_VERSION there with every change here."""
 
 import re
 
@@ -11,7 +12,9 @@ def _words(text: str) -> frozenset[str]:
 
 CAPITAL_STOP_WORDS = frozenset(word.capitalize() for word in STOP_WORDS if word.isalpha()) - {"Us"}
 
-ABBREVIATIONS = _words("St Mt Ft Jr Sr Dr Mr Mrs Ms Prof Rev Gen Col Capt Lt Sgt Gov Sen Inc Ltd Co Corp Bros Mme Hon No Nos Vol Op")
+ABBREVIATIONS = _words(
+    "St Mt Ft Jr Sr Dr Mr Mrs Ms Prof Rev Gen Col Capt Lt Sgt Gov Sen Inc Ltd Co Corp Bros Mme Hon No Nos Vol Op"
+)
 """Capitalised words whose full stop belongs to them."""
 
 TITLES = _words("""
@@ -31,7 +34,9 @@ OFFICES = _words("""
 """)
 """Titles that also end another name before them."""
 
-BYNAMES = _words("Great Elder Younger Conqueror Terrible Silent Bold Bald Fat Pious Good Magnificent Confessor Baptist Apostle Lionheart")
+BYNAMES = _words(
+    "Great Elder Younger Conqueror Terrible Silent Bold Bald Fat Pious Good Magnificent Confessor Baptist Apostle Lionheart"
+)
 
 NEVER_NAMES = _words("""
     I TV DVD DVDs DNA RNA API APIs LP EP EPs LPs CD CDs RAM ROM CPU GPU USB PhD Ph.D. MBA MVP CEO CFO DJ MC MP MPs PM AM FM GDP GNP ODI
@@ -40,7 +45,9 @@ NEVER_NAMES = _words("""
     Tests Article Chapter Section Figure Table Volume Part Number Jr Sr Esq A.D. B.C. B.C.E. C.E. Latino Latinos CDP IPO ISBN URL VHS
 """)
 
-PARTICLES = _words("de du des del della di da do dos das la le les el al von van der den ten ter bin bint ibn ben y e et und zu af &") | {
+PARTICLES = _words(
+    "de du des del della di da do dos das la le les el al von van der den ten ter bin bint ibn ben y e et und zu af &"
+) | {
     *("de la", "de las", "de los", "von der", "van der", "van den", "van de"),
 }
 FOR_HEADS = _words("""
@@ -65,7 +72,8 @@ HEADS = _words("""
     International American British European Federal United Democratic People World Children Games Campaign Movement Front Alliance
     Coalition Program Project
 """)
-"""Nouns and adjectives that open or close the part of an institution's or a place's name before "of" or "for"."""
+"""Nouns and adjectives that open or close the part of an institution's or a place's name before
+"of" or "for"."""
 
 POSSESSED = _words("""
     College Church Cathedral School Hospital Day Park Point Bay Island Islands Cup Vineyard League Party University County Hall Court
@@ -135,7 +143,8 @@ AFTER_NAMES = _words("""
     who which that v vs never still later now soon first again himself herself itself in with plays lies stars remains remained
     serves features
 """)
-"""Words that may follow a name at the beginning of a sentence, and seldom follow a bare common noun there."""
+"""Words that may follow a name at the beginning of a sentence, and seldom follow a bare common
+noun there."""
 
 MEASURES = _words("""
     m km cm mm ft feet foot metres meters miles mile acres hectares people inhabitants residents students kg g lb lbs tons tonnes copies

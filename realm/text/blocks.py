@@ -1,4 +1,5 @@
-"""Documents cut into blocks: sentence ends, packing into blocks of bounded size, salient spans as wordpieces."""
+"""Documents cut into blocks: sentence ends, packing into blocks of bounded size, salient spans
+as wordpieces."""
 
 import hashlib
 import re
@@ -9,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 NUM_SPECIAL_TOKENS = 3
-"""`[CLS] title [SEP] text [SEP]`, as `realm.text.inputs.passage_input` makes it."""
+"""`[CLS] title [SEP] text [SEP]`, as `realm.text.inputs.Wordpieces.passage` builds it."""
 
 _END = re.compile(
     r"""
@@ -29,16 +30,20 @@ _NEVER_LAST = re.compile(
     "mrs?|ms|messrs|mme|mlle|dr|prof|rev|fr|hon|gov|sen|rep|pres|gen|col|lt|capt|cpt|cmdr|adm|maj|sgt|cpl|pvt|ste?|mt|ft|bros|vs|viz|cf"
 )
 """Abbreviations that stand before a name or an explanation: no sentence ends with them."""
-_BEFORE_NUMBER = re.compile("nos?|vols?|pp?|figs?|ch|chap|sec|art|op|approx|ca?|b|d|ed|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec")
+_BEFORE_NUMBER = re.compile(
+    "nos?|vols?|pp?|figs?|ch|chap|sec|art|op|approx|ca?|b|d|ed|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec"
+)
 """Abbreviations that end no sentence where a number follows."""
 
 
 def sentence_bounds(text: str) -> list[int]:
-    """Characters at which the sentences of `text` begin, the first 0; white space belongs to the sentence before it.
+    """Characters at which the sentences of `text` begin, the first 0; white space belongs to the
+    sentence before it.
 
-    Rules, for prose as people write it and as corpora space it (`word .`): a full stop ends no sentence behind a title, an initial or an
-    acronym (`Dr. Who`, `J. K.`, `U.S.`), nor does any mark before a lower-case letter where the text has capitals at all. Where in
-    doubt two sentences stay one: a block then merely ends elsewhere.
+    Rules, for prose as people write it and as corpora space it (`word .`): a full stop ends no
+    sentence behind a title, an initial or an acronym (`Dr. Who`, `J. K.`, `U.S.`), nor does any
+    mark before a lower-case letter where the text has capitals at all. Where in doubt two sentences
+    stay one: a block then merely ends elsewhere.
     """
     has_capitals = text != text.lower()
     bounds = [0]
@@ -76,7 +81,8 @@ def _goes_on(text: str, match: re.Match[str], has_capitals: bool) -> bool:
 
 @dataclass
 class Block:
-    """Characters `start:end` of a document, and wordpieces `first:last` of its encoding; sentence starts count from `first`."""
+    """Characters `start:end` of a document, and wordpieces `first:last` of its encoding;
+    sentence starts count from `first`."""
 
     start: int
     end: int
@@ -85,12 +91,16 @@ class Block:
     sentence_starts: list[int] = field(default_factory=list)
 
 
-def cut_blocks(text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndarray, bounds: Iterable[int], max_tokens: int) -> list[Block]:
-    """Packs whole sentences greedily into blocks of at most `max_tokens` wordpieces (ORQA, section 6.2; REALM, section 4).
+def cut_blocks(
+    text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndarray, bounds: Iterable[int], max_tokens: int
+) -> list[Block]:
+    """Packs whole sentences greedily into blocks of at most `max_tokens` wordpieces (ORQA, section
+    6.2; REALM, section 4).
 
-    `offset_L2` holds the characters of each of the L ≥ 1 wordpieces, `bounds` the characters at which sentences begin. A sentence longer
-    than a block is cut between words, a word longer than a block between wordpieces, though never within a character. Each character
-    and each wordpiece is in exactly one block.
+    `offset_L2` holds the characters of each of the L ≥ 1 wordpieces, `bounds` the characters at
+    which sentences begin. A sentence longer than a block is cut between words, a word longer than a
+    block between wordpieces, though never within a character. Each character and each wordpiece is
+    in exactly one block.
     """
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     num_tokens = len(offset_L2)
@@ -122,7 +132,8 @@ def cut_blocks(text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndar
 
 
 def _cut(starts: np.ndarray, ends: np.ndarray, is_word_start_L: np.ndarray, first: int, limit: int) -> int:
-    """The last wordpiece in `(first, limit]` that a block may begin with: the first of a word if there is one, else of a character."""
+    """The last wordpiece in `(first, limit]` that a block may begin with: the first of a word if
+    there is one, else of a character."""
     of_character = starts[first + 1 : limit + 1] >= ends[first:limit]
     of_word = of_character & is_word_start_L[first + 1 : limit + 1]
     for allowed in (of_word, of_character):
@@ -131,8 +142,11 @@ def _cut(starts: np.ndarray, ends: np.ndarray, is_word_start_L: np.ndarray, firs
     raise AssertionError("a character of more wordpieces than a block")
 
 
-def align_spans(offset_L2: np.ndarray, sentence_starts: list[int], spans: Iterable[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
-    """Character spans as wordpiece spans (end exclusive), without those that cut a wordpiece or cross a sentence's end."""
+def align_spans(
+    offset_L2: np.ndarray, sentence_starts: list[int], spans: Iterable[tuple[int, int, str]]
+) -> Iterator[tuple[int, int, str]]:
+    """Character spans as wordpiece spans (end exclusive), without those that cut a wordpiece or
+    cross a sentence's end."""
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     for start, end, kind in spans:
         first = int(np.searchsorted(starts, start, side="left"))
@@ -145,6 +159,7 @@ def align_spans(offset_L2: np.ndarray, sentence_starts: list[int], spans: Iterab
 
 
 def text_hash(text: str) -> int:
-    """64-bit hash of the text, case folded and white space collapsed: equal for copies that differ in nothing else."""
+    """64-bit hash of the text, case folded and white space collapsed: equal for copies that
+    differ in nothing else."""
     digest = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

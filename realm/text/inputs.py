@@ -30,15 +30,49 @@ class Wordpieces:
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Wordpieces":
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         continuation = np.array([name.startswith("##") for name in names])
-        return cls(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id, tokenizer.pad_token_id, continuation)
+        return cls(
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.mask_token_id,
+            tokenizer.pad_token_id,
+            continuation,
+        )
+
+    def query(self, text_ids: IntArray, max_tokens: int) -> IntArray:
+        """`[CLS] text [SEP]`, the text cut so that the whole is at most `max_tokens` wordpieces."""
+        return np.concatenate(([self.cls], text_ids[: max_tokens - 2], [self.sep])).astype(np.int32)
+
+    def passage(self, title_ids: IntArray, text_ids: IntArray, max_tokens: int) -> IntArray:
+        """`[CLS] title [SEP] text [SEP]`, at most `max_tokens` wordpieces; with both parts empty it is the null passage.
+
+        A long title keeps at most half of the room, so that some text is always read.
+        """
+        title_ids, text_ids = _fit(title_ids, text_ids, max_tokens - 3)
+        return np.concatenate(([self.cls], title_ids, [self.sep], text_ids, [self.sep])).astype(np.int32)
+
+    def joint(
+        self, query_ids: IntArray, title_ids: IntArray, text_ids: IntArray, max_tokens: int
+    ) -> tuple[IntArray, int, int]:
+        """`[CLS] x [SEP] title [SEP] text [SEP]`, cut at the end of the text to `max_tokens` wordpieces.
+
+        Returns the ids, the length of the first segment (`[CLS] x [SEP]`) and the position of the first wordpiece of the
+        text.
+        """
+        first = len(query_ids) + 2
+        title_ids, text_ids = _fit(title_ids, text_ids, max_tokens - first - 2)
+        ids = np.concatenate(([self.cls], query_ids, [self.sep], title_ids, [self.sep], text_ids, [self.sep]))
+        return ids.astype(np.int32), first, first + len(title_ids) + 1
 
     def find(self, text_ids: IntArray, span_ids: IntArray, whole_words: bool = True) -> list[int]:
-        """Where `span_ids` stands in `text_ids`, as whole words unless told otherwise, without overlaps."""
+        """Where `span_ids` stands in `text_ids`, as whole words unless told otherwise, without
+        overlaps."""
         text_ids, span_ids = np.ascontiguousarray(text_ids, np.int32), np.ascontiguousarray(span_ids, np.int32)
         text, span, found, at = text_ids.tobytes(), span_ids.tobytes(), [], 0
         while (at := text.find(span, at)) >= 0:
             start, end = at // 4, at // 4 + len(span_ids)
-            whole = not self.continuation[text_ids[start]] and (end == len(text_ids) or not self.continuation[text_ids[end]])
+            whole = not self.continuation[text_ids[start]] and (
+                end == len(text_ids) or not self.continuation[text_ids[end]]
+            )
             if at % 4 == 0 and (whole or not whole_words):
                 found.append(start)
                 at += len(span)
@@ -47,23 +81,17 @@ class Wordpieces:
         return found
 
 
-def query_input(text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> IntArray:
-    """`[CLS] text [SEP]`, the text cut so that the whole is at most `max_tokens` wordpieces."""
-    return np.concatenate(([cls_id], text_ids[: max_tokens - 2], [sep_id])).astype(np.int32)
-
-
-def passage_input(title_ids: IntArray, text_ids: IntArray, cls_id: int, sep_id: int, max_tokens: int) -> IntArray:
-    """`[CLS] title [SEP] text [SEP]`, at most `max_tokens` wordpieces; with both parts empty it is the null passage.
-
-    A long title keeps at most half of the room, so that some text is always read.
-    """
-    room = max_tokens - 3
+def _fit(title_ids: IntArray, text_ids: IntArray, room: int) -> tuple[IntArray, IntArray]:
+    """Title and text cut to `room` wordpieces together: the title to half of it, or to what the text leaves."""
     title_ids = title_ids[: max(room // 2, room - len(text_ids))]
-    return np.concatenate(([cls_id], title_ids, [sep_id], text_ids[: room - len(title_ids)], [sep_id])).astype(np.int32)
+    return title_ids, text_ids[: room - len(title_ids)]
 
 
-def pad_batch(sequences: Sequence[IntArray], pad_id: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad B sequences to `width`, or to the longest; returns `ids_BL` and `mask_BL` (1 = real token), both int64."""
+def pad_batch(
+    sequences: Sequence[IntArray], pad_id: int, width: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad B sequences to `width`, or to the longest; returns `ids_BL` and `mask_BL` (1 =
+    real token), both int64."""
     longest = width or max(len(sequence) for sequence in sequences)
     ids_BL = np.full((len(sequences), longest), pad_id, dtype=np.int64)
     mask_BL = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -74,9 +102,11 @@ def pad_batch(sequences: Sequence[IntArray], pad_id: int, width: int | None = No
 
 
 def token_budget_batches(lengths: Sequence[int] | IntArray, token_budget: int) -> list[np.ndarray]:
-    """Group rows by length so that rows × longest stays within `token_budget` padded tokens (at least one row each).
+    """Group rows by length so that rows × longest stays within `token_budget` padded tokens (at
+    least one row each).
 
-    Rows come longest first: the largest allocation happens at once and an out-of-memory error does not wait for the end.
+    Rows come longest first: the largest allocation happens at once and an out-of-memory error does
+    not wait for the end.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -89,9 +119,11 @@ def token_budget_batches(lengths: Sequence[int] | IntArray, token_budget: int) -
 
 
 def epoch_rows(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """The rows of batch number `step` when `count` rows are visited in a new random order every epoch, (batch_size,).
+    """The rows of batch number `step` when `count` rows are visited in a new random order every
+    epoch, (batch_size,).
 
-    A function of its arguments alone, so a resumed stage needs no cursor but the step; batches run across the ends of epochs.
+    A function of its arguments alone, so a resumed stage needs no cursor but the step; batches run
+    across the ends of epochs.
     """
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([_epoch_order(count, int(i // count), seed)[i % count] for i in at])

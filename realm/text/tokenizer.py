@@ -1,4 +1,5 @@
-"""The WordPiece tokenizer: trained on the corpus or a BERT's own, and the one way in which users' text becomes wordpieces."""
+"""The WordPiece tokenizer: trained on the corpus or a BERT's own, and the one way in which
+users' text becomes wordpieces."""
 
 import hashlib
 import json
@@ -30,26 +31,36 @@ class TokenizerConfig:
     """Which WordPiece tokenizer turns text into wordpieces."""
 
     path: str | None = None
-    """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; without one it is trained on the corpus."""
+    """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; without one it is
+    trained on the corpus."""
     vocab_size: int = 8000
     """Wordpieces of a trained tokenizer, at most."""
     min_frequency: int = 2
-    """How often a pair must occur for a trained tokenizer to join it; 1 keeps the rarest names of a small corpus whole."""
+    """How often a pair must occur for a trained tokenizer to join it; 1 keeps the rarest names
+    of a small corpus whole."""
     lowercase: bool = True
     """Fold case and strip accents, when trained or read from a bare vocabulary file."""
 
 
-def obtain_tokenizer(config: TokenizerConfig, folder: Path, texts: Callable[[], Iterable[str]]) -> "PreTrainedTokenizerBase":
-    """The tokenizer saved in `folder`; on the first call it is loaded or trained on `texts()` as `config` says, and saved there.
+def obtain_tokenizer(
+    config: TokenizerConfig, folder: Path, texts: Callable[[], Iterable[str]]
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer saved in `folder`; on the first call it is loaded or trained on `texts()` as
+    `config` says, and saved there.
 
-    Raises UserError where the saved one was made from another config, or `config.path` cannot be loaded.
+    Raises UserError where the saved one was made from another config, or `config.path` cannot be
+    loaded.
     """
     if folder.exists():
         settings = folder / _SETTINGS
         if not settings.is_file() or json.loads(settings.read_bytes()) != asdict(config):
-            raise UserError(f"the tokenizer in {folder} was made with other settings; restore them or prepare into another folder")
+            raise UserError(
+                f"the tokenizer in {folder} was made with other settings; restore them or prepare into another folder"
+            )
         return load_tokenizer(str(folder))
-    tokenizer = train_wordpiece(texts(), config) if config.path is None else load_tokenizer(config.path, config.lowercase)
+    tokenizer = (
+        train_wordpiece(texts(), config) if config.path is None else load_tokenizer(config.path, config.lowercase)
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with published(folder) as temporary:
         tokenizer.save_pretrained(temporary)
@@ -58,11 +69,14 @@ def obtain_tokenizer(config: TokenizerConfig, folder: Path, texts: Callable[[], 
 
 
 def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTrainedTokenizerBase":
-    """Trains a BERT tokenizer of at most `config.vocab_size` wordpieces; `texts` is read twice, so an iterator is held in memory.
+    """Trains a BERT tokenizer of at most `config.vocab_size` wordpieces; `texts` is read twice, so
+    an iterator is held in memory.
 
-    `tokenizers` numbers the characters in the order of a randomly seeded hash table, and these numbers break the ties between merges.
-    Given the characters beforehand, in a fixed order, the same texts make the same vocabulary; another version of `tokenizers` may
-    still make another, so what was trained is saved. Raises UserError where `vocab_size` is too small or no text holds a character.
+    `tokenizers` numbers the characters in the order of a randomly seeded hash table, and these
+    numbers break the ties between merges. Given the characters beforehand, in a fixed order, the
+    same texts make the same vocabulary; another version of `tokenizers` may still make another, so
+    what was trained is saved. Raises UserError where `vocab_size` is too small or no text holds a
+    character.
     """
     from tokenizers import models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
@@ -77,13 +91,20 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
-    visible = sorted((character for character in counts if not character.isspace()), key=lambda character: (-counts[character], character))
+    visible = sorted(
+        (character for character in counts if not character.isspace()),
+        key=lambda character: (-counts[character], character),
+    )
     if not visible:
         raise UserError("the texts to train a tokenizer on hold no character")
     alphabet = visible[: min(1000, (config.vocab_size - len(SPECIAL_TOKENS)) // 3)]
     fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocab_size, special_tokens=fixed, limit_alphabet=len(alphabet), min_frequency=config.min_frequency, show_progress=False
+        vocab_size=config.vocab_size,
+        special_tokens=fixed,
+        limit_alphabet=len(alphabet),
+        min_frequency=config.min_frequency,
+        show_progress=False,
     )
     model.train_from_iterator(texts, trainer=trainer)
     # The trainer marks the characters as special tokens; only the vocabulary is kept.
@@ -91,9 +112,11 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
 
 
 def load_tokenizer(path: str, lowercase: bool = True) -> "PreTrainedTokenizerBase":
-    """Loads a BERT WordPiece tokenizer: a folder, a bare vocabulary file (one wordpiece a line, folded if `lowercase`) or a hub name.
+    """Loads a BERT WordPiece tokenizer: a folder, a bare vocabulary file (one wordpiece a line,
+    folded if `lowercase`) or a hub name.
 
-    A hub name is looked for in the local cache first. Raises UserError where there is nothing to load or no BERT tokenizer.
+    A hub name is looked for in the local cache first. Raises UserError where there is nothing to
+    load or no BERT tokenizer.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -106,19 +129,23 @@ def load_tokenizer(path: str, lowercase: bool = True) -> "PreTrainedTokenizerBas
             raise UserError(f"the folder {path} holds no tokenizer: neither tokenizer.json nor vocab.txt")
         return _checked(_from_pretrained(str(local), path), path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith((".txt", ".json")):
-        raise UserError(f"tokenizer {path} does not exist; give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased")
+        raise UserError(
+            f"tokenizer {path} does not exist; give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased"
+        )
     return _checked(_from_hub(path), path)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 over all that decides how plain text becomes wordpieces: vocabulary, normaliser, pre-tokeniser, added tokens."""
+    """SHA-256 over all that decides how plain text becomes wordpieces: vocabulary, normaliser,
+    pre-tokeniser, added tokens."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
-def encode_plain(tokenizer: "PreTrainedTokenizerBase | Tokenizer", texts: list[str]) -> list[Encoded]:
-    """Wordpieces of each text, without special tokens: "[MASK]" written by a user becomes plain wordpieces. Nothing is cut."""
+def tokenize(tokenizer: "PreTrainedTokenizerBase | Tokenizer", texts: list[str]) -> list[Encoded]:
+    """Wordpieces of each text, without special tokens: "[MASK]" written by a user becomes plain
+    wordpieces. Nothing is cut."""
     backend: Tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -148,7 +175,9 @@ def _from_vocabulary(file: Path, lowercase: bool) -> "PreTrainedTokenizerBase":
     if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
         raise UserError(f"{file} is no BERT vocabulary: it has no line {', '.join(missing)}")
     if len(vocabulary) < len(wordpieces):
-        raise UserError(f"{file} is no BERT vocabulary: {len(wordpieces) - len(vocabulary)} of its lines stand there twice")
+        raise UserError(
+            f"{file} is no BERT vocabulary: {len(wordpieces) - len(vocabulary)} of its lines stand there twice"
+        )
     return _checked(BertTokenizer(vocab=vocabulary, do_lower_case=lowercase), str(file))
 
 
@@ -178,17 +207,22 @@ def _first_line(error: Exception) -> str:
 
 
 def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedTokenizerBase":
-    """Refuses what is no WordPiece tokenizer with BERT's special tokens, or makes special tokens out of text."""
+    """Refuses what is no WordPiece tokenizer with BERT's special tokens, or makes special tokens
+    out of text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordPiece":
         raise UserError(f"tokenizer {path} is no WordPiece tokenizer, as BERT's are; give a BERT's")
     if backend.get_vocab_size() <= len(SPECIAL_TOKENS):
-        raise UserError(f"tokenizer {path} has no vocabulary beside its special tokens: its tokenizer.json or vocab.txt is missing")
+        raise UserError(
+            f"tokenizer {path} has no vocabulary beside its special tokens: its tokenizer.json or vocab.txt is missing"
+        )
     names = ("pad", "cls", "sep", "mask")
     if missing := [name for name in names if getattr(tokenizer, f"{name}_token_id") is None]:
         raise UserError(f"tokenizer {path} has no {', '.join(missing)} token; give a BERT's")
     special_ids = [getattr(tokenizer, f"{name}_token_id") for name in names]
     text = " ".join(tokenizer.convert_ids_to_tokens(special_ids))
-    if np.isin(encode_plain(tokenizer, [text])[0][0], special_ids).any():
-        raise UserError(f"tokenizer {path} makes special tokens out of the text {text!r}, so text of users could not be told from them")
+    if np.isin(tokenize(tokenizer, [text])[0][0], special_ids).any():
+        raise UserError(
+            f"tokenizer {path} makes special tokens out of the text {text!r}, so text of users could not be told from them"
+        )
     return _plain(tokenizer)

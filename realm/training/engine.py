@@ -1,4 +1,5 @@
-"""DeepSpeed as the one training engine, and the loop that every stage shares: step, log, checkpoint, resume, interrupt."""
+"""DeepSpeed as the one training engine, and the loop that every stage shares: step, log,
+checkpoint, resume, interrupt."""
 
 import contextlib
 import copy
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 
 from realm.attention import count_update
 from realm.errors import UserError
-from realm.runtime.distributed import any_rank, barrier, is_main, local_device, mean_over_ranks, on_main, rank, world_size
+from realm.runtime.distributed import (
+    any_rank,
+    barrier,
+    is_rank_zero,
+    local_device,
+    mean_over_ranks,
+    on_rank_zero,
+    rank,
+    world_size,
+)
 from realm.runtime.nested import merge
 from realm.runtime.publish import published
 from realm.runtime.telemetry import Metrics, console, peak_memory, progress
@@ -32,8 +42,11 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the checkpoint is written, the same command goes on from it."""
 
 
-def optimizer_groups(module: nn.Module, optim: OptimConfig, retriever_prefix: str = "retriever.") -> list[dict[str, Any]]:
-    """AdamW parameter groups: retriever or not, with decay or (biases, norms) without; frozen and repeated parameters left out."""
+def optimizer_groups(
+    module: nn.Module, optim: OptimConfig, retriever_prefix: str = "retriever."
+) -> list[dict[str, Any]]:
+    """AdamW parameter groups: retriever or not, with decay or (biases, norms) without; frozen
+    and repeated parameters left out."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -51,7 +64,7 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
         if optim.schedule == "constant":
             return rise
         left = max(0.0, (steps - step) / max(1, steps - optim.warmup_steps))
-        return min(rise, optim.final_lr_share + (1 - optim.final_lr_share) * min(1.0, left))
+        return min(rise, optim.final_lr_ratio + (1 - optim.final_lr_ratio) * min(1.0, left))
 
     return factor
 
@@ -59,11 +72,17 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
 class Engine:
     """A module under DeepSpeed: `step(batch)` runs forward, backward and update once.
 
-    `read_between` are parts of it that are also called between steps (see `whole`).
+    `read_between` are parts of it that are also called between steps (see `gathered_copy`).
     """
 
     def __init__(
-        self, module: nn.Module, optim: OptimConfig, config: EngineConfig, steps: int, batch_size: int, read_between: Sequence[nn.Module] = ()
+        self,
+        module: nn.Module,
+        optim: OptimConfig,
+        config: EngineConfig,
+        steps: int,
+        batch_size: int,
+        read_between: Sequence[nn.Module] = (),
     ) -> None:
         deepspeed = start_processes()
         if config.threads:
@@ -72,15 +91,17 @@ class Engine:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(optim, steps))
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch_size,
-            "gradient_clipping": optim.clip,
+            "gradient_clipping": optim.max_grad_norm,
             "zero_optimization": {"stage": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
         if config.precision == "bf16":
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-            if is_main() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                console.print("  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32")
+            if is_rank_zero() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                console.print(
+                    "  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32"
+                )
         for name, remedy in (
             ("gradient_accumulation_steps", "batch_size of the stage"),
             ("train_batch_size", "batch_size of the stage"),
@@ -91,10 +112,12 @@ class Engine:
             if name in config.deepspeed:
                 raise UserError(f"engine.deepspeed.{name} would not be followed; set {remedy} instead.")
         settings = merge(settings, config.deepspeed)
-        parted = (settings["zero_optimization"] or {}).get("stage") == 3
-        self._copies = {part: copy.deepcopy(part) for part in read_between} if parted else {}
+        partitioned = (settings["zero_optimization"] or {}).get("stage") == 3
+        self._copies = {part: copy.deepcopy(part) for part in read_between} if partitioned else {}
         try:
-            self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            )
         except (ValueError, AssertionError, KeyError) as error:
             raise UserError(f"engine.deepspeed was refused by DeepSpeed ({error}); check the raw settings.") from error
         self.module = module
@@ -110,17 +133,19 @@ class Engine:
         return self.deepspeed.zero_optimization_stage()
 
     def gathered(self, *modules: nn.Module) -> contextlib.AbstractContextManager[object]:
-        """Inside, the modules' parameters are whole on every rank, to be read; all ranks must enter."""
+        """Inside, the modules' parameters are whole on every rank, to be read; all ranks must
+        enter."""
         if self.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
 
         return deepspeed.zero.GatheredParameters([parameter for module in modules for parameter in module.parameters()])
 
-    def whole(self, part: nn.Module) -> nn.Module:
+    def gathered_copy(self, part: nn.Module) -> nn.Module:
         """`part`, one of `read_between`, to be called between two steps; all ranks must call this.
 
-        ZeRO 3 gathers parameters by the order of a step's calls, and is confused by others: it is answered with an up-to-date copy.
+        ZeRO 3 gathers parameters by the order of a step's calls, and is confused by others: it is
+        answered with an up-to-date copy.
         """
         if part not in self._copies:
             return part
@@ -139,23 +164,31 @@ class Engine:
         count_update(self.module)
         return {name: float(value.detach()) for name, value in outputs.items()}
 
-    def save(self, folder: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None = None) -> None:
-        """Publish `folder` (a checkpoint) atomically: DeepSpeed's state, `state.json`, and whatever `write_extra(temporary)` adds on each rank."""
+    def save(
+        self, folder: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None = None
+    ) -> None:
+        """Publish `folder` (a checkpoint) atomically: DeepSpeed's state, `state.json`, and
+        whatever `write_extra(temporary)` adds on each rank."""
         with contextlib.ExitStack() as context:
-            temporary = on_main(lambda: context.enter_context(published(folder)))
+            temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self._write(temporary, step, state, write_extra)
             barrier()
         barrier()
 
-    def _write(self, temporary: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None) -> None:
+    def _write(
+        self, temporary: Path, step: int, state: dict[str, Any], write_extra: Callable[[Path], None] | None
+    ) -> None:
         self.deepspeed.save_checkpoint(str(temporary), tag="deepspeed")
-        if is_main():
-            (temporary / CHECKPOINT_STATE).write_text(json.dumps({"step": step, "world_size": world_size(), **state}, indent=1))
+        if is_rank_zero():
+            (temporary / CHECKPOINT_STATE).write_text(
+                json.dumps({"step": step, "world_size": world_size(), **state}, indent=1)
+            )
         if write_extra is not None:
             write_extra(temporary)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restore weights, optimizer and schedule; returns the saved state. Raises UserError for another number of processes."""
+        """Restore weights, optimizer and schedule; returns the saved state. Raises UserError for
+        another number of processes."""
         state = read_state(folder)
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag="deepspeed")
         if path is None:
@@ -175,22 +208,34 @@ def checkpoints(stage: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises UserError where it was written by another number of processes."""
+    """What a checkpoint says of itself. Raises UserError where it was written by another number
+    of processes."""
     state = json.loads((checkpoint / CHECKPOINT_STATE).read_text())
     if state["world_size"] != world_size():
         written, now = state["world_size"], world_size()
-        raise UserError(f"{checkpoint} was written by {written} processes and this run has {now}; resume with {written}.")
+        raise UserError(
+            f"{checkpoint} was written by {written} processes and this run has {now}; resume with {written}."
+        )
     return state
 
 
 class Loop:
     """Runs a stage: override nothing, pass functions.
 
-    `make_batch(step)` must depend on the step and the seed alone (or restore what else it needs through `state` and `on_resume`), so that
-    a resumed stage sees the batches it would have seen.
+    `make_batch(step)` must depend on the step and the seed alone (or restore what else it needs
+    through `state` and `on_resume`), so that a resumed stage sees the batches it would have seen.
     """
 
-    def __init__(self, engine: Engine, stage: Path, title: str, steps: int, checkpoint_every: int, config: EngineConfig, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        stage: Path,
+        title: str,
+        steps: int,
+        checkpoint_every: int,
+        config: EngineConfig,
+        seed: int,
+    ) -> None:
         self.engine, self.stage, self.title, self.steps = engine, stage, title, steps
         self.checkpoint_every, self.config, self.seed = checkpoint_every, config, seed
 
@@ -213,16 +258,20 @@ class Loop:
         write_extra: Callable[[Path], None] | None = None,
         seconds_before: float = 0.0,
     ) -> float:
-        """Train from step `start` to the end; returns the seconds the stage has trained, earlier attempts included.
+        """Train from step `start` to the end; returns the seconds the stage has trained, earlier
+        attempts included.
 
-        After Ctrl-C or SIGTERM the running step is finished, a checkpoint written and Interrupted raised.
+        After Ctrl-C or SIGTERM the running step is finished, a checkpoint written and Interrupted
+        raised.
         """
         began = time.monotonic()
 
         def save(step: int) -> None:
             seconds = seconds_before + time.monotonic() - began
-            self.engine.save(self.stage / "checkpoints" / f"step-{step:06d}", step, {"seconds": seconds, **state()}, write_extra)
-            if is_main():
+            self.engine.save(
+                self.stage / "checkpoints" / f"step-{step:06d}", step, {"seconds": seconds, **state()}, write_extra
+            )
+            if is_rank_zero():
                 for old in checkpoints(self.stage)[: -self.config.keep_checkpoints]:
                     shutil.rmtree(old)
 
@@ -242,7 +291,9 @@ class Loop:
                 if interrupted or ((step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps):
                     save(step + 1)
                 if interrupted:
-                    raise Interrupted(f"{self.title} was interrupted at step {step + 1} of {self.steps}; the same command with --resume goes on.")
+                    raise Interrupted(
+                        f"{self.title} was interrupted at step {step + 1} of {self.steps}; the same command with --resume goes on."
+                    )
         return seconds_before + time.monotonic() - began
 
 
@@ -271,7 +322,8 @@ def start_processes() -> Any:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())  # DeepSpeed does so later, and much is placed before
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        # A world of one has nobody to share memory with: no need to compile DeepSpeed's shared-memory collectives first.
+        # A world of one has nobody to share memory with: no need to compile DeepSpeed's
+        # shared-memory collectives first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -11,7 +11,13 @@ from realm.errors import UserError
 
 def write(path: Path, rights: list[bool], ranks: list[int | None]) -> Path:
     records = [
-        {"id": f"q{n % 90}", "retrieved": ["p"] * 5, "em": right, "f1": 0.5, "rank_of_answer": rank}  # some ids stand there twice
+        {
+            "id": f"q{n % 90}",
+            "retrieved": ["p"] * 5,
+            "em": right,
+            "f1": 0.5,
+            "rank_of_answer": rank,
+        }  # some ids stand there twice
         for n, (right, rank) in enumerate(zip(rights, ranks, strict=True))
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -23,7 +29,9 @@ def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
     second = write(tmp_path / "b.jsonl", [True] * 20 + [False] * 30 + [True] * 50, [None] * 40 + [3] * 60)
     rows = {row["figure"]: row for row in compare(first, second)}
     assert (rows["em"]["first"], rows["em"]["second"]) == (50.0, 70.0)
-    assert 12 < rows["em"]["low"] < 20 < rows["em"]["high"] < 29, "every change is for the better: far narrower than two separate intervals"
+    assert 12 < rows["em"]["low"] < 20 < rows["em"]["high"] < 29, (
+        "every change is for the better: far narrower than two separate intervals"
+    )
     assert (rows["f1"]["low"], rows["f1"]["high"]) == (0.0, 0.0)
     assert rows["recall@1"]["second"] == 0.0 and rows["recall@5"]["second"] == 60.0
     assert rows["em"]["questions"] == 100 and "recall@20" not in rows, "no more than five were retrieved"

@@ -65,8 +65,24 @@ def test_metrics_accept_any_text(prediction: str, answer: str) -> None:
 
 
 def test_tokens_are_dprs() -> None:
-    assert answer_tokens("Mr. O'Neil's 1,000\u00a0km_run") == ["mr", ".", "o", "'", "neil", "'", "s", "1", ",", "000", "km", "_", "run"]
-    assert answer_tokens("Beyonce\u0301") == answer_tokens("Beyonc\u00e9") == ["beyonce\u0301"], "a mark belongs to its letter"
+    assert answer_tokens("Mr. O'Neil's 1,000\u00a0km_run") == [
+        "mr",
+        ".",
+        "o",
+        "'",
+        "neil",
+        "'",
+        "s",
+        "1",
+        ",",
+        "000",
+        "km",
+        "_",
+        "run",
+    ]
+    assert answer_tokens("Beyonce\u0301") == answer_tokens("Beyonc\u00e9") == ["beyonce\u0301"], (
+        "a mark belongs to its letter"
+    )
 
 
 def test_substrings_are_found_within_words_and_tokens_are_not() -> None:
@@ -82,7 +98,8 @@ def test_a_pattern_must_match_the_whole_prediction() -> None:
     assert not pattern_match("September 1918", pattern), "re.match would take the prefix"
 
 
-# What SQuAD's official evaluation script makes of the same strings (normalize_answer, exact_match_score, f1_score).
+# What SQuAD's official evaluation script makes of the same strings (normalize_answer,
+# exact_match_score, f1_score).
 OFFICIAL = [
     ("The Beatles", ["Beatles, the"], True, 1.0),
     ("the Beatles!", ["beatles"], True, 1.0),
@@ -96,13 +113,18 @@ OFFICIAL = [
 
 
 @pytest.mark.parametrize(("prediction", "answers", "em", "score"), OFFICIAL)
-def test_parity_with_the_official_script_without_nfd(prediction: str, answers: list[str], em: bool, score: float) -> None:
+def test_parity_with_the_official_script_without_nfd(
+    prediction: str, answers: list[str], em: bool, score: float
+) -> None:
     assert exact_match(prediction, answers, nfd=False) is em
     assert normalize_answer(answers[0], nfd=False) == normalize_answer(answers[0])
     assert f1(prediction, answers, nfd=False) == pytest.approx(score)
 
 
-@given(st.lists(st.sampled_from(["ab", "b a", "a", "c-d", "c", ""]), min_size=1, max_size=4), st.lists(st.text("abc -", max_size=12), max_size=5))
+@given(
+    st.lists(st.sampled_from(["ab", "b a", "a", "c-d", "c", ""]), min_size=1, max_size=4),
+    st.lists(st.text("abc -", max_size=12), max_size=5),
+)
 def test_answers_in_a_corpus_agree_with_one_text_at_a_time(answers: list[str], texts: list[str]) -> None:
     found = answers_in_corpus(texts, [[answer] for answer in answers])
     assert found.tolist() == [any(has_answer(text, [answer]) for text in texts) for answer in answers]

@@ -9,7 +9,7 @@ import pytest
 from finetune.data import QuestionBatches, Substitute
 from finetune.questions import Question
 from realm.run.folder import Run
-from realm.text.tokenizer import encode_plain
+from realm.text.tokenizer import tokenize
 from tests.tiny import RIVERS, TOWNS, NoIndex, prepared_run
 
 
@@ -19,7 +19,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def encoded(run: Run, text: str) -> np.ndarray:
-    return encode_plain(run.tokenizer, [text])[0][0]
+    return tokenize(run.tokenizer, [text])[0][0]
 
 
 def asked(run: Run, answer: str) -> Question:

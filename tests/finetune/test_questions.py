@@ -27,12 +27,21 @@ SQUAD = {
                     "context": "Alda is old. Brenno is older.",
                     "qas": [
                         {"id": "a", "question": "Which is old?", "answers": [{"text": "Alda", "answer_start": 0}] * 2},
-                        {"id": "b", "question": "Which is new?", "answers": [], "is_impossible": True, "plausible_answers": [{"text": "Alda"}]},
+                        {
+                            "id": "b",
+                            "question": "Which is new?",
+                            "answers": [],
+                            "is_impossible": True,
+                            "plausible_answers": [{"text": "Alda"}],
+                        },
                     ],
                 }
             ],
         },
-        {"title": "Rivers", "paragraphs": [{"context": "c", "qas": [{"id": "c", "question": "Why?", "answers": [{"text": "so"}]}]}]},
+        {
+            "title": "Rivers",
+            "paragraphs": [{"context": "c", "qas": [{"id": "c", "question": "Why?", "answers": [{"text": "so"}]}]}],
+        },
     ]
 }
 TIMEQA = [
@@ -93,17 +102,23 @@ def test_articles_are_chosen_by_title_with_underscores_or_blanks(tmp_path: Path)
 
 def test_folds_part_the_questions_by_document(tmp_path: Path) -> None:
     articles = [
-        {"title": f"Town {a}", "paragraphs": [{"context": f"c{a}{p}", "qas": [squad_entry(f"{a}-{p}")]} for p in range(3)]} for a in range(40)
+        {
+            "title": f"Town {a}",
+            "paragraphs": [{"context": f"c{a}{p}", "qas": [squad_entry(f"{a}-{p}")]} for p in range(3)],
+        }
+        for a in range(40)
     ]
     path = tmp_path / "many.json"
     path.write_text(json.dumps({"data": articles}))
-    parts = [{record.id for record in read(path, folds=4, take=(fold,))[0]} for fold in range(4)]
+    parts = [{record.id for record in read(path, num_folds=4, use_folds=(fold,))[0]} for fold in range(4)]
     assert all(parts) and sum(map(len, parts)) == 120 == len(set().union(*parts))
-    assert all(len({id.split("-")[0] for id in part}) * 3 == len(part) for part in parts), "all questions of an article stand in one fold"
-    assert {record.id for record in read(path, folds=4, take=(1, 3))[0]} == parts[1] | parts[3]
+    assert all(len({id.split("-")[0] for id in part}) * 3 == len(part) for part in parts), (
+        "all questions of an article stand in one fold"
+    )
+    assert {record.id for record in read(path, num_folds=4, use_folds=(1, 3))[0]} == parts[1] | parts[3]
     (tmp_path / "open.jsonl").write_text('{"question": "who?", "answer": "x"}\n')
     with pytest.raises(UserError, match=r"open\.jsonl:1: folds are of documents"):
-        read(tmp_path / "open.jsonl", folds=2, take=(0,))
+        read(tmp_path / "open.jsonl", num_folds=2, use_folds=(0,))
 
 
 def squad_entry(id: str) -> dict:
@@ -128,7 +143,9 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "line", "reason"), [(name, *case) for name, cases in BROKEN.items() for case in cases])
+@pytest.mark.parametrize(
+    ("name", "line", "reason"), [(name, *case) for name, cases in BROKEN.items() for case in cases]
+)
 def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name: str, line: str, reason: str) -> None:
     path = tmp_path / name
     path.write_text(FILES[name][0] + line + "\n")
@@ -141,13 +158,20 @@ def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name:
     assert len(kept) == len(FILES[name][2])
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip), min_size=1, max_size=4), st.data())
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip), min_size=1, max_size=4
+    ),
+    st.data(),
+)
 def test_any_answers_survive_dprs_table(answers: list[str], data: st.DataObject) -> None:
     import csv
     import io
     import tempfile
 
-    question = data.draw(st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1).filter(str.strip))
+    question = data.draw(
+        st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1).filter(str.strip)
+    )
     buffer = io.StringIO()
     csv.writer(buffer, delimiter="\t", lineterminator="\n").writerow([question, repr(answers)])
     with tempfile.TemporaryDirectory() as folder:
@@ -203,7 +227,11 @@ def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Pat
     with pytest.raises(UserError, match="name its format, trec for patterns or qas for answers"):
         format_of(QuestionSource(str(path)))
     records, report = read(path, format="trec")
-    assert [record.answers[0] for record in records] == [r"(?:New\s?York)|(?:Albany)", "18[0-9]+", "[Aa]da"] and not report.total
+    assert [record.answers[0] for record in records] == [
+        r"(?:New\s?York)|(?:Albany)",
+        "18[0-9]+",
+        "[Aa]da",
+    ] and not report.total
 
 
 def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, run: Run) -> None:
@@ -218,7 +246,7 @@ def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, r
     [
         ({"fields": {"qestion": "q"}}, "maps 'qestion'; a question has id, question, answers"),
         ({"limit": 0}, "`limit` of .* must be at least 1"),
-        ({"folds": 5}, "`take` names none of them"),
+        ({"num_folds": 5}, "`use_folds` names none of them"),
     ],
 )
 def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) -> None:
@@ -226,7 +254,9 @@ def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) ->
         QuestionSource("a.jsonl", **source)
 
 
-@pytest.mark.parametrize(("name", "option"), [("open.jsonl", {"articles": ("x",)}), ("squad.json", {"fields": {"question": "q"}})])
+@pytest.mark.parametrize(
+    ("name", "option"), [("open.jsonl", {"articles": ("x",)}), ("squad.json", {"fields": {"question": "q"}})]
+)
 def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option: dict) -> None:
     (tmp_path / name).write_text(FILES[name][0])
     with pytest.raises(UserError, match="leave it out"):

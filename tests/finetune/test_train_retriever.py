@@ -1,4 +1,5 @@
-"""Batches that finetune the retriever: each question's passage first, hard negatives after, and what may not serve as a negative."""
+"""Batches that finetune the retriever: each question's passage first, hard negatives after, and
+what may not serve as a negative."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,28 +11,33 @@ import pytest
 from finetune.data import QuestionBatches
 from finetune.questions import Question, load_questions
 from finetune.train_retriever import RetrieverBatches, train_finetune_retriever
-from index.frozen import index_for
+from index.frozen import frozen_index
 from realm.errors import UserError
 from realm.models.retriever import load_retriever
 from realm.run.config import QuestionSource
 from realm.run.folder import Run
-from realm.run.initial import start_retriever
+from realm.run.initial import build_initial_retriever
 from tests.tiny import prepared_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return prepared_run(tmp_path_factory.mktemp("towns"), finetune_retriever={"steps": 4, "batch_size": 4, "retrieve": 6, "negatives": 2})
+    return prepared_run(
+        tmp_path_factory.mktemp("towns"),
+        finetune_retriever={"steps": 4, "batch_size": 4, "retrieve": 6, "negatives": 2},
+    )
 
 
 @pytest.fixture(scope="module")
 def make(run: Run) -> Callable[..., RetrieverBatches]:
-    retriever = start_retriever(run)
-    index = index_for(run, retriever, lambda line: None)
+    retriever = build_initial_retriever(run)
+    index = frozen_index(run.folder, retriever, run.passages, run.config.refresh, lambda line: None)
 
     def batches(questions: list[Question], **changes: object) -> RetrieverBatches:
         config = replace(run.config, finetune_retriever=replace(run.config.finetune_retriever, **changes))
-        return RetrieverBatches(QuestionBatches(Run(run.folder, config), index), load_retriever(retriever)[0], questions)
+        return RetrieverBatches(
+            QuestionBatches(Run(run.folder, config), index), load_retriever(retriever)[0], questions
+        )
 
     return batches
 
@@ -47,10 +53,19 @@ def rows_of(run: Run, batch) -> list[int]:
     """The passage of each row of a batch, by its wordpieces."""
     words = run.wordpieces
     texts = {
-        (words.cls, *run.passages.title_ids(row).tolist(), words.sep, *run.passages.text_ids(row).tolist(), words.sep): row
+        (
+            words.cls,
+            *run.passages.title_ids(row).tolist(),
+            words.sep,
+            *run.passages.text_ids(row).tolist(),
+            words.sep,
+        ): row
         for row in range(len(run.passages))
     }
-    return [texts[tuple(ids[mask.bool()].tolist())] for ids, mask in zip(batch.passage_ids_CL, batch.passage_mask_CL, strict=True)]
+    return [
+        texts[tuple(ids[mask.bool()].tolist())]
+        for ids, mask in zip(batch.passage_ids_CL, batch.passage_mask_CL, strict=True)
+    ]
 
 
 def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questions):
@@ -59,7 +74,10 @@ def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questio
     for step in range(6):
         batch = make(questions)(step)
         rows = rows_of(run, batch)
-        asked = [by_ids[tuple(ids[mask.bool()].tolist()[1:-1])] for ids, mask in zip(batch.query_ids_BL, batch.query_mask_BL, strict=True)]
+        asked = [
+            by_ids[tuple(ids[mask.bool()].tolist()[1:-1])]
+            for ids, mask in zip(batch.query_ids_BL, batch.query_mask_BL, strict=True)
+        ]
         assert batch.target_B.tolist() == [0, 1, 2, 3] and len(rows) == 12
         for b, question in enumerate(asked):
             assert rows[b] == question.passage
@@ -83,7 +101,9 @@ def test_hard_negatives_are_what_the_retriever_finds_and_a_function_of_the_step(
 def test_passages_that_hold_an_answer_are_no_negatives_unless_the_document_counts(run, make, questions):
     # "a town" stands in every passage, so that nothing is left to be wrong.
     words = run.tokenizer("a town", add_special_tokens=False)["input_ids"]
-    everywhere = [replace(question, answers=("a town",), answer_ids=(np.array(words, np.int32),)) for question in questions]
+    everywhere = [
+        replace(question, answers=("a town",), answer_ids=(np.array(words, np.int32),)) for question in questions
+    ]
     batch = make(everywhere)(0)
     assert len(batch.passage_ids_CL) == 4 and (batch.excluded_BC.sum(1) == 3).all()
     batch = make(everywhere, positives="document")(0)
@@ -94,7 +114,10 @@ def test_a_question_of_no_known_passage_is_tied_to_one_that_holds_its_answer_or_
     loose = [replace(question, passage=None, document=None) for question in questions]
     batches = make(loose, retrieve=12)
     assert [question.passage for question in batches.questions] == [question.passage for question in questions]
-    few = make([loose[0], replace(loose[1], answers=("Atlantis",), answer_ids=(np.array([5, 6, 7, 8], np.int32),))], retrieve=12)
+    few = make(
+        [loose[0], replace(loose[1], answers=("Atlantis",), answer_ids=(np.array([5, 6, 7, 8], np.int32),))],
+        retrieve=12,
+    )
     assert [question.id for question in few.questions] == [loose[0].id] and len(few.retrieved) == 1
     assert "1 questions left out" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"finetune_retriever\.retrieve"):

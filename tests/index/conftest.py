@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # fake_refresher.py is imported by the tests and run by them as a program
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # fake_refresher.py is imported by the tests and run by them as a program
 
 from fake_refresher import FakeCorpus, export
 

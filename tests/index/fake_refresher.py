@@ -1,4 +1,5 @@
-"""A corpus and an encoder small enough for tests, and a refresher over them as a program: fake_refresher.py RUN SECONDS_PER_BATCH."""
+"""A corpus and an encoder small enough for tests, and a refresher over them as a program:
+fake_refresher.py RUN SECONDS_PER_BATCH."""
 
 import hashlib
 import sys
@@ -93,11 +94,14 @@ def load(folder: Path, seconds_per_batch: float = 0.0) -> Encoder:
 
 
 def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
-    return encode_passages(load(folder).retriever.passage_tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS)  # type: ignore[arg-type]
+    return encode_passages(
+        load(folder).retriever.passage_tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS
+    )  # type: ignore[arg-type]
 
 
 def program(run: Path, seconds_per_batch: float) -> None:
-    """Refresh until training ends; each worker leaves `batches-RANK`, how many batches it has encoded."""
+    """Refresh until training ends; each worker leaves `batches-RANK`, how many batches it has
+    encoded."""
     workers, encoders = Workers.join(), []
 
     def load_and_remember(folder: Path) -> Encoder:

@@ -28,7 +28,8 @@ def build(run: Path, corpus: FakeCorpus, *steps: int, attempt: int = 1) -> None:
 
 @pytest.fixture
 def store(run: Path, corpus: FakeCorpus) -> Path:
-    """A run with an index of each of the steps 500 (exported by the fixture below), 600, 700 and 800."""
+    """A run with an index of each of the steps 500 (exported by the fixture below), 600, 700 and
+    800."""
     build(run, corpus, 600, 700, 800)
     refresh(run, KEEP_ALL, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
     return run
@@ -47,7 +48,10 @@ def test_every_version_is_listed_with_who_needs_it(store: Path) -> None:
     states = {entry.version.step: entry.state for entry in entries(store)}
     assert states == {600: "pinned by a checkpoint", 700: "newest, held by 1", 800: "of an abandoned future"}
     hold.release()
-    assert all(entry.bytes > 60 * 8 * 4 and entry.manifest is not None and entry.manifest.count == 60 for entry in entries(store))
+    assert all(
+        entry.bytes > 60 * 8 * 4 and entry.manifest is not None and entry.manifest.count == 60
+        for entry in entries(store)
+    )
 
 
 def test_versions_are_found_by_name_and_others_are_named(store: Path) -> None:
@@ -85,7 +89,10 @@ def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
     would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
     assert [path.name[:15] for path in would] == ["a01-step-000600"] and steps(store) == [600, 700, 800]
     removed = collect_garbage(store, CONFIG, 0.0, False, lines.append)
-    assert sorted(f"{path.parent.name}/{path.name[:15]}" for path in removed) == ["encoders/a01-step-000600", "indexes/a01-step-000600"]
+    assert sorted(f"{path.parent.name}/{path.name[:15]}" for path in removed) == [
+        "encoders/a01-step-000600",
+        "indexes/a01-step-000600",
+    ]
     assert steps(store) == [700, 800] and steps(store, "encoders") == [700, 800]
     assert collect_garbage(store, CONFIG, 0.0, False, lines.append) == []
 
@@ -128,7 +135,9 @@ def test_an_encoder_that_may_yet_be_indexed_stays(store: Path, corpus: FakeCorpu
     start_attempt(store, parent=1, parent_step=920)
     export(store, 2, 930)
     collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
-    assert [version.name for version in versions_in(store / "encoders")] == ["a01-step-000900", "a02-step-000930"], "950 is an abandoned future"
+    assert [version.name for version in versions_in(store / "encoders")] == ["a01-step-000900", "a02-step-000930"], (
+        "950 is an abandoned future"
+    )
 
 
 def test_the_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +159,9 @@ def test_the_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.Capture
     file.write_bytes(file.read_bytes()[:-1])
     assert main(["index", "verify", "--run", str(run)]) == 2
     said = capsys.readouterr()
-    assert "1 of 4 index versions would be refused" in said.err and "REFUSED" in said.out and "Traceback" not in said.err
+    assert (
+        "1 of 4 index versions would be refused" in said.err and "REFUSED" in said.out and "Traceback" not in said.err
+    )
     assert main(["index", "gc", "--run", str(run), "--dry-run"]) == 0 and "would remove" in capsys.readouterr().out
     assert main(["index", "gc", "--run", str(run), "--grace", "0"]) == 0 and "removed" in capsys.readouterr().out
     assert steps(run) == [200, 300, 400]

@@ -1,4 +1,5 @@
-"""The index benchmark, small: what it measures against, and that it prints and writes what it measured."""
+"""The index benchmark, small: what it measures against, and that it prints and writes what it
+measured."""
 
 import json
 from pathlib import Path
@@ -8,10 +9,10 @@ import pytest
 import torch
 
 from index.bench.searching import TILES, bench_search, bench_synthetic, jittered
-from index.frozen import index_for
+from index.frozen import frozen_index
 from realm.app.cli import main
 from realm.errors import UserError
-from realm.run.initial import start_retriever
+from realm.run.initial import build_initial_retriever
 from tests.tiny import prepared_run
 
 RNG = np.random.default_rng(0)
@@ -19,21 +20,36 @@ EMBEDDINGS_ND = RNG.standard_normal((2000, 16)).astype(np.float32)
 EMBEDDINGS_ND /= np.linalg.norm(EMBEDDINGS_ND, axis=1, keepdims=True)
 
 
-def test_the_benchmark_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_compiler(*_: object, **__: object) -> object:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     run = prepared_run(tmp_path)
     assert main(["bench", "index", "--run", str(run.folder)]) == 2 and "no index yet" in capsys.readouterr().err
-    index_for(run, start_retriever(run), lambda line: None).close()
+    frozen_index(run.folder, build_initial_retriever(run), run.passages, run.config.refresh, lambda line: None).close()
     report, picture = tmp_path / "report.json", tmp_path / "curve.png"
-    arguments = ["--passages", "8", "--queries", "4", "--scale", "300", "--json", str(report), "--picture", str(picture)]
+    arguments = [
+        "--passages",
+        "8",
+        "--queries",
+        "4",
+        "--scale",
+        "300",
+        "--json",
+        str(report),
+        "--picture",
+        str(picture),
+    ]
     assert main(["bench", "index", "--run", str(run.folder), *arguments]) == 0, capsys.readouterr().err
     figures = json.loads(report.read_text())
     encoding = {row["what"]: row for row in figures["encoding"]}
     ours, theirs = encoding["realm, fp32"], encoding["sentence-transformers, default (fp32)"]
-    assert ours["1 - cosine to fp32, worst"] < 1e-6 and theirs["1 - cosine to fp32, worst"] < 1e-5, "the same inputs and weights"
+    assert ours["1 - cosine to fp32, worst"] < 1e-6 and theirs["1 - cosine to fp32, worst"] < 1e-5, (
+        "the same inputs and weights"
+    )
     assert theirs["speed of default"] == 1.0 and set(figures["search"]) == {"12", "300"}
     assert figures["opening"]["of it in memory (PSS), each of two, MiB"] >= 0
     assert "realm, bf16, compiled" not in encoding and "no C++ compiler" in (out := capsys.readouterr().out)
@@ -41,11 +57,16 @@ def test_the_benchmark_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_recall_is_measured_against_exact_search() -> None:
-    results = bench_search(EMBEDDINGS_ND, EMBEDDINGS_ND[:50], [("IVF32,Flat", ["nprobe=1", "nprobe=32"]), ("SQ8", [""])])
+    results = bench_search(
+        EMBEDDINGS_ND, EMBEDDINGS_ND[:50], [("IVF32,Flat", ["nprobe=1", "nprobe=32"]), ("SQ8", [""])]
+    )
     by_name = {(result["factory"], result["parameters"]): result for result in results}
     assert by_name["Flat", ""]["recall@8"] == by_name["IVF32,Flat", "nprobe=32"]["recall@8"] == 1.0
     assert by_name["IVF32,Flat", "nprobe=1"]["recall@8"] < 0.9 < by_name["SQ8", ""]["recall@8"]
-    assert sum(result.get("best", False) for result in results) == 1 and max(by_name[name, ""]["times exact"] for name in ("Flat", TILES)) == 1.0
+    assert (
+        sum(result.get("best", False) for result in results) == 1
+        and max(by_name[name, ""]["times exact"] for name in ("Flat", TILES)) == 1.0
+    )
 
 
 def test_jittered_copies_keep_their_length_and_lie_as_far_as_neighbours() -> None:
@@ -66,7 +87,10 @@ def test_random_vectors_are_built_written_mapped_and_found() -> None:
 
 def test_swaps_are_counted_and_paired(tmp_path: Path) -> None:
     report = tmp_path / "swaps.json"
-    assert main(["bench", "swaps", "--rows", "500", "--dim", "8", "--steps", "60", "--every", "10", "--json", str(report)]) == 0
+    assert (
+        main(["bench", "swaps", "--rows", "500", "--dim", "8", "--steps", "60", "--every", "10", "--json", str(report)])
+        == 0
+    )
     result = json.loads(report.read_text())
     assert result["with swaps"]["steps"] == result["without swaps"]["steps"] == 60
     assert result["swaps"] >= 1 and result["p99 with / without"] > 0

@@ -87,7 +87,9 @@ def test_a_published_version_is_not_replaced(tmp_path: Path) -> None:
         write_version(tmp_path, Version(1, 500, 1), index, manifest(index))
 
 
-@pytest.mark.parametrize("factory", ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA8,IVF4,SQ8", "IVF4,PQ4x4fs,RFlat"])
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQ8", "HNSW8", "IVF4,Flat", "IVF4,SQ8", "PCA8,IVF4,SQ8", "IVF4,PQ4x4fs,RFlat"]
+)
 def test_embeddings_are_read_back_by_row_from_the_mapped_file(factory: str, tmp_path: Path) -> None:
     index = build_index(EMBEDDINGS_ND, factory)
     faiss.write_index(index, str(tmp_path / "index"))

@@ -12,7 +12,7 @@ from fake_refresher import CONFIG, SPECIAL_IDS, FakeCorpus, direct_embeddings, e
 from torch import nn
 
 from index.build import IndexManifest
-from index.drift import PROBE_FILE, ProbePassages, cosine_change, overlap, probe_rows, take_rows
+from index.drift import DRIFT_FILE, DriftReference, cosine_change, drift_rows, overlap, take_rows
 from index.refresh import refresh
 from pretrain.realm import Exports
 from realm.errors import UserError
@@ -23,7 +23,7 @@ from realm.runtime.telemetry import read_metrics
 from tests.test_loop import realm
 from tests.tiny import prepared_run, write_config, write_sources
 
-KEEP = replace(CONFIG, keep_last=10, probe_passages=20)
+KEEP = replace(CONFIG, keep_last=10, drift_passages=20)
 
 
 def refresh_once(run: Path, corpus: FakeCorpus, config=KEEP) -> None:
@@ -33,18 +33,31 @@ def refresh_once(run: Path, corpus: FakeCorpus, config=KEEP) -> None:
 def test_each_version_tells_how_far_it_is_from_the_one_before(run: Path, corpus: FakeCorpus) -> None:
     refresh_once(run, corpus)
     export(run, 1, 600)
-    (run / "encoders" / "a01-step-000600" / "seed").write_text((run / "encoders" / "a01-step-000500" / "seed").read_text())
+    (run / "encoders" / "a01-step-000600" / "seed").write_text(
+        (run / "encoders" / "a01-step-000500" / "seed").read_text()
+    )
     refresh_once(run, corpus)
     export(run, 1, 700)
     refresh_once(run, corpus)
-    first, same, other = (IndexManifest.read(run / "indexes" / version.name)[0].drift for version in versions_in(run / "indexes"))
+    first, same, other = (
+        IndexManifest.read(run / "indexes" / version.name)[0].drift for version in versions_in(run / "indexes")
+    )
     assert first == {}
-    assert same["against"] == "a01-step-000500-e1" and same["cosine_change"] == pytest.approx(0, abs=1e-6) and same["overlap@8"] == 1.0
-    rows = probe_rows(60, 20)
-    before, now = (direct_embeddings(run / "encoders" / f"a01-step-000{step}", corpus)[rows].astype(np.float64) for step in (600, 700))
+    assert (
+        same["against"] == "a01-step-000500-e1"
+        and same["cosine_change"] == pytest.approx(0, abs=1e-6)
+        and same["overlap@8"] == 1.0
+    )
+    rows = drift_rows(60, 20)
+    before, now = (
+        direct_embeddings(run / "encoders" / f"a01-step-000{step}", corpus)[rows].astype(np.float64)
+        for step in (600, 700)
+    )
     change = 0.0
     for a, b in zip(before, now, strict=True):
-        change += 1 - sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+        change += 1 - sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(
+            sum(x * x for x in a) * sum(y * y for y in b)
+        )
     assert other["cosine_change"] == pytest.approx(change / 20, rel=1e-4)
     assert other["against"] == "a01-step-000600-e2" and 0 < other["overlap@8"] < 1
     log = [json.loads(line) for line in (run / "refresher" / "log.jsonl").read_text().splitlines()]
@@ -54,10 +67,10 @@ def test_each_version_tells_how_far_it_is_from_the_one_before(run: Path, corpus:
 def test_the_probe_is_exact_in_a_compressed_index_and_the_same_rows_for_all(run: Path, corpus: FakeCorpus) -> None:
     refresh_once(run, corpus, replace(KEEP, factory="SQ4"))
     folder = run / "indexes" / versions_in(run / "indexes")[0].name
-    probe = np.load(folder / PROBE_FILE)
+    probe = np.load(folder / DRIFT_FILE)
     direct = direct_embeddings(run / "encoders" / "a01-step-000500", corpus)
-    np.testing.assert_allclose(probe, direct[probe_rows(60, 20)], rtol=1e-5, atol=1e-6)
-    assert len(probe_rows(10, 20)) == 10 and np.array_equal(probe_rows(1000, 20), probe_rows(1000, 20))
+    np.testing.assert_allclose(probe, direct[drift_rows(60, 20)], rtol=1e-5, atol=1e-6)
+    assert len(drift_rows(10, 20)) == 10 and np.array_equal(drift_rows(1000, 20), drift_rows(1000, 20))
 
 
 def test_overlap_and_rows_from_shards() -> None:
@@ -80,25 +93,29 @@ class Turning(nn.Module):
 
 
 def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
-    probe, tower = ProbePassages(corpus, SPECIAL_IDS, 20, 16, "fp32"), Turning()  # type: ignore[arg-type]
-    probe.mark(tower)
-    assert probe.moved(tower) == pytest.approx(0)
+    reference, tower = DriftReference(corpus, SPECIAL_IDS, 20, 16, "fp32"), Turning()  # type: ignore[arg-type]
+    reference.snapshot(tower)
+    assert reference.moved(tower) == pytest.approx(0)
     tower.angle.data.fill_(0.5)
-    assert probe.moved(tower) == pytest.approx(1 - math.cos(0.5), rel=1e-5)
-    probe.mark(tower)
-    assert probe.moved(tower) == pytest.approx(0)
+    assert reference.moved(tower) == pytest.approx(1 - math.cos(0.5), rel=1e-5)
+    reference.snapshot(tower)
+    assert reference.moved(tower) == pytest.approx(0)
 
 
 def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp_path: Path) -> None:
     write_sources(tmp_path)
-    refresh_ = {"every_steps": 0, "drift_every_steps": 2, "max_drift": 1e-9, "keep_last": 20}
+    refresh_ = {"export_every": 0, "drift_every": 2, "max_drift": 1e-9, "keep_last": 20}
     config = write_config(tmp_path, pretrain={"steps": 7, "reader_check": 0}, refresh=refresh_)
-    for command in ("prepare", "ict", "reader-warmup", "pretrain"):
+    for command in ("prepare", "ict", "reader-pretraining", "pretrain"):
         result = realm(command, "--config", config)
         assert result.returncode == 0, result.stderr
     exported = [version.step for version in versions_in(tmp_path / "run" / "encoders")]
     assert exported == [0, 2, 4, 6, 7], "every look finds a little movement"
-    drifts = {row["step"]: row["drift"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")["pretrain"] if "drift" in row}
+    drifts = {
+        row["step"]: row["drift"]
+        for row in read_metrics(tmp_path / "run" / "metrics.jsonl")["pretrain"]
+        if "drift" in row
+    }
     assert list(drifts) == [2, 4, 6] and all(0 < drift < 1 for drift in drifts.values())
 
 
@@ -107,22 +124,28 @@ def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
 
     def steps(turn_at: int = 0, **changes: object) -> list[int]:
         tower.angle.data.zero_()
-        exports = Exports(Run(run.folder, replace(run.config, refresh=replace(run.config.refresh, **changes))), lambda: tower)
+        exports = Exports(
+            Run(run.folder, replace(run.config, refresh=replace(run.config.refresh, **changes))), lambda: tower
+        )
         found = []
         for step in range(1, 13):
             if step == turn_at:
                 tower.angle.data += 1.0
             if exports.due(step, exports.drift(step)):
                 found.append(step)
-                exports.mark()
+                exports.snapshot()
         return found
 
-    assert steps(every_steps=5) == [5, 10, 12]
-    assert steps(every_steps=2, staleness_multiplier=4) == [8, 12]
-    assert steps(every_steps=0, max_drift=0.2, drift_every_steps=3) == [12], "nothing moves"
-    assert steps(every_steps=0, max_drift=0.2, drift_every_steps=3, turn_at=4) == [6, 12], "found at the next look, and not again"
-    assert steps(every_steps=5, max_drift=0.2, drift_every_steps=3, turn_at=4) == [5, 10, 12], "the period's export is measured from"
-    assert steps(every_steps=5, max_drift=0.2, drift_every_steps=3, turn_at=8) == [5, 9, 10, 12]
+    assert steps(export_every=5) == [5, 10, 12]
+    assert steps(export_every=2, staleness_multiplier=4) == [8, 12]
+    assert steps(export_every=0, max_drift=0.2, drift_every=3) == [12], "nothing moves"
+    assert steps(export_every=0, max_drift=0.2, drift_every=3, turn_at=4) == [6, 12], (
+        "found at the next look, and not again"
+    )
+    assert steps(export_every=5, max_drift=0.2, drift_every=3, turn_at=4) == [5, 10, 12], (
+        "the period's export is measured from"
+    )
+    assert steps(export_every=5, max_drift=0.2, drift_every=3, turn_at=8) == [5, 9, 10, 12]
 
 
 def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) -> None:
@@ -136,7 +159,10 @@ def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) ->
     assert resumed.drift(50) == exports.drift(50) == pytest.approx(1 - math.cos(1.0), rel=1e-4)
 
 
-@pytest.mark.parametrize(("changes", "said"), [({"every_steps": 0}, "nothing would be exported"), ({"staleness_multiplier": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"export_every": 0}, "nothing would be exported"), ({"staleness_multiplier": 0}, "at least 1")],
+)
 def test_settings_that_would_export_nothing_are_refused(tmp_path: Path, changes: dict, said: str) -> None:
     write_sources(tmp_path)
     with pytest.raises(UserError, match=said):

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 from index.encode import BadEncoder, encode_in_shards, encode_passages, encoding_tower
 from realm.errors import UserError
 from realm.models.retriever import Retriever, Tower
-from realm.text.inputs import pad_batch, passage_input
+from realm.text.inputs import pad_batch
 
 
 def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: FakeCorpus) -> None:
@@ -16,7 +16,7 @@ def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: Fak
     emb_RD = encode_passages(tower, corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
     assert emb_RD.dtype == np.float32 and emb_RD.shape == (40, DIM)
     for row, emb_D in zip(rows.tolist(), emb_RD, strict=True):
-        sequence = passage_input(corpus.title_ids(row), corpus.text_ids(row), SPECIAL_IDS.cls, SPECIAL_IDS.sep, MAX_TOKENS)
+        sequence = SPECIAL_IDS.passage(corpus.title_ids(row), corpus.text_ids(row), MAX_TOKENS)
         with torch.inference_mode():
             alone_D = tower(*pad_batch([sequence], 0))[0].numpy()
         np.testing.assert_allclose(emb_D, alone_D, rtol=1e-5, atol=1e-6)
@@ -25,7 +25,9 @@ def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: Fak
 def test_batches_stay_within_the_token_budget_and_waste_little(corpus: FakeCorpus) -> None:
     tower = FakeRetriever(seed=1).eval()
     done: list[int] = []
-    encode_passages(tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS, token_budget=64, progress=done.append)
+    encode_passages(
+        tower, corpus, np.arange(len(corpus)), SPECIAL_IDS, MAX_TOKENS, token_budget=64, progress=done.append
+    )
     padded = sum(rows * longest for rows, longest in tower.batch_shapes)
     assert max(rows * longest for rows, longest in tower.batch_shapes) <= 64
     assert padded < 1.1 * np.minimum(corpus.lengths + 3, MAX_TOKENS).sum()
@@ -33,7 +35,10 @@ def test_batches_stay_within_the_token_budget_and_waste_little(corpus: FakeCorpu
 
 
 def tiny_retriever() -> Retriever:
-    bert = BertModel(BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64), False)
+    bert = BertModel(
+        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+        False,
+    )
     tower = Tower(bert, "mean", None, True)
     return Retriever(tower, tower, 1.0).eval()
 
@@ -44,13 +49,17 @@ def test_long_passages_are_padded_to_whole_tiles_and_embedded_alike(max_tokens: 
     torch.manual_seed(0)
     corpus, rows = FakeCorpus(12), np.arange(12)
     corpus._texts = [np.arange(3, 3 + length).astype(np.int32) % 97 + 3 for length in range(40, 160, 10)]
-    corpus.lengths = np.array([len(title) + len(text) for title, text in zip(corpus._titles, corpus._texts, strict=True)])
+    corpus.lengths = np.array(
+        [len(title) + len(text) for title, text in zip(corpus._titles, corpus._texts, strict=True)]
+    )
     tower, widths = encoding_tower(tiny_retriever(), "fp32"), []
     tower.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
     embeddings = encode_passages(tower, corpus, rows, SPECIAL_IDS, max_tokens, token_budget=400)
-    assert {width for width in widths if width > 64} <= {80, 96, 112, 128, 144, 160, 176, max_tokens} and max(widths) <= max_tokens
+    assert {width for width in widths if width > 64} <= {80, 96, 112, 128, 144, 160, 176, max_tokens} and max(
+        widths
+    ) <= max_tokens
     for row in rows.tolist():
-        sequence = passage_input(corpus.title_ids(row), corpus.text_ids(row), SPECIAL_IDS.cls, SPECIAL_IDS.sep, max_tokens)
+        sequence = SPECIAL_IDS.passage(corpus.title_ids(row), corpus.text_ids(row), max_tokens)
         with torch.inference_mode():
             np.testing.assert_allclose(embeddings[row], tower(*pad_batch([sequence], 0))[0].numpy(), atol=2e-6)
 
@@ -72,7 +81,9 @@ def test_compiled_encoding_gives_the_same_for_every_length_and_encoder(corpus: F
         torch.manual_seed(seed)
         retriever = tiny_retriever()
         exact = encode_passages(encoding_tower(retriever, "fp32"), corpus, rows, SPECIAL_IDS, MAX_TOKENS)
-        compiled = encode_passages(encoding_tower(retriever, "fp32", compiled=True), corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
+        compiled = encode_passages(
+            encoding_tower(retriever, "fp32", compiled=True), corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64
+        )
         np.testing.assert_allclose(compiled, exact, atol=1e-5)
 
 
@@ -84,7 +95,9 @@ def test_an_encoder_that_cannot_be_compiled_is_refused_with_the_remedy(monkeypat
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(UserError, match=r"refresh.compile: torch cannot compile .*No working C\+\+ compiler found\); install"):
+    with pytest.raises(
+        UserError, match=r"refresh.compile: torch cannot compile .*No working C\+\+ compiler found\); install"
+    ):
         encoding_tower(tiny_retriever(), "fp32", compiled=True)
 
 
@@ -100,7 +113,9 @@ def test_shards_of_another_plan_are_thrown_away(tmp_path: object) -> None:
     work = tmp_path / "work"  # type: ignore[operator]
 
     def run(factor: float, plan: dict) -> tuple[np.ndarray, int]:
-        shards, num_kept = encode_in_shards(work, range(10), 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda share: None)
+        shards, num_kept = encode_in_shards(
+            work, range(10), 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda share: None
+        )
         return np.concatenate(shards)[:, 0], num_kept
 
     values, num_kept = run(1.0, {"encoder": "a"})

@@ -13,14 +13,21 @@ from realm.app.cli import main
 from realm.runtime.publish import Version, start_attempt
 
 
-def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "faults.json"
-    assert main(["bench", "faults", "--kills", "12", "--flips", "60", "--json", str(report)]) == 0, capsys.readouterr().out
+    assert main(["bench", "faults", "--kills", "12", "--flips", "60", "--json", str(report)]) == 0, (
+        capsys.readouterr().out
+    )
     content = json.loads(report.read_text())
     assert content["violations"] == [] and sum(content["kills"].values()) == 14
     figures = content["figures"]
     assert figures["left over after collection"] == 0 and figures["versions committed"] > 0
-    assert figures["bit flips, refused"] + figures.get("bit flips, harmless", 0) == 54 and figures["cut short, refused"] == 6
+    assert (
+        figures["bit flips, refused"] + figures.get("bit flips, harmless", 0) == 54
+        and figures["cut short, refused"] == 6
+    )
 
 
 def test_a_store_that_does_not_check_its_files_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

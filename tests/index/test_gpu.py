@@ -1,4 +1,5 @@
-"""Exact search in tiles equals FAISS's; what cannot be searched on a GPU is said before anything runs."""
+"""Exact search in tiles equals FAISS's; what cannot be searched on a GPU is said before anything
+runs."""
 
 import faiss
 import numpy as np
@@ -51,7 +52,8 @@ def test_a_gpu_finds_what_the_cpu_finds() -> None:
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ4_8,IVF8,PQ4x4"])
 def test_clusters_found_on_gpus_are_those_found_without(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of a GPU there is an index of the same kind on the CPU; what is held for it is let go of afterwards."""
+    """In place of a GPU there is an index of the same kind on the CPU; what is held for it is
+    let go of afterwards."""
     alone, moved = build_index(EMBEDDINGS_ND, factory), []
 
     def to_gpu(resources: object, device: int, index: faiss.Index) -> faiss.Index:

@@ -1,4 +1,5 @@
-"""`realm index add`: only what is new is encoded, and a later full refresh equals having had it from the start."""
+"""`realm index add`: only what is new is encoded, and a later full refresh equals having had it
+from the start."""
 
 import json
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from index.frozen import index_for
+from index.frozen import frozen_index
 from index.search import PassageIndex
 from realm.app.cli import main
 from realm.corpus.prepared import PreparedCorpus
@@ -19,10 +20,10 @@ from tests.tiny import prepared_run
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run with the index of a retriever that stands still."""
-    from realm.run.initial import start_retriever
+    from realm.run.initial import build_initial_retriever
 
     run = prepared_run(tmp_path, refresh={"shard_rows": 4, "poll_s": 0.05, "grace_s": 0.0, "lease_expiry_s": 1.0})
-    index_for(run, start_retriever(run), lambda line: None).close()
+    frozen_index(run.folder, build_initial_retriever(run), run.passages, run.config.refresh, lambda line: None).close()
     return run
 
 
@@ -37,11 +38,18 @@ def newest(run: Run) -> PassageIndex:
 
 def add(run: Run, name: str, *arguments: str) -> int:
     path = run.prepared.parent / f"{name}.jsonl"
-    path.write_text(json.dumps({"id": name, "title": name, "text": f"{name} is a new town on the river Wend. It was founded in 2001."}) + "\n")
+    path.write_text(
+        json.dumps(
+            {"id": name, "title": name, "text": f"{name} is a new town on the river Wend. It was founded in 2001."}
+        )
+        + "\n"
+    )
     return main(["index", "add", "--run", str(run.folder), str(path), *arguments])
 
 
-def test_only_what_is_new_is_encoded_and_a_full_refresh_gives_the_same(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_new_is_encoded_and_a_full_refresh_gives_the_same(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = newest(run)
     assert add(run, "Xanth") == 0
     said = capsys.readouterr().out
@@ -53,7 +61,9 @@ def test_only_what_is_new_is_encoded_and_a_full_refresh_gives_the_same(run: Run,
     # From the start: the index is built anew, over the grown corpus.
     shutil.rmtree(store(run) / "indexes")
     assert main(["index", "add", "--run", str(run.folder), str(run.prepared.parent / "Xanth.jsonl")]) == 0
-    np.testing.assert_allclose(newest(run).embeddings(np.arange(13)), grown.embeddings(np.arange(13)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        newest(run).embeddings(np.arange(13)), grown.embeddings(np.arange(13)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_is_taken_away_is_never_found(run: Run, tmp_path: Path) -> None:
@@ -67,7 +77,11 @@ def test_what_is_taken_away_is_never_found(run: Run, tmp_path: Path) -> None:
     for k in (1, 3, 10):
         new_scores, new_rows = index.search(queries, k)
         for b in range(5):
-            kept = [(row, score) for row, score in zip(rows[b].tolist(), scores[b].tolist(), strict=True) if row not in (2, 7)][:k]
+            kept = [
+                (row, score)
+                for row, score in zip(rows[b].tolist(), scores[b].tolist(), strict=True)
+                if row not in (2, 7)
+            ][:k]
             assert new_rows[b].tolist() == [row for row, _ in kept]
             np.testing.assert_allclose(new_scores[b], [score for _, score in kept], rtol=1e-6)
     assert index.search(queries, 12)[1][:, 10:].tolist() == [[-1, -1]] * 5

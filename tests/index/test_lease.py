@@ -108,7 +108,9 @@ def test_a_crash_between_the_epoch_and_its_first_heartbeat_blocks_nobody_for_eve
         assert lease.epoch == 8
 
 
-def test_a_full_disk_leaves_an_epoch_that_counts_as_a_dead_holders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_an_epoch_that_counts_as_a_dead_holders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_room(path: Path, text: str) -> int:
         raise OSError(28, "No space left on device")
 

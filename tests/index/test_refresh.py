@@ -53,7 +53,9 @@ def assert_equals_direct_encoding(run: Path, name: str, corpus: FakeCorpus) -> N
     encoder = run / "encoders" / version
     PassageIndex.open(run / "indexes" / name, corpus.fingerprint, dim=8, encoder=encoder)
     index = faiss.read_index(str(run / "indexes" / name / "passages.index"))
-    np.testing.assert_allclose(index.reconstruct_n(0, index.ntotal), direct_embeddings(encoder, corpus), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        index.reconstruct_n(0, index.ntotal), direct_embeddings(encoder, corpus), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_one_cycle(run: Path, corpus: FakeCorpus) -> None:
@@ -62,7 +64,13 @@ def test_one_cycle(run: Path, corpus: FakeCorpus) -> None:
     assert_equals_direct_encoding(run, "a01-step-000500-e1", corpus)
     assert len(lines) == 1 and "a01-step-000500-e1 published: 60 passages" in lines[0]
     entry = json.loads((run / "refresher" / "log.jsonl").read_text())
-    assert entry["version"] == "a01-step-000500-e1" and set(entry["seconds"]) == {"load", "encode", "build", "drift", "publish"}
+    assert entry["version"] == "a01-step-000500-e1" and set(entry["seconds"]) == {
+        "load",
+        "encode",
+        "build",
+        "drift",
+        "publish",
+    }
     assert not (run / "refresher" / "a01-step-000500").exists()
     assert refresh_once(run, corpus) == [], "what has an index is not indexed again"
 
@@ -125,7 +133,10 @@ def test_sigterm_ends_it_cleanly_and_the_next_goes_on_at_once(run: Path, corpus:
 def test_two_at_once_publish_every_version_once(run: Path, corpus: FakeCorpus) -> None:
     stop = threading.Event()
     config = replace(CONFIG, keep_last=100)
-    threads = [threading.Thread(target=refresh_once, args=(run, corpus, config), kwargs={"once": False, "stop": stop}) for _ in range(2)]
+    threads = [
+        threading.Thread(target=refresh_once, args=(run, corpus, config), kwargs={"once": False, "stop": stop})
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for step in (1000, 1500, 2000):
@@ -172,7 +183,9 @@ def test_the_first_index_is_finished_and_later_work_gives_way_to_newer(run: Path
     lines = refresh_once(run, corpus, replace(CONFIG, keep_last=100), load=ExportingWhileEncoding(run, 5))
     published = ["a01-step-000500-e1", "a01-step-020000-e1", "a01-step-040000-e1", "a01-step-050000-e1"]
     assert [line.split()[1] for line in lines if "published" in line] == published
-    assert [line.split()[2] for line in lines if "dropped" in line] == ["a01-step-010000", "a01-step-030000"], "never two in a row"
+    assert [line.split()[2] for line in lines if "dropped" in line] == ["a01-step-010000", "a01-step-030000"], (
+        "never two in a row"
+    )
 
 
 def test_work_of_an_abandoned_attempt_is_dropped(run: Path, corpus: FakeCorpus) -> None:
@@ -217,7 +230,9 @@ def test_a_diverged_encoder_is_passed_over_and_reported_once(run: Path, corpus: 
 
 
 @pytest.mark.parametrize(("factory", "words"), [("Flut", "Flut"), ("IVF5000,Flat", "clusters")])
-def test_a_factory_that_does_not_suit_ends_it_with_the_reason(run: Path, corpus: FakeCorpus, factory: str, words: str) -> None:
+def test_a_factory_that_does_not_suit_ends_it_with_the_reason(
+    run: Path, corpus: FakeCorpus, factory: str, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
         refresh_once(run, corpus, replace(CONFIG, factory=factory))
     assert indexes(run) == [] and not list(run.rglob(".tmp-*"))
@@ -235,7 +250,16 @@ def test_the_started_process_inherits_nothing_of_the_launcher(tmp_path: Path, mo
     program.write_text('#!/bin/sh\necho "$@"\nenv\n')
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK")
+    launcher = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "GROUP_RANK",
+    )
     for name in launcher:
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("KEPT", "7")
@@ -266,7 +290,9 @@ def test_a_full_disk_is_waited_out(run: Path, corpus: FakeCorpus, monkeypatch: p
     timer = threading.Timer(0.5, room.set)
     timer.start()
     lines = refresh_once(run, corpus, once=False)
-    assert sum("No space left" in line for line in lines) == 1 and "published" in lines[-1], "said once, tried again until it worked"
+    assert sum("No space left" in line for line in lines) == 1 and "published" in lines[-1], (
+        "said once, tried again until it worked"
+    )
     assert_equals_direct_encoding(run, indexes(run)[-1], corpus)
 
 

@@ -20,7 +20,9 @@ EMBEDDINGS_ND = RNG.standard_normal((COUNT, DIM)).astype(np.float32)
 QUERIES_BD = RNG.standard_normal((7, DIM)).astype(np.float32)
 
 
-def publish(folder: Path, version: Version, emb_ND: np.ndarray = EMBEDDINGS_ND, factory: str = "Flat", **changes: object) -> Path:
+def publish(
+    folder: Path, version: Version, emb_ND: np.ndarray = EMBEDDINGS_ND, factory: str = "Flat", **changes: object
+) -> Path:
     index = build_index(emb_ND, factory)
     fields = {
         "encoder": version.encoder.name,
@@ -44,7 +46,9 @@ def brute_force(k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("k", [1, 8, COUNT])
 def test_flat_search_is_brute_force(tmp_path: Path, k: int) -> None:
-    index = PassageIndex.open(publish(tmp_path, Version(1, 500, 1)), "corpus", dim=DIM, tokenizer_fingerprint="tokenizer", threads=1)
+    index = PassageIndex.open(
+        publish(tmp_path, Version(1, 500, 1)), "corpus", dim=DIM, tokenizer_fingerprint="tokenizer", threads=1
+    )
     scores_BK, rows_BK = index.search(QUERIES_BD, k)
     expected_scores_BK, expected_rows_BK = brute_force(k)
     np.testing.assert_array_equal(rows_BK, expected_rows_BK)
@@ -217,7 +221,9 @@ def test_the_last_good_version_stays_and_a_refusal_is_logged_once(
     broken = publish(started / "elsewhere", Version(1, 1000, 1))
     damage(broken)
     broken.rename(started / "indexes" / broken.name)
-    publish(started / "elsewhere", Version(1, 900, 1), corpus="other").rename(started / "indexes" / "a01-step-000900-e1")
+    publish(started / "elsewhere", Version(1, 900, 1), corpus="other").rename(
+        started / "indexes" / "a01-step-000900-e1"
+    )
     wait_until(lambda: len(watcher.refused) == 2)
     time.sleep(0.1)
     assert reason in watcher.refused["a01-step-001000-e1"] and "another corpus" in watcher.refused["a01-step-000900-e1"]
@@ -257,7 +263,9 @@ def test_an_untaken_version_gives_way_to_a_newer_one(started: Path, watcher: Ind
     assert taken is not None and taken.step == 600
 
 
-def test_an_unexpected_failure_of_the_thread_reaches_the_trainer(started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_failure_of_the_thread_reaches_the_trainer(
+    started: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("a mistake of ours")
 

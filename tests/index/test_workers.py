@@ -1,4 +1,5 @@
-"""Several refresher processes under torchrun: one index between them, and a restart of all when one dies."""
+"""Several refresher processes under torchrun: one index between them, and a restart of all when
+one dies."""
 
 import os
 import re
@@ -32,7 +33,9 @@ def launch(run: Path, seconds_per_batch: float) -> subprocess.Popen[str]:
         "--monitor-interval",
         "0.2",
     ]
-    return subprocess.Popen([*command, str(PROGRAM), str(run), str(seconds_per_batch)], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, str(PROGRAM), str(run), str(seconds_per_batch)], env=environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def embeddings(run: Path) -> np.ndarray:
@@ -46,7 +49,9 @@ def test_two_workers_share_the_shards_of_one_index(run: Path, corpus: FakeCorpus
     workers = launch(run, 0.0)
     output, _ = workers.communicate(timeout=120)
     assert workers.returncode == 0 and output.count("published") == 1
-    np.testing.assert_allclose(embeddings(run), direct_embeddings(run / "encoders" / "a01-step-000500", corpus), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        embeddings(run), direct_embeddings(run / "encoders" / "a01-step-000500", corpus), rtol=1e-5, atol=1e-6
+    )
     batches = [int((run / f"batches-{rank}").read_text()) for rank in range(2)]
     assert min(batches) > 5, "six shards between the two of them"
 
@@ -57,11 +62,16 @@ def test_when_one_dies_all_start_again_and_keep_the_finished_shards(run: Path, c
     until = time.monotonic() + 60
     while len(list(work.glob("shard-*.npy"))) < 2 and time.monotonic() < until:
         time.sleep(0.01)
-    pids = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(workers.pid)], capture_output=True, text=True).stdout.split()]
+    pids = [
+        int(pid)
+        for pid in subprocess.run(["pgrep", "-P", str(workers.pid)], capture_output=True, text=True).stdout.split()
+    ]
     assert len(pids) == 2
     os.kill(max(pids), signal.SIGKILL)
     output, _ = workers.communicate(timeout=120)
     assert workers.returncode == 0 and output.count("published") == 1
     kept = re.search(r"\((\d) shards kept", output)
     assert kept is not None and int(kept[1]) >= 2
-    np.testing.assert_allclose(embeddings(run), direct_embeddings(run / "encoders" / "a01-step-000500", corpus), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        embeddings(run), direct_embeddings(run / "encoders" / "a01-step-000500", corpus), rtol=1e-5, atol=1e-6
+    )

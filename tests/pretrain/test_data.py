@@ -1,4 +1,5 @@
-"""Masked sentences, substitution and candidates: what may be masked, what may be read, what never comes back."""
+"""Masked sentences, substitution and candidates: what may be masked, what may be read, what
+never comes back."""
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
 from pretrain.ict import IctBatches
-from pretrain.reader_pretraining import evidence
+from pretrain.reader_pretraining import find_supporting_passage
 from realm.corpus.context import Contexts
 from realm.corpus.substitution import replace_span, span_pool
 from realm.models.modules import PairBatch
@@ -85,7 +86,10 @@ def test_copies_and_passages_that_hold_the_whole_sentence_are_dropped(run: Run) 
 
 
 def test_a_sentence_cut_within_a_word_is_found_in_a_copy(run: Run) -> None:
-    plain, continuation = (int(i) for i in (np.flatnonzero(~run.wordpieces.continuation)[-1], np.flatnonzero(run.wordpieces.continuation)[0]))
+    plain, continuation = (
+        int(i)
+        for i in (np.flatnonzero(~run.wordpieces.continuation)[-1], np.flatnonzero(run.wordpieces.continuation)[0])
+    )
     passages = Copies([[7, plain, 8, plain, continuation, 9], [8, 9]], [1, 2])
     example = MaskedSentence(0, np.array([plain, 8, plain], np.int32), 0, 1, 0)  # the query had no room for the rest
     assert choose_candidates([0, 1], example, 2, Contexts(passages, 0), Statements(), run.wordpieces) == [1, EMPTY]  # type: ignore[arg-type]
@@ -136,8 +140,10 @@ def test_null_passage_stands_first_and_empty_slots_are_invalid(run: Run, maker: 
     assert batch.valid_BN.tolist() == [[True, True, True], [True, True, False]]
     assert batch.candidate_BN[0, 1] == batch.candidate_BN[1, 1], "a passage shared by two queries is embedded once"
     rows = torch_rows(batch)
-    assert rows == list(range(5)), "every joint input stands in exactly one bucket, and nothing is read for the empty slot"
-    assert batch.masked.reading_BN.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert rows == list(range(5)), (
+        "every joint input stands in exactly one bucket, and nothing is read for the empty slot"
+    )
+    assert batch.masked.read_slot_BN.tolist() == [[0, 1, 2], [0, 1, 0]]
 
 
 def torch_rows(batch: object) -> list[int]:
@@ -154,14 +160,20 @@ def example_of(run: Run, sentence: str, span: str, others: tuple[str, ...] = ())
 
 def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, maker: BatchMaker) -> None:
     holm = example_of(run, "Holm lies on the Quill.", "Quill", ("Holm",))
-    assert evidence(np.array([0, 3, 7, 1]), holm, run, maker) == 7
-    assert evidence(np.array([0, 3, 1]), holm, run, maker) is None, "no passage holds the span"
+    assert find_supporting_passage(np.array([0, 3, 7, 1]), holm, run, maker) == 7
+    assert find_supporting_passage(np.array([0, 3, 1]), holm, run, maker) is None, "no passage holds the span"
     elsewhere = example_of(run, "Garda lies on the Quill.", "Quill", ("Garda",))
-    assert evidence(np.arange(12), elsewhere, run, maker) is None, "the one that holds the span tells of another town"
+    assert find_supporting_passage(np.arange(12), elsewhere, run, maker) is None, (
+        "the one that holds the span tells of another town"
+    )
     alone = example_of(run, "It lies on the Quill.", "Quill")
-    assert evidence(np.array([6, 7]), alone, run, maker) == 7, "with no other span the first that holds it"
+    assert find_supporting_passage(np.array([6, 7]), alone, run, maker) == 7, (
+        "with no other span the first that holds it"
+    )
     whole = example_of(run, "Holm is a town on the river Quill.", "Quill", ("Holm",))
-    assert evidence(np.array([7]), whole, run, maker) is None, "a passage in which the sentence itself stands is trivial"
+    assert find_supporting_passage(np.array([7]), whole, run, maker) is None, (
+        "a passage in which the sentence itself stands is trivial"
+    )
 
 
 def test_titles_count_as_held(run: Run, maker: BatchMaker) -> None:
@@ -173,7 +185,7 @@ def test_titles_count_as_held(run: Run, maker: BatchMaker) -> None:
 
 def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, maker: BatchMaker) -> None:
     examples = [example_of(run, "The river of Holm is the Quill.", span) for span in ("Holm", "Quill")]
-    batch = maker.warmup(examples, [maker.passage(7), maker.passage(NULL)], 4)
+    batch = maker.reader_pretraining(examples, [maker.passage(7), maker.passage(NULL)], 4)
     found: dict[int, list[list[int]]] = {}
     for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
         for r, row in enumerate(joint.row_R.tolist()):
@@ -184,15 +196,25 @@ def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, maker: 
     assert found[1] == [], "the null passage holds nothing"
 
 
-def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_passage(run: Run, maker: BatchMaker) -> None:
+def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_passage(
+    run: Run, maker: BatchMaker
+) -> None:
     def batches(share: float) -> list[PairBatch]:
-        return [IctBatches(run.passages, maker, IctConfig(batch_size=6, null_share=share), 0)(step) for step in range(40)]
+        return [
+            IctBatches(run.passages, maker, IctConfig(batch_size=6, null_prob=share), 0)(step) for step in range(40)
+        ]
 
     for batch in batches(0.0):
-        assert len(batch.passage_ids_CL) == 6 and not batch.excluded_BC.any() and batch.target_B.tolist() == list(range(6))
+        assert (
+            len(batch.passage_ids_CL) == 6 and not batch.excluded_BC.any() and batch.target_B.tolist() == list(range(6))
+        )
     withheld = 0
     for batch in batches(0.5):
-        assert batch.passage_ids_CL[-1][batch.passage_mask_CL[-1].bool()].tolist() == [run.wordpieces.cls, run.wordpieces.sep, run.wordpieces.sep]
+        assert batch.passage_ids_CL[-1][batch.passage_mask_CL[-1].bool()].tolist() == [
+            run.wordpieces.cls,
+            run.wordpieces.sep,
+            run.wordpieces.sep,
+        ]
         assert len(batch.passage_ids_CL) == 7
         away_B = batch.target_B == 6
         assert torch.equal(batch.target_B[~away_B], torch.arange(6)[~away_B])
@@ -212,4 +234,7 @@ def test_masks_stand_where_the_batch_says(run: Run, maker: BatchMaker) -> None:
             at = batch.masked.position_BM[query][batch.masked.token_BM[query]]
             assert (ids[at] == run.wordpieces.mask).all()
             assert (ids == run.wordpieces.mask).sum() == len(at)
-            assert batch.masked.target_BM[query][batch.masked.token_BM[query]].tolist() == examples[query].span_ids.tolist()
+            assert (
+                batch.masked.target_BM[query][batch.masked.token_BM[query]].tolist()
+                == examples[query].span_ids.tolist()
+            )

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 import pretrain.masked_span_eval
-from pretrain.masked_span_eval import ProbeItem, load_probe, probe, retrieval_recall, sampled_probe
+from pretrain.masked_span_eval import (
+    MaskedSpanItem,
+    evaluate_masked_spans,
+    load_annotated,
+    retrieval_recall,
+    sample_items,
+)
 from pretrain.stage import batch_maker
 from realm.app.pipeline import prepare
 from realm.run.config_file import load_config
@@ -20,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Passages that are their own statements."""
     folder = tmp_path_factory.mktemp("probe")
     write_sources(folder)
-    config = load_config(write_config(folder, corpus={"statements": None}, data={"probe": None, "train": None}))
+    config = load_config(write_config(folder, corpus={"statements": None}, data={"masked_spans": None, "train": None}))
     prepare(config)
     return Run.create(config)
 
@@ -38,18 +44,23 @@ class OwnPassageFirst:
 
 def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pretrain.masked_span_eval, "FrozenSearch", OwnPassageFirst)
-    items = sampled_probe(run)
+    items = sample_items(run)
     maker = batch_maker(run)
     elsewhere = [
-        any(maker.holds(maker.passage(row), item.example.span_ids) for row in range(len(run.passages)) if row != item.example.row) for item in items
+        any(
+            maker.holds(maker.passage(row), item.example.span_ids)
+            for row in range(len(run.passages))
+            if row != item.example.row
+        )
+        for item in items
     ]
     assert len(items) > 10 and not all(elsewhere)
-    figures = probe(run, items, tmp_path, None)
+    figures = evaluate_masked_spans(run, items, tmp_path, None)
     assert figures["recall@5"] <= 100 * np.mean(elsewhere)
 
 
 def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) -> None:
-    items = [ProbeItem(item.example, item.example.row) for item in sampled_probe(run, 3)]
+    items = [MaskedSpanItem(item.example, item.example.row) for item in sample_items(run, 3)]
     found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])
     assert retrieval_recall(run, items, found, (1, 2))["exact_recall@1"] == 100.0
     assert retrieval_recall(run, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
@@ -59,4 +70,4 @@ def test_statements_are_lines_and_no_other_sign_ends_one(run: Run, tmp_path: Pat
     path = tmp_path / "probe.jsonl"
     record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
-    assert [item.passage for item in load_probe(path, run)] == [0]
+    assert [item.passage for item in load_annotated(path, run)] == [0]

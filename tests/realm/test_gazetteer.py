@@ -24,7 +24,12 @@ class Gazetteer(NamedTuple):
 
     def questions(self, split: str) -> list[tuple[Record, Record]]:
         """Each paragraph with each of its questions."""
-        return [(paragraph, qa) for article in self.articles[split] for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+        return [
+            (paragraph, qa)
+            for article in self.articles[split]
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
 
 
 def read_lines(path: Path) -> list[Record]:
@@ -49,7 +54,10 @@ def gazetteer(tmp_path_factory: pytest.TempPathFactory) -> Gazetteer:
         summary,
         {passage["id"]: passage for passage in read_lines(folder / "passages.jsonl")},
         {kind: read_lines(folder / f"{kind}.jsonl") for kind in kinds},
-        {split: json.loads((folder / f"questions/{split}.json").read_text(encoding="utf-8"))["data"] for split in SPLITS},
+        {
+            split: json.loads((folder / f"questions/{split}.json").read_text(encoding="utf-8"))["data"]
+            for split in SPLITS
+        },
     )
 
 
@@ -131,7 +139,9 @@ def test_first_passages_name_their_subject_once_and_all_are_short(gazetteer: Gaz
         assert 20 <= len(passage["text"].split()) <= 75, passage["id"]
         assert "{" not in passage["text"], passage["id"]
     assert set(Counter(passage["title"] for passage in gazetteer.passages.values()).values()) <= {2, 3}
-    assert len({(passage["title"], passage["text"]) for passage in gazetteer.passages.values()}) == len(gazetteer.passages)
+    assert len({(passage["title"], passage["text"]) for passage in gazetteer.passages.values()}) == len(
+        gazetteer.passages
+    )
 
 
 def test_statements_name_their_subject(gazetteer: Gazetteer) -> None:
@@ -168,7 +178,11 @@ def test_question_answers_are_where_they_say(gazetteer: Gazetteer) -> None:
 
 def test_questions_are_split_by_entity_within_each_table(gazetteer: Gazetteer) -> None:
     titles = {split: {article["title"] for article in gazetteer.articles[split]} for split in SPLITS}
-    assert not titles["train"] & titles["validation"] and not titles["train"] & titles["test"] and not titles["validation"] & titles["test"]
+    assert (
+        not titles["train"] & titles["validation"]
+        and not titles["train"] & titles["test"]
+        and not titles["validation"] & titles["test"]
+    )
     entities = [entity for entity in load_entities() if entity.has_passages]
     split_of = {entity.name: entity.split for entity in entities}
     assert all(split_of[title] == split for split in SPLITS for title in titles[split])
@@ -183,7 +197,7 @@ def test_questions_are_split_by_entity_within_each_table(gazetteer: Gazetteer) -
 def test_held_out_facts_are_never_stated(gazetteer: Gazetteer) -> None:
     stated = {record["fact"] for record in gazetteer.statements["statements"] if record["split"] != "stated-orphan"}
     held_out = {record["fact"] for record in gazetteer.statements["heldout_statements"]}
-    orphans = {record["fact"] for record in gazetteer.statements["orphan_statements"]}
+    orphans = {record["fact"] for record in gazetteer.statements["unsupported_statements"]}
     assert len(held_out) == gazetteer.summary.held_out_facts
     assert not stated & held_out and not orphans & (stated | held_out)
     assert len(stated | held_out) == gazetteer.summary.facts
@@ -196,19 +210,22 @@ def test_held_out_facts_are_never_stated(gazetteer: Gazetteer) -> None:
 def test_evaluation_statements_cover_the_facts_of_validation_and_test(gazetteer: Gazetteer) -> None:
     evaluation = gazetteer.statements["evaluation_statements"]
     held_out = {record["fact"] for record in gazetteer.statements["heldout_statements"]}
-    expected = {fact.id for entity in load_entities() if entity.split in ("validation", "test") for fact in entity.facts}
+    expected = {
+        fact.id for entity in load_entities() if entity.split in ("validation", "test") for fact in entity.facts
+    }
     assert {record["fact"] for record in evaluation} == expected and len(evaluation) == len(expected)
     assert all(record["held_out"] == (record["fact"] in held_out) for record in evaluation)
 
 
 def test_orphans_stand_in_no_passage(gazetteer: Gazetteer) -> None:
     titles = {passage["title"] for passage in gazetteer.passages.values()}
-    for record in gazetteer.statements["orphan_statements"]:
+    for record in gazetteer.statements["unsupported_statements"]:
         assert record["subject"] not in titles
         both = [
             passage["id"]
             for passage in gazetteer.passages.values()
-            if occurrences(record["subject"], passage["text"]) and occurrences(record["answer"]["text"], passage["text"])
+            if occurrences(record["subject"], passage["text"])
+            and occurrences(record["answer"]["text"], passage["text"])
         ]
         assert not both, (record["id"], both)
 
@@ -219,7 +236,9 @@ def test_a_share_of_what_is_stated_stands_in_no_passage(gazetteer: Gazetteer) ->
     unsupported = [record for record in statements if record["subject"] not in titles]
     assert {record["split"] for record in unsupported} == {"stated-orphan"}
     assert 0.04 < len(unsupported) / len(statements) < 0.10
-    assert not {record["subject"] for record in unsupported} & {record["subject"] for record in gazetteer.statements["orphan_statements"]}
+    assert not {record["subject"] for record in unsupported} & {
+        record["subject"] for record in gazetteer.statements["unsupported_statements"]
+    }
 
 
 def test_guessing_a_frequent_answer_does_not_pay(gazetteer: Gazetteer) -> None:

@@ -1,4 +1,5 @@
-"""The command line: one subcommand a program, each importing what it needs when it runs, so that `realm --help` answers at once."""
+"""The command line: one subcommand a program, each importing what it needs when it runs, so that
+`realm --help` answers at once."""
 
 import argparse
 import re
@@ -11,11 +12,14 @@ from realm.app.cli.index import add_index_commands
 from realm.app.cli.stages import add_stage_commands
 from realm.errors import UserError
 
-_DESCRIPTION = "Retrieval-augmented pretraining: retriever and reader trained end to end beside an asynchronously refreshed index."
+_DESCRIPTION = (
+    "Retrieval-augmented pretraining: retriever and reader trained end to end beside an asynchronously refreshed index."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a mistake of the user, 130 after an interrupt that can be resumed."""
+    """Run one command; returns the exit status: 0, 2 for a mistake of the user, 130 after an
+    interrupt that can be resumed."""
     rest, overrides = _dotted(list(sys.argv[1:] if arguments is None else arguments))
     options, others = _parser().parse_known_args(rest)
     overrides += others
@@ -44,12 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dotted(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments without overrides of the form `--section.field value`, and these: argparse would take such a value for one of its own."""
+    """Arguments without overrides of the form `--section.field value`, and these: argparse would
+    take such a value for one of its own."""
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
         if re.match(r"--\w+\.[\w.]+(=|$)", argument):
-            overrides += [argument] if "=" in argument else [argument, *([value] if (value := next(remaining, None)) is not None else [])]
+            overrides += (
+                [argument]
+                if "=" in argument
+                else [argument, *([value] if (value := next(remaining, None)) is not None else [])]
+            )
         else:
             rest.append(argument)
     return rest, overrides

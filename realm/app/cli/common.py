@@ -13,7 +13,7 @@ def open_run(options: argparse.Namespace) -> "Run":
     """The run of `--config` (created where new) or of `--run`."""
     from realm.run.config_file import load_config
     from realm.run.folder import Run
-    from realm.runtime.distributed import on_main, world_size
+    from realm.runtime.distributed import on_rank_zero, world_size
 
     if world_size() > 1:  # under a launcher
         from realm.training.engine import start_processes
@@ -22,4 +22,4 @@ def open_run(options: argparse.Namespace) -> "Run":
     if not hasattr(options, "config"):
         return Run.open(options.run, options.overrides)
     config = load_config(options.config, options.overrides)
-    return on_main(lambda: Run.create(config))
+    return on_rank_zero(lambda: Run.create(config))

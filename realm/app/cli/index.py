@@ -11,7 +11,9 @@ from realm.errors import UserError
 def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The subcommands and their options."""
     index = commands.add_parser(
-        "index", help="look after the index versions of a run", description="Index versions of a run: list, show, check, collect."
+        "index",
+        help="look after the index versions of a run",
+        description="Index versions of a run: list, show, check, collect.",
     )
     verbs = index.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command, about in (
@@ -29,13 +31,26 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         if name == "verify":
             verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
         if name == "add":
-            verb.add_argument("documents", nargs="*", help="files or folders of documents, or mappings as in corpus.passages")
+            verb.add_argument(
+                "documents", nargs="*", help="files or folders of documents, or mappings as in corpus.passages"
+            )
             verb.add_argument("--format", help="format of the documents (default: told by name and content)")
-            verb.add_argument("--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line")
-            verb.add_argument("--replace", action="store_true", help="added documents take the place of those of the same id")
-            verb.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
+            verb.add_argument(
+                "--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line"
+            )
+            verb.add_argument(
+                "--replace", action="store_true", help="added documents take the place of those of the same id"
+            )
+            verb.add_argument(
+                "--skip-bad", action="store_true", help="leave out records that cannot be used, and count them"
+            )
         if name == "gc":
-            verb.add_argument("--grace", type=float, metavar="S", help="seconds in which readers may still take one (default: refresh.grace_s)")
+            verb.add_argument(
+                "--grace",
+                type=float,
+                metavar="S",
+                help="seconds in which readers may still take one (default: refresh.grace_s)",
+            )
             verb.add_argument("--dry-run", action="store_true", help="say what would go")
 
 
@@ -47,7 +62,9 @@ def _ls(options: argparse.Namespace) -> None:
         [entry.path.relative_to(options.run).as_posix(), entry.manifest and f"{entry.manifest.count:,}", entry.manifest and entry.manifest.factory,
          f"{entry.bytes / 2**20:,.1f}", entry.manifest and entry.manifest.created_at, entry.state] for entry in entries(open_run(options).folder)
     ]  # fmt: skip
-    print_table(f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows)
+    print_table(
+        f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows
+    )
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -58,7 +75,9 @@ def _show(options: argparse.Namespace) -> None:
 
     entry = entry_named(open_run(options).folder, options.version)
     if entry.manifest is None:
-        raise UserError(f"{entry.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again.")
+        raise UserError(
+            f"{entry.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again."
+        )
     everything = {**asdict(entry.manifest), "bytes": entry.bytes, "state": entry.state, "holders": entry.holders}
     print(json.dumps(everything, indent=1))
 
@@ -98,5 +117,7 @@ def _add(options: argparse.Namespace) -> None:
         sources = [replace(source, format=options.format) for source in sources]
     delete = [] if options.delete is None else read_names(options.delete)
     if not sources and not delete:
-        raise UserError("nothing to add and nothing to take away; name files of documents, or a file of ids with --delete.")
+        raise UserError(
+            "nothing to add and nothing to take away; name files of documents, or a file of ids with --delete."
+        )
     add_documents(open_run(options), sources, delete, options.replace, options.skip_bad)

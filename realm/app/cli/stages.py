@@ -12,42 +12,72 @@ from realm.errors import UserError
 if TYPE_CHECKING:
     from realm.run.folder import Run
 
-_QUESTIONS = "file of questions, or a mapping as in data.train: '{path: rajpurkar/squad, format: datasets, split: validation}'"
+_QUESTIONS = (
+    "file of questions, or a mapping as in data.train: '{path: rajpurkar/squad, format: datasets, split: validation}'"
+)
 _FORMAT = "format of --questions: squad, jsonl, qas, webq, trec, timeqa or datasets (default: told by name and content)"
 
 
 def add_stage_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The subcommands and their options."""
 
-    def add(name: str, command: Callable[[argparse.Namespace], None], about: str, source: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about, epilog=EPILOG if source else None, allow_abbrev=False)
+    def add(
+        name: str, command: Callable[[argparse.Namespace], None], about: str, source: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=about, description=about, epilog=EPILOG if source else None, allow_abbrev=False
+        )
         if source == "config":
             sub.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
-            sub.add_argument("--limit", type=int, metavar="N", help="read no more than N documents of each source (corpus.limit), for trying")
+            sub.add_argument(
+                "--limit",
+                type=int,
+                metavar="N",
+                help="read no more than N documents of each source (corpus.limit), for trying",
+            )
         elif source == "run":
             sub.add_argument("--run", type=Path, required=True, help="run folder")
         sub.set_defaults(command=command, takes_overrides=bool(source))
         return sub
 
-    everything = add("run", _run, "every stage in order, then a table: prepare, ict, reader-warmup, pretrain, finetune, evaluate", "config")
+    everything = add(
+        "run",
+        _run,
+        "every stage in order, then a table: prepare, ict, reader-pretraining, pretrain, finetune, evaluate",
+        "config",
+    )
     everything.add_argument("--resume", action="store_true", help="go on with a run that was begun before")
     plan = add("plan", _plan, "time, memory and disk of a run on this machine, from a short calibration", "config")
-    plan.add_argument("--passages", type=int, metavar="N", help="blocks of the whole corpus, where it is not prepared yet")
+    plan.add_argument(
+        "--passages", type=int, metavar="N", help="blocks of the whole corpus, where it is not prepared yet"
+    )
     prepare = add("prepare", _prepare, "corpus to token arrays and salient spans, once", "config")
-    prepare.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be used, and count them")
+    prepare.add_argument(
+        "--skip-bad", action="store_true", help="leave out records that cannot be used, and count them"
+    )
     for name, command, about in (
         ("ict", _ict, "inverse cloze warm start of the retriever"),
-        ("reader-warmup", _reader_warmup, "teach the reader to read retrieved passages"),
+        ("reader-pretraining", _reader_pretraining, "teach the reader to read retrieved passages"),
         ("pretrain", _pretrain, "REALM pretraining beside a refresher"),
     ):
         stage = add(name, command, about, "config")
         stage.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
         if name == "pretrain":
-            stage.add_argument("--with-refresher", action="store_true", help="start a refresher process beside the trainer")
             stage.add_argument(
-                "--replay", type=Path, metavar="RUN", help="search at each step the index that this run, or an earlier attempt of the same, searched"
+                "--with-refresher", action="store_true", help="start a refresher process beside the trainer"
             )
-    refresh = add("refresh", _refresh, "the asynchronous index refresher: its own process; start, kill and restart it at any time", "run")
+            stage.add_argument(
+                "--replay",
+                type=Path,
+                metavar="RUN",
+                help="search at each step the index that this run, or an earlier attempt of the same, searched",
+            )
+    refresh = add(
+        "refresh",
+        _refresh,
+        "the asynchronous index refresher: its own process; start, kill and restart it at any time",
+        "run",
+    )
     refresh.add_argument("--once", action="store_true", help="end as soon as there is nothing left to do")
     for name, about in (
         ("finetune-retriever", "finetune both towers of the retriever on questions with hard negatives"),
@@ -61,12 +91,25 @@ def add_stage_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     evaluate = add("evaluate", _evaluate, "answer questions and count", "run")
     evaluate.add_argument("--questions", help=f"{_QUESTIONS}; default: those of --split")
     evaluate.add_argument("--format", help=_FORMAT)
-    evaluate.add_argument("--name", help="name of the result under evaluations/ (default: that of the file or the split, and of the stage)")
-    evaluate.add_argument("--stage", default="finetune", help="stage whose models answer: start, or a training stage (default: finetune)")
     evaluate.add_argument(
-        "--compare", nargs="+", default=[], metavar="RETRIEVER", help="put beside: other stages, bm25, sentence-transformers models"
+        "--name",
+        help="name of the result under evaluations/ (default: that of the file or the split, and of the stage)",
     )
-    evaluate.add_argument("--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)")
+    evaluate.add_argument(
+        "--stage",
+        default="finetune",
+        help="stage whose models answer: initial, or a training stage (default: finetune)",
+    )
+    evaluate.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="RETRIEVER",
+        help="put beside: other stages, bm25, sentence-transformers models",
+    )
+    evaluate.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)"
+    )
     compare = add("compare", _compare, "two evaluations of the same questions: differences with paired intervals", "")
     compare.add_argument("first", type=Path, help="…predictions.jsonl of one evaluation")
     compare.add_argument("second", type=Path, help="…predictions.jsonl of another, of this or another run")
@@ -102,10 +145,10 @@ def _ict(options: argparse.Namespace) -> None:
     train_ict(open_run(options), options.resume)
 
 
-def _reader_warmup(options: argparse.Namespace) -> None:
-    from pretrain.reader_pretraining import train_reader_warmup
+def _reader_pretraining(options: argparse.Namespace) -> None:
+    from pretrain.reader_pretraining import train_reader_pretraining
 
-    train_reader_warmup(open_run(options), options.resume)
+    train_reader_pretraining(open_run(options), options.resume)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -142,7 +185,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = _asked(open_run(options), options, options.split)
     source = run.questions(options.split)
-    name = options.name or (options.split if options.questions is None or source is None else Path(source.path).name.split(".")[0])
+    name = options.name or (
+        options.split if options.questions is None or source is None else Path(source.path).name.split(".")[0]
+    )
     if options.name is None and options.stage != STAGE:
         name += f"-{options.stage}"
     print_results(run, evaluate(run, options.split, options.stage, options.compare, name), name)

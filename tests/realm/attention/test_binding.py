@@ -1,4 +1,5 @@
-"""Attention variants inside BERT: what takes the place of self-attention, positions, saving, the config's choice."""
+"""Attention variants inside BERT: what takes the place of self-attention, positions, saving, the
+config's choice."""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -56,7 +57,9 @@ def test_a_window_over_the_whole_length_is_dense_attention(window):
     bind_attention(bert, DenseAttention())
     bind_attention(bound, LongformerAttention(window=window))
     real_BL = mask_BL.bool()
-    torch.testing.assert_close(hidden(bound, ids_BL, mask_BL)[real_BL], hidden(bert, ids_BL, mask_BL)[real_BL], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        hidden(bound, ids_BL, mask_BL)[real_BL], hidden(bert, ids_BL, mask_BL)[real_BL], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_smaller_window_is_not_dense_attention():
@@ -79,13 +82,21 @@ def test_padding_changes_no_real_token(attention):
         torch.testing.assert_close(together[row, :length], alone, atol=1e-5, rtol=1e-5)
     wider = [torch.cat([tensor, torch.zeros(2, 9, dtype=torch.int64)], 1) for tensor in (ids_BL, mask_BL)]
     torch.testing.assert_close(hidden(bert, *wider)[:, :19][real_BL], together[real_BL], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(hidden(bert, torch.where(real_BL, ids_BL, 7), mask_BL)[real_BL], together[real_BL], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        hidden(bert, torch.where(real_BL, ids_BL, 7), mask_BL)[real_BL], together[real_BL], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_query_tokens_are_global_in_the_reader(tokenizer):
-    """With one layer and a window of 2, a far token changes with x and not with the rest of the passage."""
+    """With one layer and a window of 2, a far token changes with x and not with the rest of the
+    passage."""
     torch.manual_seed(0)
-    config = ReaderConfig(bert=BertSource(**{**vars(SOURCE), "layers": 1}), attention=LongformerAttention(window=2), span_hidden=8, max_tokens=40)
+    config = ReaderConfig(
+        bert=BertSource(**{**vars(SOURCE), "layers": 1}),
+        attention=LongformerAttention(window=2),
+        span_hidden=8,
+        max_tokens=40,
+    )
     reader, _ = build_reader(config, tokenizer)
     sequence = torch.randint(10, len(tokenizer), (30,)).numpy()
 
@@ -114,7 +125,10 @@ def test_every_layer_is_replaced_in_its_order():
     recorder, bert = Recorder(), tiny_bert(layers=3)
     bind_attention(bert.train(), recorder)
     assert recorder.seen == [0, 1, 2]
-    assert all(isinstance(layer.attention.self, LongformerSelfAttention) and layer.attention.self.training for layer in bert.encoder.layer)
+    assert all(
+        isinstance(layer.attention.self, LongformerSelfAttention) and layer.attention.self.training
+        for layer in bert.encoder.layer
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,9 @@ def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
     assert load_reader(tmp_path / "longer", longer).config == longer
 
 
-@pytest.mark.parametrize("attention", [LongformerAttention(4), PerformerAttention(8), LinformerAttention(8), InfiniAttention(8)])
+@pytest.mark.parametrize(
+    "attention", [LongformerAttention(4), PerformerAttention(8), LinformerAttention(8), InfiniAttention(8)]
+)
 def test_a_variant_is_made_where_the_model_is(attention):
     bert = tiny_bert(max_positions=8).to("meta")
     bind_attention(bert, attention)
@@ -207,7 +223,11 @@ def test_a_variant_is_made_where_the_model_is(attention):
     ("saved", "wanted", "message"),
     [
         ({"attention": PerformerAttention(8)}, {"attention": LongformerAttention(5)}, "reader.attention differs"),
-        ({"attention": LinformerAttention(8)}, {"max_tokens": 90}, "max_tokens is 90, but LinformerAttention.* was trained for 64 positions"),
+        (
+            {"attention": LinformerAttention(8)},
+            {"max_tokens": 90},
+            "max_tokens is 90, but LinformerAttention.* was trained for 64 positions",
+        ),
         ({}, {"span_hidden": 16}, "reader.span_hidden is 16, but the reader was trained with 8"),
         ({}, {"max_span_tokens": 4}, "reader.max_span_tokens is 4"),
     ],

@@ -1,4 +1,5 @@
-"""Dense attention on a CPU against plain loops in double precision: outputs, gradients, padding, and the rows taken at a time."""
+"""Dense attention on a CPU against plain loops in double precision: outputs, gradients, padding,
+and the rows taken at a time."""
 
 import math
 
@@ -13,9 +14,13 @@ MODULE = nn.Identity()
 
 
 def inputs(rows: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Query, key and value (B, 2, L, 4), and a padding mask under which row b has at most L - b tokens."""
+    """Query, key and value (B, 2, L, 4), and a padding mask under which row b has at most L - b
+    tokens."""
     generator = torch.Generator().manual_seed(7)
-    tensors = [torch.randn(rows, 2, length, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(3)]
+    tensors = [
+        torch.randn(rows, 2, length, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for _ in range(3)
+    ]
     mask_BL = torch.ones(rows, length, dtype=torch.long)
     for row in range(rows):
         mask_BL[row, max(1, length - row) :] = 0

@@ -1,4 +1,5 @@
-"""Performer, linformer and infini-attention against plain loops in double precision: outputs, gradients, padding, lengths, half precision."""
+"""Performer, linformer and infini-attention against plain loops in double precision: outputs,
+gradients, padding, lengths, half precision."""
 
 import math
 from collections.abc import Callable
@@ -33,12 +34,18 @@ def parts(request):
 
 
 Reference = Callable[[torch.nn.Module, Tensor, Tensor, Tensor], Tensor]
-"""(module, q, k, v of one text and head as (L, D)) to (L, D); `module` gets an attribute `head`, the number of the head."""
+"""(module, q, k, v of one text and head as (L, D)) to (L, D); `module` gets an attribute `head`,
+the number of the head."""
 
 
 def module(attention: AttentionConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS, max_position_embeddings=POSITIONS, attention_probs_dropout_prob=0.0)
+    config = BertConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        attention_probs_dropout_prob=0.0,
+    )
     built = attention.replace_all([BertSelfAttention(config) for _ in range(2)])[1].double().eval()
     with torch.no_grad():
         for parameter in built.parameters():
@@ -57,7 +64,9 @@ def performer_reference(built, head, query, key, value):
         norm = sum(x[d] ** 2 for d in range(D)) / 2
         if kernel == "trigonometric":
             angles = [sum(w[d] * x[d] for d in range(D)) for w in rows]
-            return torch.stack([norm.exp() * angle.cos() for angle in angles] + [norm.exp() * angle.sin() for angle in angles])
+            return torch.stack(
+                [norm.exp() * angle.cos() for angle in angles] + [norm.exp() * angle.sin() for angle in angles]
+            )
         return torch.stack([(sum(w[d] * x[d] for d in range(D)) - norm).exp() for w in rows])
 
     out = []
@@ -126,10 +135,14 @@ def infini_reference(built, head, query, key, value):
 
 VARIANTS: dict[str, tuple[AttentionConfig, Reference]] = {
     **{
-        f"performer-{kernel}": (PerformerAttention(8, kernel, redraw_every=0), performer_reference) for kernel in ("softmax", "trigonometric", "relu")
+        f"performer-{kernel}": (PerformerAttention(8, kernel, redraw_every=0), performer_reference)
+        for kernel in ("softmax", "trigonometric", "relu")
     },
     "performer-iid": (PerformerAttention(7, orthogonal=False, redraw_every=0), performer_reference),
-    **{f"linformer-{sharing}": (LinformerAttention(6, sharing), linformer_reference) for sharing in ("none", "headwise", "key_value", "layerwise")},
+    **{
+        f"linformer-{sharing}": (LinformerAttention(6, sharing), linformer_reference)
+        for sharing in ("none", "headwise", "key_value", "layerwise")
+    },
     **{f"infini-{update}": (InfiniAttention(4, update), infini_reference) for update in ("linear", "delta")},
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -142,21 +155,30 @@ def naive(built, reference: Reference, hidden_BLW: Tensor, lengths: list[int]) -
         hidden = hidden_BLW[b, :length]
         q, k, v = built.query(hidden), built.key(hidden), built.value(hidden)
         parts = [slice(head * D, (head + 1) * D) for head in range(HEADS)]
-        outputs.append(torch.cat([reference(built, head, q[:, part], k[:, part], v[:, part]) for head, part in enumerate(parts)], dim=1))
+        outputs.append(
+            torch.cat(
+                [reference(built, head, q[:, part], k[:, part], v[:, part]) for head, part in enumerate(parts)], dim=1
+            )
+        )
     return outputs
 
 
 def batch(lengths: list[int], padding: int = 0, seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     L = max(lengths) + padding
-    return torch.randn(len(lengths), L, WIDTH, generator=generator, dtype=torch.float64), torch.arange(L) < torch.tensor(lengths)[:, None]
+    return torch.randn(len(lengths), L, WIDTH, generator=generator, dtype=torch.float64), torch.arange(
+        L
+    ) < torch.tensor(lengths)[:, None]
 
 
 def gradients(built, out: Tensor, hidden: Tensor) -> dict[str, Tensor]:
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     named = [*built.named_parameters(), ("hidden", hidden)]
     found = torch.autograd.grad((out * weight).sum(), [parameter for _, parameter in named], allow_unused=True)
-    return {name: torch.zeros_like(parameter) if grad is None else grad for (name, parameter), grad in zip(named, found, strict=True)}
+    return {
+        name: torch.zeros_like(parameter) if grad is None else grad
+        for (name, parameter), grad in zip(named, found, strict=True)
+    }
 
 
 @every_variant
@@ -170,7 +192,9 @@ def test_outputs_and_gradients_are_those_of_plain_loops(name):
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-8)
     ours, theirs = gradients(built, out, hidden), gradients(built, expected, hidden)
     for parameter, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[parameter], atol=1e-10, rtol=1e-7, msg=lambda text, p=parameter: f"{p}: {text}")
+        torch.testing.assert_close(
+            gradient, theirs[parameter], atol=1e-10, rtol=1e-7, msg=lambda text, p=parameter: f"{p}: {text}"
+        )
     assert ours["hidden"].abs().max() > 1e-3
 
 
@@ -223,7 +247,10 @@ def test_a_segment_as_long_as_the_text_is_dense_attention():
     hidden, real = batch([17, 30])
     out = built(hidden, real.long())[0]
     for b, length in enumerate((17, 30)):
-        q, k, v = (part(hidden[b, :length]).view(length, HEADS, D).transpose(0, 1) for part in (built.query, built.key, built.value))
+        q, k, v = (
+            part(hidden[b, :length]).view(length, HEADS, D).transpose(0, 1)
+            for part in (built.query, built.key, built.value)
+        )
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1).reshape(length, WIDTH)
         torch.testing.assert_close(out[b, :length], dense, atol=1e-10, rtol=1e-8)
 
@@ -240,13 +267,18 @@ def test_a_memory_brings_news_from_the_far_end():
 
 
 def draws(kernel: str, orthogonal: bool, number: int, rows: int = 16, size: float = 0.6) -> tuple[Tensor, Tensor]:
-    """Attention outputs of some drawings of features, (number, L, 8), and the exact one; queries and keys of standard deviation `size`."""
+    """Attention outputs of some drawings of features, (number, L, 8), and the exact one; queries
+    and keys of standard deviation `size`."""
     generator = torch.Generator().manual_seed(3)
-    q, k, v = (scale * torch.randn(1, 1, 24, 8, generator=generator, dtype=torch.float64) for scale in (size, size, 1.0))
+    q, k, v = (
+        scale * torch.randn(1, 1, 24, 8, generator=generator, dtype=torch.float64) for scale in (size, size, 1.0)
+    )
     real = torch.ones(1, 24, dtype=torch.bool)
     outs = []
     for _ in range(number):
-        projection = draw_projection(rows // 2 if kernel == "trigonometric" else rows, 8, orthogonal, generator).double()
+        projection = draw_projection(
+            rows // 2 if kernel == "trigonometric" else rows, 8, orthogonal, generator
+        ).double()
         outs.append(random_feature_attention(q, k, v, projection, real, kernel)[0, 0])
     return torch.stack(outs), torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, 0]
 
@@ -265,7 +297,9 @@ def kernel_estimates(kernel: str, orthogonal: bool, number: int) -> tuple[Tensor
     for _ in range(number):
         projection = draw_projection(8 if kernel == "trigonometric" else 16, 8, orthogonal, generator).double()
         if kernel == "softmax":
-            phi = [(projection @ (scale * x[0, 0, 0]) - (scale * x[0, 0, 0]).square().sum() / 2).exp() / 4 for x in (q, k)]
+            phi = [
+                (projection @ (scale * x[0, 0, 0]) - (scale * x[0, 0, 0]).square().sum() / 2).exp() / 4 for x in (q, k)
+            ]
         else:
             phi = []
             for x in (q, k):
@@ -327,7 +361,11 @@ def test_projections_are_redrawn_on_schedule_saved_and_a_function_of_the_step():
     assert torch.equal(built.projection, resumed.projection) and not torch.equal(built.projection, seen[-1])
 
 
-@pytest.mark.parametrize("attention", [PerformerAttention(8), LinformerAttention(6), InfiniAttention(8)], ids=["performer", "linformer", "infini"])
+@pytest.mark.parametrize(
+    "attention",
+    [PerformerAttention(8), LinformerAttention(6), InfiniAttention(8)],
+    ids=["performer", "linformer", "infini"],
+)
 def test_dropout_of_attention_falls_in_training_alone(attention):
     built = module(attention)
     built.dropout = 0.5
@@ -351,7 +389,10 @@ def test_the_gate_has_a_gradient_where_a_text_is_one_segment():
         (lambda: LinformerAttention(0), "projected_tokens"),
         (lambda: module(LinformerAttention(41)), "40 positions"),
         (lambda: InfiniAttention(0), "segment"),
-        (lambda: module(LinformerAttention(6))(torch.zeros(1, 41, WIDTH, dtype=torch.float64)), "exceeds the 40 positions"),
+        (
+            lambda: module(LinformerAttention(6))(torch.zeros(1, 41, WIDTH, dtype=torch.float64)),
+            "exceeds the 40 positions",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, said):

@@ -20,7 +20,8 @@ HEADS, WIDTH = 2, 6
 
 @pytest.fixture(scope="module", params=["blocks of a CPU", "one call of a GPU"], autouse=True)
 def path(request):
-    """Both ways to compute windows, on texts of a few tokens: many small blocks one after another, and all in one call."""
+    """Both ways to compute windows, on texts of a few tokens: many small blocks one after
+    another, and all in one call."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "one call of a GPU":
             patch.setattr(windowed, "windowed_attention", windowed._all_blocks_at_once)
@@ -55,10 +56,18 @@ def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, 
             if not real_BL[b, i]:
                 rows.append(torch.zeros(width, dtype=hidden_BLW.dtype))
                 continue
-            query, key, value = (module.query_global, module.key_global, module.value_global) if seeing else (module.query, module.key, module.value)
+            query, key, value = (
+                (module.query_global, module.key_global, module.value_global)
+                if seeing
+                else (module.query, module.key, module.value)
+            )
             heads = []
             for h, stride in enumerate(module.dilation):
-                seen = [j for j in range(L) if real_BL[b, j] and (seeing or in_window(i, j, module.window, stride) or global_BL[b, j])]
+                seen = [
+                    j
+                    for j in range(L)
+                    if real_BL[b, j] and (seeing or in_window(i, j, module.window, stride) or global_BL[b, j])
+                ]
                 q_W, k_JW, v_JW = query(hidden_BLW[b, i]), key(hidden_BLW[b, seen]), value(hidden_BLW[b, seen])
                 part = slice(h * D, (h + 1) * D)
                 p_J = (k_JW[:, part] @ q_W[part] / math.sqrt(D)).softmax(0)
@@ -68,7 +77,8 @@ def naive(module: LongformerSelfAttention, hidden_BLW: Tensor, real_BL: Tensor, 
 
 
 def inputs(lengths: list[int], padding: int, num_global: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, real tokens, and up to `num_global` global tokens a row anywhere among its tokens, some rows with fewer."""
+    """Hidden states, real tokens, and up to `num_global` global tokens a row anywhere among its
+    tokens, some rows with fewer."""
     generator = torch.Generator().manual_seed(seed)
     L = max(lengths) + padding
     hidden_BLW = torch.randn(len(lengths), L, WIDTH, generator=generator, dtype=torch.float64)
@@ -80,13 +90,16 @@ def inputs(lengths: list[int], padding: int, num_global: int, seed: int) -> tupl
 
 
 def outputs_and_gradients(function, module, hidden_BLW, real_BL, global_BL) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs on real tokens, and the gradients of one random combination of them on the input and all parameters."""
+    """Outputs on real tokens, and the gradients of one random combination of them on the input
+    and all parameters."""
     module.zero_grad()
     hidden_BLW = hidden_BLW.clone().requires_grad_()
     out = function(hidden_BLW, real_BL, global_BL)[real_BL]
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     (out * weight).sum().backward()
-    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
     return out, gradients | {"hidden": hidden_BLW.grad}
 
 
@@ -112,17 +125,23 @@ def test_outputs_and_gradients_are_those_of_the_naive_reference(lengths, window,
         real_BL,
         global_BL,
     )
-    slow, slow_gradients = outputs_and_gradients(lambda *args: naive(module, *args), module, hidden_BLW, real_BL, global_BL)
+    slow, slow_gradients = outputs_and_gradients(
+        lambda *args: naive(module, *args), module, hidden_BLW, real_BL, global_BL
+    )
     torch.testing.assert_close(fast, slow, atol=1e-10, rtol=0)
     for name, gradient in slow_gradients.items():
-        torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            fast_gradients[name], gradient, atol=1e-10, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert all(gradient.isfinite().all() for gradient in fast_gradients.values())
 
 
 def test_half_precision_is_close_in_outputs_and_gradients():
     module = attention(4)
     hidden_BLW, real_BL, global_BL = inputs([30, 17], 3, 2, 2)
-    exact, exact_gradients = outputs_and_gradients(lambda *args: module(*args)[0], module, hidden_BLW, real_BL, global_BL)
+    exact, exact_gradients = outputs_and_gradients(
+        lambda *args: module(*args)[0], module, hidden_BLW, real_BL, global_BL
+    )
 
     def rounded(hidden, real, marked):
         with torch.autocast("cpu", torch.bfloat16):
@@ -137,7 +156,9 @@ def test_half_precision_is_close_in_outputs_and_gradients():
 def test_global_projections_are_used_and_start_as_copies():
     module = attention(2)
     hidden_BLW, real_BL, global_BL = inputs([12], 0, 1, 0)
-    _, gradients = outputs_and_gradients(lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL)
+    _, gradients = outputs_and_gradients(
+        lambda hidden, real, marked: module(hidden, real, marked)[0], module, hidden_BLW, real_BL, global_BL
+    )
     assert all(gradients[f"{name}_global.weight"].abs().max() > 1e-3 for name in ("query", "key", "value"))
     local = BertSelfAttention(BertConfig(hidden_size=WIDTH, num_attention_heads=HEADS))
     fresh = LongformerSelfAttention(local, 2)
@@ -153,11 +174,15 @@ def test_padding_columns_and_their_content_change_nothing(extra):
     short = module(hidden_BLW, real_BL, global_BL)[0]
     columns = 100 * torch.randn(2, extra, WIDTH, dtype=torch.float64)
     none = torch.zeros(2, extra, dtype=torch.bool)
-    wide = module(torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, none], 1))[0]
+    wide = module(torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, none], 1))[
+        0
+    ]
     torch.testing.assert_close(wide[:, :14][real_BL], short[real_BL], atol=1e-12, rtol=0)
     assert wide.isfinite().all()
     # A global mark on padding counts for nothing either.
-    marked = module(torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, ~none], 1))[0]
+    marked = module(
+        torch.cat([hidden_BLW, columns], 1), torch.cat([real_BL, none], 1), torch.cat([global_BL, ~none], 1)
+    )[0]
     torch.testing.assert_close(marked[:, :14][real_BL], short[real_BL], atol=1e-12, rtol=0)
 
 
@@ -179,7 +204,9 @@ def test_without_a_global_mask_the_first_token_is_global():
     first_BL = torch.zeros_like(real_BL)
     first_BL[:, 0] = True
     torch.testing.assert_close(module(hidden_BLW, real_BL)[0], module(hidden_BLW, real_BL, first_BL)[0], atol=0, rtol=0)
-    torch.testing.assert_close(module(hidden_BLW)[0], module(hidden_BLW, torch.ones_like(real_BL), first_BL)[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        module(hidden_BLW)[0], module(hidden_BLW, torch.ones_like(real_BL), first_BL)[0], atol=0, rtol=0
+    )
 
 
 def test_dropout_in_training_only():
@@ -228,14 +255,27 @@ def test_windows_by_layer_and_dilation_by_head_come_from_the_config():
 def test_the_whole_model_is_transformers_longformer():
     """Weights of a `LongformerModel` in a BERT with this attention: the same hidden states."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40, "type_vocab_size": 1}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 40,
+        "type_vocab_size": 1,
+    }
     theirs = LongformerModel(
-        LongformerConfig(**sizes, attention_window=[8, 12], max_position_embeddings=66, pad_token_id=1, initializer_range=0.4)
+        LongformerConfig(
+            **sizes, attention_window=[8, 12], max_position_embeddings=66, pad_token_id=1, initializer_range=0.4
+        )
     ).eval()
-    bert = BertModel(BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.4), add_pooling_layer=False).eval()
+    bert = BertModel(
+        BertConfig(**sizes, max_position_embeddings=64, initializer_range=0.4), add_pooling_layer=False
+    ).eval()
     bind_attention(bert, LongformerAttention(layer_windows=(4, 6)))
     state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("pooler.")}
-    state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"][2:]  # theirs begin behind the pad's
+    state["embeddings.position_embeddings.weight"] = state["embeddings.position_embeddings.weight"][
+        2:
+    ]  # theirs begin behind the pad's
     missing, unexpected = bert.load_state_dict(state, strict=False)
     assert not missing and all("position_ids" in name for name in unexpected)
     ids = torch.randint(2, 40, (2, 37), generator=torch.Generator().manual_seed(1))

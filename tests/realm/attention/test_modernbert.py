@@ -1,4 +1,5 @@
-"""Attention variants in a family that makes queries, keys and values itself and dispatches through transformers: ModernBERT."""
+"""Attention variants in a family that makes queries, keys and values itself and dispatches
+through transformers: ModernBERT."""
 
 import copy
 
@@ -67,8 +68,14 @@ def test_a_segment_over_the_whole_length_is_dense_attention(model):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", [PerformerAttention(16), LinformerAttention(8), InfiniAttention(8)], ids=["performer", "linformer", "infini"])
-def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_model(model, attention: AttentionConfig):
+@pytest.mark.parametrize(
+    "attention",
+    [PerformerAttention(16), LinformerAttention(8), InfiniAttention(8)],
+    ids=["performer", "linformer", "infini"],
+)
+def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_model(
+    model, attention: AttentionConfig
+):
     dense, _ = hidden_and_gradient(copy.deepcopy(model))
     bind_attention(model, attention)
     bound = [hasattr(layer.attn, "realm_variant") for layer in model.layers]
@@ -82,13 +89,18 @@ def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_
         together = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[1, : LENGTHS[1]]
         wider = [torch.cat([tensor, torch.zeros(2, 5, dtype=torch.int64)], 1) for tensor in (ids_BL, mask_BL)]
         torch.testing.assert_close(
-            model(input_ids=wider[0], attention_mask=wider[1]).last_hidden_state[1, : LENGTHS[1]], together, atol=1e-5, rtol=1e-5
+            model(input_ids=wider[0], attention_mask=wider[1]).last_hidden_state[1, : LENGTHS[1]],
+            together,
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 
 def test_what_needs_projections_of_its_own_is_refused(model):
     expected, training = hidden_and_gradient(model)[0], model.train().training
-    with pytest.raises(UserError, match="LongformerAttention needs projections of its own, which ModernBertModel does not give"):
+    with pytest.raises(
+        UserError, match="LongformerAttention needs projections of its own, which ModernBertModel does not give"
+    ):
         bind_attention(model, LongformerAttention(window=4))
     assert model.training == training and torch.equal(hidden_and_gradient(model.eval())[0], expected), "as it was"
 

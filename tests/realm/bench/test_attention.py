@@ -1,4 +1,5 @@
-"""The attention benchmark: a row for each variant and length, the files it writes, and what it refuses."""
+"""The attention benchmark: a row for each variant and length, the files it writes, and what it
+refuses."""
 
 import json
 
@@ -12,11 +13,19 @@ from realm.errors import UserError
 
 
 def test_variants_are_measured_and_written(tmp_path):
-    rows = bench_attention(["dense", "{type: longformer, window: 16}"], Setting((64, 128), 2, 8), False, tmp_path / "a.json", tmp_path / "a.png")
+    rows = bench_attention(
+        ["dense", "{type: longformer, window: 16}"],
+        Setting((64, 128), 2, 8),
+        False,
+        tmp_path / "a.json",
+        tmp_path / "a.png",
+    )
     expected = [(name, length) for name in ("dense", "{type: longformer, window: 16}") for length in (64, 128)]
     assert [(row["what"], row["tokens"]) for row in rows] == expected
     assert all(0 < row["forward_s"] < row["seconds"] and row["mib"] >= 0 for row in rows)
-    assert json.loads((tmp_path / "a.json").read_text())["rows"] == rows and (tmp_path / "a.png").stat().st_size > 10_000
+    assert (
+        json.loads((tmp_path / "a.json").read_text())["rows"] == rows and (tmp_path / "a.png").stat().st_size > 10_000
+    )
 
 
 def test_without_projections_hidden_states_are_queries_keys_and_values():
@@ -34,7 +43,12 @@ def test_a_length_that_cannot_be_read_says_why(tmp_path):
 
 
 def test_growth_is_per_doubling():
-    rows = [{"tokens": 4096, "seconds": 1.0}, {"tokens": 8192, "seconds": 3.0}, {"tokens": 16384, "seconds": 9.0}, {"tokens": 512, "seconds": 7.0}]
+    rows = [
+        {"tokens": 4096, "seconds": 1.0},
+        {"tokens": 8192, "seconds": 3.0},
+        {"tokens": 16384, "seconds": 9.0},
+        {"tokens": 512, "seconds": 7.0},
+    ]
     assert growth(sorted(rows, key=lambda row: row["tokens"]), "seconds") == pytest.approx(3.0)
 
 

@@ -41,7 +41,9 @@ def test_the_passkey_is_the_one_key_of_its_kind(seed, tokens):
     example = task.example(tokens, np.random.default_rng(seed))
     assert len(example.ids) == tokens
     assert asked(example, task) == {example.answer[0]: 1}
-    assert sum(4 + task.kinds <= id < 4 + task.kinds * (1 + task.words) for id in example.ids) == task.keys, "several, one of which is asked for"
+    assert sum(4 + task.kinds <= id < 4 + task.kinds * (1 + task.words) for id in example.ids) == task.keys, (
+        "several, one of which is asked for"
+    )
 
 
 @given(SEEDS, st.sampled_from([128, 300, 2048]))
@@ -70,7 +72,12 @@ def test_listops_answers_are_the_values_of_their_lists(seed):
             argument, at = value(at)
             arguments.append(argument)
         assert 2 <= len(arguments) <= 10
-        result = {"MAX": max(arguments), "MIN": min(arguments), "MED": int(np.median(arguments)), "SM": sum(arguments) % 10}[operator]
+        result = {
+            "MAX": max(arguments),
+            "MIN": min(arguments),
+            "MED": int(np.median(arguments)),
+            "SM": sum(arguments) % 10,
+        }[operator]
         return result, at + 1
 
     assert value(0) == (example.answer[0] - 4, len(text)) and 62 < len(text) <= 124

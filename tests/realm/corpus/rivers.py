@@ -1,4 +1,5 @@
-"""Documents about rivers, a tokenizer for them, and preparing them; a module of its own, since other processes import it."""
+"""Documents about rivers, a tokenizer for them, and preparing them; a module of its own, since
+other processes import it."""
 
 import json
 
@@ -12,8 +13,13 @@ from tests.realm.corpus.stub_tagger import PLACES, StubTagger
 def make_documents(num_documents):
     documents = []
     for i in range(num_documents):
-        sentences = [f"The river {PLACES[(i + j) % 5]} has {i * 7 + j} bridges near Mt. Foo, e.g. number {j}." for j in range(1 + i % 4)]
-        documents.append({"id": f"doc{i}", "title": f"River {i}", "text": "  ".join(sentences) + " [MASK]" * (i % 3 == 0)})
+        sentences = [
+            f"The river {PLACES[(i + j) % 5]} has {i * 7 + j} bridges near Mt. Foo, e.g. number {j}."
+            for j in range(1 + i % 4)
+        ]
+        documents.append(
+            {"id": f"doc{i}", "title": f"River {i}", "text": "  ".join(sentences) + " [MASK]" * (i % 3 == 0)}
+        )
     return documents
 
 
@@ -23,7 +29,9 @@ def write_jsonl(path, documents):
 
 
 def river_tokenizer():
-    texts = [document["text"] for document in make_documents(50)] + ["the cat sat 한국어 naïve Ünder Zürich 東京 [MASK] ( ) \" ' ! ? ,"]
+    texts = [document["text"] for document in make_documents(50)] + [
+        "the cat sat 한국어 naïve Ünder Zürich 東京 [MASK] ( ) \" ' ! ? ,"
+    ]
     return train_wordpiece(texts, TokenizerConfig(vocab_size=300))
 
 

@@ -11,7 +11,8 @@ PLACES = ("Danube", "Black Forest", "Black Sea", "Rhine", "Zürich")
 
 
 class StubTagger:
-    """Marks the names in PLACES and numbers; takes `delay` seconds a text and notes its process in the file `log`."""
+    """Marks the names in PLACES and numbers; takes `delay` seconds a text and notes its process
+    in the file `log`."""
 
     def __init__(self, name: str = "stub", delay: float = 0.0, log: str | None = None):
         self.name, self.delay, self.log = name, delay, log

@@ -1,4 +1,5 @@
-"""Reading long: what stands around a block, what is read once for several, and what must not be read at all."""
+"""Reading long: what stands around a block, what is read once for several, and what must not be
+read at all."""
 
 import json
 from itertools import pairwise
@@ -14,7 +15,7 @@ from finetune.answer import NO_ANSWER, Answerer
 from finetune.data import QuestionBatches
 from finetune.questions import Question
 from pretrain.data import EMPTY, SpanSampler, choose_candidates
-from pretrain.masked_span_eval import ProbeItem, retrieval_recall
+from pretrain.masked_span_eval import MaskedSpanItem, retrieval_recall
 from pretrain.stage import batch_maker
 from realm.app.pipeline import prepare
 from realm.corpus.context import Contexts
@@ -24,7 +25,7 @@ from realm.models.retriever import build_retriever
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from realm.run.initial import initial_reader
-from realm.text.tokenizer import encode_plain
+from realm.text.tokenizer import tokenize
 from tests.tiny import FOUNDERS, RIVERS, TOWNS, NoIndex, write_config, write_sources
 
 
@@ -36,11 +37,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     records = []
     for first in range(0, len(TOWNS), 6):
         towns = zip(TOWNS[first : first + 6], RIVERS[first : first + 6], FOUNDERS[first : first + 6], strict=True)
-        text = " ".join(f"{town} is a town on the river {river}. It was founded by {founder} long ago." for town, river, founder in towns)
+        text = " ".join(
+            f"{town} is a town on the river {river}. It was founded by {founder} long ago."
+            for town, river, founder in towns
+        )
         records.append({"id": f"d{first}", "title": f"Towns {first}", "text": text})
     (folder / "passages.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    reader = {"bert": {"layers": 1, "hidden": 32, "heads": 2, "intermediate": 64}, "mlm_head": "tied", "max_tokens": 200, "context_tokens": 120}
-    config = load_config(write_config(folder, corpus={"block_tokens": 48, "statements": None}, reader=reader, data={"probe": None, "train": None}))
+    reader = {
+        "bert": {"layers": 1, "hidden": 32, "heads": 2, "intermediate": 64},
+        "mlm_head": "tied",
+        "max_tokens": 200,
+    }
+    config = load_config(
+        write_config(
+            folder,
+            corpus={"block_tokens": 48, "context_tokens": 120, "statements": None},
+            reader=reader,
+            data={"masked_spans": None, "train": None},
+        )
+    )
     prepare(config)
     run = Run.create(config)
     assert [run.passages.place(row) for row in range(len(run.passages))].count(0) == 2 and len(run.passages) > 6
@@ -48,7 +63,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 class Documents:
-    """Blocks of given lengths, document by document; wordpieces count up, so that each says where it stands."""
+    """Blocks of given lengths, document by document; wordpieces count up, so that each says
+    where it stands."""
 
     def __init__(self, lengths: list[list[int]]) -> None:
         self.documents = [number for number, blocks in enumerate(lengths) for _ in blocks]
@@ -79,7 +95,9 @@ def test_a_context_is_the_block_and_as_many_neighbours_as_fit(lengths, context_t
         assert list(context.rows) == list(range(context.rows[0], context.rows[-1] + 1)), "consecutive"
         assert {corpus.document(other) for other in context.rows} == {corpus.document(row)}
         assert context.text_ids.tolist() == [piece for other in context.rows for piece in corpus.texts[other]]
-        assert [int(context.text_ids[start]) for start in context.starts] == [int(corpus.texts[other][0]) for other in context.rows]
+        assert [int(context.text_ids[start]) for start in context.starts] == [
+            int(corpus.texts[other][0]) for other in context.rows
+        ]
         room = context_tokens - 5 - len(context.text_ids)
         assert room >= 0
         for other in (context.rows[0] - 1, context.rows[-1] + 1):
@@ -108,7 +126,9 @@ def test_the_masked_sentence_is_never_in_view(run):
         chosen = choose_candidates(every, example, len(every), run.contexts, run.statements, run.wordpieces)
         others = [other for other in every.tolist() if run.passages.document(other) != run.passages.document(row)]
         assert [other for other in chosen if other != EMPTY] == others, "the whole document is left out"
-        assert not any(run.wordpieces.find(run.contexts.around(other).text_ids, example.sentence_ids) for other in others)
+        assert not any(
+            run.wordpieces.find(run.contexts.around(other).text_ids, example.sentence_ids) for other in others
+        )
 
 
 def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run):
@@ -118,10 +138,14 @@ def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run):
     for row in sampler.rows.tolist():
         example = sampler.draw(row, rng)
         for other in run.contexts.around(row).rows:
-            if maker.holds(maker.reading(other), example.span_ids) and not maker.holds(maker.passage(other), example.span_ids):
+            if maker.holds(maker.reading(other), example.span_ids) and not maker.holds(
+                maker.passage(other), example.span_ids
+            ):
                 beside += 1
-                assert retrieval_recall(run, [ProbeItem(example, None)], np.array([[other]]), (1,)) == {"recall@1": 0.0}
-        assert retrieval_recall(run, [ProbeItem(example, None)], np.array([[row]]), (1,)) == {"recall@1": 100.0}
+                assert retrieval_recall(run, [MaskedSpanItem(example, None)], np.array([[other]]), (1,)) == {
+                    "recall@1": 0.0
+                }
+        assert retrieval_recall(run, [MaskedSpanItem(example, None)], np.array([[row]]), (1,)) == {"recall@1": 100.0}
     assert beside, "some passage is read with a neighbour that holds the span"
 
 
@@ -134,30 +158,42 @@ def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up
     together = [row for row in elsewhere if row in run.contexts.around(elsewhere[0]).rows][:2]
     candidates = np.array([[*together, EMPTY]])
     batch = maker.realm([sampler.draw(own, rng)], candidates, None, 0.0, rng)
-    assert batch.masked.reading_BN.tolist() == [[0, 1, 1, 0]]
-    assert sorted(row for joint in batch.masked.joint for row in joint.row_R.tolist()) == [0, 1], "two joint inputs for four candidates"
-    model = RealmModel(build_retriever(run.config.retriever, run.tokenizer), initial_reader(run, "reader_warmup"), "joint").eval()
+    assert batch.masked.read_slot_BN.tolist() == [[0, 1, 1, 0]]
+    assert sorted(row for joint in batch.masked.joint for row in joint.row_R.tolist()) == [0, 1], (
+        "two joint inputs for four candidates"
+    )
+    model = RealmModel(
+        build_retriever(run.config.retriever, run.tokenizer), initial_reader(run, "reader_pretraining"), "joint"
+    ).eval()
     query_emb_BD = model.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-    score_N = model.retriever.score(query_emb_BD, model.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)[batch.candidate_BN])[0]
+    score_N = model.retriever.score(
+        query_emb_BD, model.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)[batch.candidate_BN]
+    )[0]
     log_p_y_N = (read_masked(model.reader, batch.masked).token_log_p_BNM * batch.masked.token_BM[:, None]).sum(-1)[0]
-    document = torch.stack((score_N[0], score_N[1:3].logsumexp(0))).log_softmax(0)  # the document scores log Σ exp of its blocks
+    document = torch.stack((score_N[0], score_N[1:3].logsumexp(0))).log_softmax(
+        0
+    )  # the document scores log Σ exp of its blocks
     expected = -(document + log_p_y_N[:2]).logsumexp(0)
     assert model(batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def question(run: Run, text: str, answer: str) -> Question:
-    return Question("q", text, (answer,), encode_plain(run.tokenizer, [text])[0][0], (encode_plain(run.tokenizer, [answer])[0][0],))
+    return Question(
+        "q", text, (answer,), tokenize(run.tokenizer, [text])[0][0], (tokenize(run.tokenizer, [answer])[0][0],)
+    )
 
 
 def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
     batches = QuestionBatches(run, NoIndex())  # type: ignore[arg-type]
     row = next(row for row in range(len(run.passages)) if run.passages.place(row) == 1)
     context = run.contexts.around(row)
-    founder = next(name for name in FOUNDERS if name in run.passages.text(context.rows[-1]) and name not in run.passages.text(row))
+    founder = next(
+        name for name in FOUNDERS if name in run.passages.text(context.rows[-1]) and name not in run.passages.text(row)
+    )
     asked = question(run, "Who founded it?", founder)
     rows = np.array([[row, context.rows[-1]]])
     batch = batches.batch([asked], batches.queries([asked]), rows, rows)
-    assert batch.reading_BN.tolist() == [[0, 0]] and batch.row_Q.tolist() == [0], "read once"
+    assert batch.read_slot_BN.tolist() == [[0, 0]] and batch.row_Q.tolist() == [0], "read once"
     assert batch.by_passage(batch.is_answer_QLW, False).shape[:2] == (1, 2)
     (place,) = (batch.is_answer_QLW[0] & batch.allowed_QLW[0]).nonzero().tolist()
     answerer = Answerer.__new__(Answerer)
@@ -168,9 +204,10 @@ def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
 
 
 def test_a_question_for_which_nothing_was_found_has_no_answer(run):
-    """An index of inverted lists may give fewer passages than asked, or none; the question beside it keeps its own answer."""
+    """An index of inverted lists may give fewer passages than asked, or none; the question
+    beside it keeps its own answer."""
     batches = QuestionBatches(run, NoIndex())  # type: ignore[arg-type]
-    reader = initial_reader(run, "reader_warmup")
+    reader = initial_reader(run, "reader_pretraining")
     answerer = Answerer.__new__(Answerer)
     answerer.run, answerer.batches, answerer.device = run, batches, torch.device("cpu")
     answerer.retriever = build_retriever(run.config.retriever, run.tokenizer)
@@ -181,8 +218,10 @@ def test_a_question_for_which_nothing_was_found_has_no_answer(run):
     assert answerer.read([lost], np.array([[-1, -1]])) == [NO_ANSWER]
 
 
-@pytest.mark.parametrize(("context", "joint"), [(30, 200), (180, 200)], ids=["less than a block", "no room in the joint input"])
+@pytest.mark.parametrize(
+    ("context", "joint"), [(30, 200), (180, 200)], ids=["less than a block", "no room in the joint input"]
+)
 def test_contexts_that_cannot_be_read_are_refused(tmp_path, context, joint):
     write_sources(Path(tmp_path))
-    with pytest.raises(UserError, match=rf"reader.context_tokens \({context}\)"):
-        load_config(write_config(tmp_path, reader={"max_tokens": joint, "context_tokens": context}))
+    with pytest.raises(UserError, match=rf"corpus.context_tokens \({context}\)"):
+        load_config(write_config(tmp_path, reader={"max_tokens": joint}, corpus={"context_tokens": context}))

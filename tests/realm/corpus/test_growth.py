@@ -1,4 +1,5 @@
-"""A corpus that grows: rows keep their numbers, what comes out equals having had everything from the start, mistakes change nothing."""
+"""A corpus that grows: rows keep their numbers, what comes out equals having had everything from
+the start, mistakes change nothing."""
 
 import json
 from pathlib import Path
@@ -24,7 +25,9 @@ def run(tmp_path_factory: pytest.TempPathFactory):
 
 def documents(folder: Path, *ids: str) -> SourceConfig:
     path = folder / f"{'-'.join(ids)}.jsonl"
-    path.write_text("".join(json.dumps({"id": name, "title": name, "text": TEXT.format(town=name)}) + "\n" for name in ids))
+    path.write_text(
+        "".join(json.dumps({"id": name, "title": name, "text": TEXT.format(town=name)}) + "\n" for name in ids)
+    )
     return SourceConfig(str(path))
 
 
@@ -36,13 +39,22 @@ def corpus(run, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run.prepared / "passages", tmp_path / "passages"))
 
 
-def grow(run, path: Path, *sources: SourceConfig, delete: tuple[str, ...] = (), replace: bool = False) -> PreparedCorpus:
+def grow(
+    run, path: Path, *sources: SourceConfig, delete: tuple[str, ...] = (), replace: bool = False
+) -> PreparedCorpus:
     return grow_corpus(path, sources, delete, replace, run.tokenizer, SpanTagger.load(SpanConfig()), 1)
 
 
 def content(corpus: PreparedCorpus, row: int) -> tuple:
     lists = (corpus.title_ids(row), corpus.text_ids(row), corpus.sentence_starts(row), *corpus.spans(row))
-    return corpus.ids[row], corpus.title(row), corpus.text(row), corpus.place(row), corpus.text_hash(row), *(part.tolist() for part in lists)
+    return (
+        corpus.ids[row],
+        corpus.title(row),
+        corpus.text(row),
+        corpus.place(row),
+        corpus.text_hash(row),
+        *(part.tolist() for part in lists),
+    )
 
 
 def test_added_documents_stand_behind_as_if_they_had_been_there_from_the_start(run, corpus, tmp_path):
@@ -59,7 +71,9 @@ def test_added_documents_stand_behind_as_if_they_had_been_there_from_the_start(r
     assert np.array_equal(grown.lengths, whole.lengths) and np.array_equal(grown.places, whole.places)
     for name in ("documents", "blocks", "spans", "spans_dropped"):
         assert grown.manifest[name] == whole.manifest[name]
-    assert list(grown.ancestors.values()) == [len(before), len(before) + 2 * 3, len(grown)] or grown.ancestors[before.fingerprint] == len(before)
+    assert list(grown.ancestors.values()) == [len(before), len(before) + 2 * 3, len(grown)] or grown.ancestors[
+        before.fingerprint
+    ] == len(before)
     assert grown.base_rows == len(before) and grown.fingerprint not in (before.fingerprint, whole.fingerprint)
     assert PreparedCorpus.open(corpus).fingerprint == grown.fingerprint
 

@@ -13,7 +13,7 @@ from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.spans.rules import SPAN_TYPES, SalientSpan
 from realm.text.blocks import text_hash
-from realm.text.tokenizer import TokenizerConfig, encode_plain, train_wordpiece
+from realm.text.tokenizer import TokenizerConfig, tokenize, train_wordpiece
 from tests.realm.corpus.rivers import all_texts, contents, make_documents, prepare, river_tokenizer, write_jsonl
 from tests.realm.corpus.stub_tagger import StubTagger
 
@@ -43,13 +43,15 @@ def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
         expected = [document["id"]] if len(rows) == 1 else [f"{document['id']}#{place}" for place in range(len(rows))]
         assert [corpus.ids[row] for row in rows] == expected
         assert {corpus.title(row) for row in rows} == {document["title"]}
-        text_ids = encode_plain(tokenizer, [document["text"]])[0][0]
+        text_ids = tokenize(tokenizer, [document["text"]])[0][0]
         assert np.array_equal(np.concatenate([corpus.text_ids(row) for row in rows]), text_ids)
         for row in rows:
-            assert np.array_equal(corpus.title_ids(row), encode_plain(tokenizer, [document["title"]])[0][0])
+            assert np.array_equal(corpus.title_ids(row), tokenize(tokenizer, [document["title"]])[0][0])
             assert corpus.text_hash(row) == text_hash(corpus.text(row))
             assert corpus.row_of_id(corpus.ids[row]) == row
-    assert corpus.lengths.tolist() == [len(corpus.title_ids(row)) + len(corpus.text_ids(row)) for row in range(len(corpus))]
+    assert corpus.lengths.tolist() == [
+        len(corpus.title_ids(row)) + len(corpus.text_ids(row)) for row in range(len(corpus))
+    ]
     assert corpus.lengths.max() + 3 <= 48
     assert tokenizer.mask_token_id not in np.concatenate([corpus.text_ids(row) for row in range(len(corpus))])
     assert list(corpus.ids) == [corpus.ids[row] for row in range(len(corpus))]
@@ -61,9 +63,12 @@ def test_spans_are_the_taggers(tmp_path, tokenizer):
     num_spans = 0
     for row in range(len(corpus)):
         expected = next(iter(StubTagger().tag([corpus.text(row)])))
-        _, offset_L2 = encode_plain(tokenizer, [corpus.text(row)])[0]
+        _, offset_L2 = tokenize(tokenizer, [corpus.text(row)])[0]
         starts, ends, types = corpus.spans(row)
-        found = [(offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind]) for start, end, kind in zip(starts, ends, types, strict=True)]
+        found = [
+            (offset_L2[start, 0], offset_L2[end - 1, 1], SPAN_TYPES[kind])
+            for start, end, kind in zip(starts, ends, types, strict=True)
+        ]
         assert found == list(expected)
         num_spans += len(found)
     assert corpus.manifest["spans"] == num_spans > 100
@@ -104,7 +109,9 @@ def test_two_processes_share_the_pages(tmp_path, tokenizer):
     if Path("/proc/self/maps").exists():
         maps = Path("/proc/self/maps").read_text().splitlines()
         mapped = [line.split()[1] for line in maps if line.endswith(str(corpus.path / "blocks.arrow"))]
-        assert mapped and all("w" not in permissions for permissions in mapped), "read-only pages of the file are one copy for all"
+        assert mapped and all("w" not in permissions for permissions in mapped), (
+            "read-only pages of the file are one copy for all"
+        )
 
 
 def test_progress_counts_documents(tmp_path, tokenizer):
@@ -147,7 +154,9 @@ def test_other_inputs_are_refused_naming_folder_and_difference(tmp_path, tokeniz
         tokenizer = train_wordpiece(["another text altogether"], TokenizerConfig(vocab_size=100))
     with pytest.raises(UserError, match=f"{tmp_path / 'out'} holds .* with another {what}") as caught:
         prepare(tmp_path, tokenizer, **CHANGES[what])
-    assert str(caught.value).count("another") == 1 + str(caught.value).count("now another") + str(caught.value).count("give another")
+    assert str(caught.value).count("another") == 1 + str(caught.value).count("now another") + str(caught.value).count(
+        "give another"
+    )
 
 
 def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
@@ -155,20 +164,27 @@ def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
     prints = {}
 
     def fingerprint(name, changed, **changes):
-        return prepare(tmp_path, changes.pop("tokenizer", tokenizer), changed, out=name, name=f"{name}.jsonl", **changes).fingerprint
+        return prepare(
+            tmp_path, changes.pop("tokenizer", tokenizer), changed, out=name, name=f"{name}.jsonl", **changes
+        ).fingerprint
 
     prints["plain"] = fingerprint("plain", documents)
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
     assert prepare(tmp_path, tokenizer, name="packed.jsonl.gz", out="packed").fingerprint == prints["plain"]
-    assert prepare(tmp_path, tokenizer, name="plain.jsonl", out="tagged", tagger=StubTagger("b")).fingerprint == prints["plain"]
+    assert (
+        prepare(tmp_path, tokenizer, name="plain.jsonl", out="tagged", tagger=StubTagger("b")).fingerprint
+        == prints["plain"]
+    )
     prints["order"] = fingerprint("order", documents[::-1])
     prints["text"] = fingerprint("text", [documents[0] | {"text": "The cat."}, *documents[1:]])
     prints["title"] = fingerprint("title", [documents[0] | {"title": "Cat"}, *documents[1:]])
     prints["id"] = fingerprint("id", [documents[0] | {"id": "cat"}, *documents[1:]])
     prints["shifted"] = fingerprint("shifted", [documents[0] | {"id": "doc0R", "title": "iver 0"}, *documents[1:]])
     prints["block"] = fingerprint("block", documents, block_tokens=49)
-    prints["tokenizer"] = fingerprint("tokenizer", documents, tokenizer=train_wordpiece(["the cat"], TokenizerConfig(vocab_size=100)))
+    prints["tokenizer"] = fingerprint(
+        "tokenizer", documents, tokenizer=train_wordpiece(["the cat"], TokenizerConfig(vocab_size=100))
+    )
     assert len(set(prints.values())) == len(prints)
 
 
@@ -229,5 +245,5 @@ def test_real_passages_lose_nothing(shared_data, tmp_path):
     for row in range(len(corpus)):
         texts[corpus.document(row)] += corpus.text(row)
     assert texts == [document["text"] for document in documents]
-    alone = encode_plain(tokenizer, [corpus.text(row) for row in range(len(corpus))])
+    alone = tokenize(tokenizer, [corpus.text(row) for row in range(len(corpus))])
     assert all(np.array_equal(ids, corpus.text_ids(row)) for row, (ids, _) in enumerate(alone))

@@ -1,4 +1,5 @@
-"""Preparing a corpus, interrupted and killed at any moment: it goes on where it was and ends as if nothing had happened."""
+"""Preparing a corpus, interrupted and killed at any moment: it goes on where it was and ends as
+if nothing had happened."""
 
 import os
 import signal
@@ -46,7 +47,8 @@ def shards_of(out):
 
 
 def resume(tmp_path, tokenizer):
-    """Goes on with `killed/out` and checks that what was finished was kept and that the end is that of an uninterrupted run."""
+    """Goes on with `killed/out` and checks that what was finished was kept and that the end is
+    that of an uninterrupted run."""
     prepare(tmp_path, tokenizer, out="whole/out")
     out = tmp_path / "killed/out"
     finished, after = shards_of(out), {}

@@ -1,4 +1,5 @@
-"""Reading documents: formats, every kind of bad record; the prepared corpus: what it refuses to open."""
+"""Reading documents: formats, every kind of bad record; the prepared corpus: what it refuses to
+open."""
 
 import gzip
 import json
@@ -66,7 +67,10 @@ def line(**fields):
 GOOD = line(id="good", text="A good text.")
 BAD = {
     "duplicate id": (line(id="good", text="x"), r"duplicate id 'good', first on line 1"),
-    "number as duplicate": (line(id=5, text="x") + b"\n" + line(id="5", text="x"), r":3: duplicate id '5', first on line 2"),
+    "number as duplicate": (
+        line(id=5, text="x") + b"\n" + line(id="5", text="x"),
+        r":3: duplicate id '5', first on line 2",
+    ),
     "confusable id": (line(id="good#0", text="x"), r"'good#0': blocks of a document A are named A#0"),
     "empty text": (line(id="a", text=" \n\t"), 'empty "text"'),
     "invisible text": (line(id="a", text="\u200b\x00\ufffd\u0301"), 'empty "text"'),
@@ -102,7 +106,11 @@ def test_bad_record_is_refused_with_file_line_and_reason(tmp_path, kind):
 def test_bad_record_is_left_out_and_counted(tmp_path, kind):
     after = line(id="after", text="Still read.")
     report = BadRecords()
-    documents = list(read_documents(write(tmp_path / "c.jsonl", GOOD + b"\n" + BAD[kind][0] + b"\n" + after), skip_bad=True, report=report))
+    documents = list(
+        read_documents(
+            write(tmp_path / "c.jsonl", GOOD + b"\n" + BAD[kind][0] + b"\n" + after), skip_bad=True, report=report
+        )
+    )
     assert [document.id for document in documents if document.id != "5"] == ["good", "after"]
     assert report.total == 1
 
@@ -111,7 +119,10 @@ def test_confusable_id_is_found_in_either_order(tmp_path):
     path = write(tmp_path / "c.jsonl", line(id="a#3", text="x") + b"\n" + line(id="a", text="x"))
     with pytest.raises(UserError, match=r"c.jsonl:2: id confusable .* is on line 1"):
         list(read_documents(path))
-    harmless = write(tmp_path / "d.jsonl", line(id="a#3", text="x") + b"\n" + line(id="a#b", text="x") + b"\n" + line(id="b", text="x"))
+    harmless = write(
+        tmp_path / "d.jsonl",
+        line(id="a#3", text="x") + b"\n" + line(id="a#b", text="x") + b"\n" + line(id="b", text="x"),
+    )
     assert len(list(read_documents(harmless))) == 3
 
 
@@ -120,7 +131,12 @@ def test_one_report_shows_twenty_and_counts_all(tmp_path):
     with pytest.raises(UserError) as caught:
         list(read_documents(path))
     report = str(caught.value)
-    assert "35 records" in report and "and 15 more" in report and "30 x broken JSON" in report and "5 x not a JSON object" in report
+    assert (
+        "35 records" in report
+        and "and 15 more" in report
+        and "30 x broken JSON" in report
+        and "5 x not a JSON object" in report
+    )
     assert report.count(f"{path}:") == 20
     assert "--skip-bad" in report
 

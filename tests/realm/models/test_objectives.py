@@ -1,4 +1,5 @@
-"""Objectives against plain loops over candidates, wordpieces and spans, their gradients against the papers' closed forms."""
+"""Objectives against plain loops over candidates, wordpieces and spans, their gradients against
+the papers' closed forms."""
 
 import math
 
@@ -10,41 +11,51 @@ from torch import Tensor
 
 from realm.models.objectives import (
     MARGINALS,
-    NEVER,
+    MASKED_SCORE,
     candidate_log_prior,
     in_batch_loss,
     joint_marginal_log_likelihood,
+    merge_slot_scores,
     open_qa_loss,
     per_token_marginal_log_likelihood,
     positive_log_marginal,
-    reading_scores,
 )
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10_000))
 
 
 def example(B: int, N: int, M: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores, valid slots, log-probabilities and wordpieces of y; some slots empty, some places padding, never all."""
+    """Scores, valid slots, log-probabilities and wordpieces of y; some slots empty, some places
+    padding, never all."""
     generator = torch.Generator().manual_seed(seed)
     score_BN = 2 * torch.randn(B, N, generator=generator, dtype=torch.float64)
     valid_BN = torch.rand(B, N, generator=generator) < 0.7
     valid_BN[:, 0] = True
-    token_log_p_BNM = torch.randn(B, N, M, 6, generator=generator, dtype=torch.float64).log_softmax(-1)[..., 0].contiguous()
+    token_log_p_BNM = (
+        torch.randn(B, N, M, 6, generator=generator, dtype=torch.float64).log_softmax(-1)[..., 0].contiguous()
+    )
     token_BM = torch.arange(M) < torch.randint(1, M + 1, (B, 1), generator=generator)
     return score_BN.requires_grad_(), valid_BN, token_log_p_BNM.requires_grad_(), token_BM
 
 
 def prior(score_N: Tensor, valid_N: Tensor) -> list[float]:
-    weights = [math.exp(score) if valid else 0.0 for score, valid in zip(score_N.tolist(), valid_N.tolist(), strict=True)]
+    weights = [
+        math.exp(score) if valid else 0.0 for score, valid in zip(score_N.tolist(), valid_N.tolist(), strict=True)
+    ]
     return [weight / sum(weights) for weight in weights]
 
 
 def p_joint(p_N: list[float], token_p_NM: list[list[float]], token_M: list[bool]) -> float:
-    return sum(p * math.prod(q for q, token in zip(token_p_M, token_M, strict=True) if token) for p, token_p_M in zip(p_N, token_p_NM, strict=True))
+    return sum(
+        p * math.prod(q for q, token in zip(token_p_M, token_M, strict=True) if token)
+        for p, token_p_M in zip(p_N, token_p_NM, strict=True)
+    )
 
 
 def p_per_token(p_N: list[float], token_p_NM: list[list[float]], token_M: list[bool]) -> float:
-    return math.prod(sum(p * row[m] for p, row in zip(p_N, token_p_NM, strict=True)) for m, token in enumerate(token_M) if token)
+    return math.prod(
+        sum(p * row[m] for p, row in zip(p_N, token_p_NM, strict=True)) for m, token in enumerate(token_M) if token
+    )
 
 
 @pytest.mark.parametrize(("name", "brute_force"), [("joint", p_joint), ("per_token", p_per_token)])
@@ -61,12 +72,17 @@ def test_marginal_is_the_sum_over_candidates(name, brute_force, shape):
 @given(shape=SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_joint_gradient_is_the_papers(shape):
-    """Guu et al. 2020, appendix A: the log-likelihood's gradient on f(x, z) is [p(y|z,x)/p(y|x) − 1]·p(z|x)."""
+    """Guu et al. 2020, appendix A: the log-likelihood's gradient on f(x, z) is [p(y|z,x)/p(y|x)
+    − 1]·p(z|x)."""
     score_BN, valid_BN, token_log_p_BNM, token_BM = example(*shape)
     loss = -joint_marginal_log_likelihood(candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_BM).sum()
     loss.backward()
     for b in range(len(score_BN)):
-        p_N, token_p_NM, token_M = prior(score_BN[b], valid_BN[b]), token_log_p_BNM[b].exp().tolist(), token_BM[b].tolist()
+        p_N, token_p_NM, token_M = (
+            prior(score_BN[b], valid_BN[b]),
+            token_log_p_BNM[b].exp().tolist(),
+            token_BM[b].tolist(),
+        )
         p_y = p_joint(p_N, token_p_NM, token_M)
         for n, p_z in enumerate(p_N):
             p_y_given_z = p_joint([1.0], [token_p_NM[n]], token_M)
@@ -108,7 +124,9 @@ def test_marginals_agree_on_one_wordpiece_and_part_on_two():
     log_p_z_BN = candidate_log_prior(score_BN, valid_BN)
     for length, alike in ((1, True), (2, False)):
         token_BM = torch.arange(2).expand(2, 2) < length
-        joint_B, per_token_B = (MARGINALS[name](log_p_z_BN, token_log_p_BNM, token_BM) for name in ("joint", "per_token"))
+        joint_B, per_token_B = (
+            MARGINALS[name](log_p_z_BN, token_log_p_BNM, token_BM) for name in ("joint", "per_token")
+        )
         assert torch.allclose(joint_B, per_token_B) == alike
 
 
@@ -141,7 +159,8 @@ def test_in_batch_loss_is_the_mean_over_queries(temperature, excluded):
     gradient_BD = [[0.0] * 4 for _ in range(5)]
     for b in range(5):
         scores = {
-            c: sum(q * p for q, p in zip(query_emb_BD[b].tolist(), passage_emb_CD[c].tolist(), strict=True)) / temperature
+            c: sum(q * p for q, p in zip(query_emb_BD[b].tolist(), passage_emb_CD[c].tolist(), strict=True))
+            / temperature
             for c in range(7)
             if (b, c) not in excluded
         }
@@ -150,7 +169,9 @@ def test_in_batch_loss_is_the_mean_over_queries(temperature, excluded):
         right += max(scores, key=scores.__getitem__) == target[b]
         for c, score in scores.items():
             for d in range(4):
-                gradient_BD[b][d] += (math.exp(score) / total - (c == target[b])) * passage_emb_CD[c, d].item() / temperature / 5
+                gradient_BD[b][d] += (
+                    (math.exp(score) / total - (c == target[b])) * passage_emb_CD[c, d].item() / temperature / 5
+                )
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-5)
     assert accuracy.item() == pytest.approx(right / 5)
     assert torch.allclose(query_emb_BD.grad, torch.tensor(gradient_BD, dtype=torch.float64), atol=1e-5)
@@ -189,12 +210,17 @@ def test_open_qa_loss_is_both_marginals(seed, rate):
     B, K, N, S = 4, 3, 2, 4
     retrieval_score_BK = torch.randn(B, K, generator=generator, dtype=torch.float64, requires_grad=True)
     span_score_BNS = torch.randn(B, N, S, generator=generator, dtype=torch.float64, requires_grad=True)
-    has_answer_BK, is_answer_BNS = torch.rand(B, K, generator=generator) < rate, torch.rand(B, N, S, generator=generator) < rate
+    has_answer_BK, is_answer_BNS = (
+        torch.rand(B, K, generator=generator) < rate,
+        torch.rand(B, N, S, generator=generator) < rate,
+    )
     valid_BK, valid_BNS = torch.rand(B, K, generator=generator) < 0.8, torch.rand(B, N, S, generator=generator) < 0.8
     valid_BNS[0] = False  # a question of which nothing can be read
     losses = open_qa_loss(retrieval_score_BK, has_answer_BK, valid_BK, span_score_BNS, is_answer_BNS, valid_BNS)
     retriever_loss, retriever_rows = mean_negative_log_share(retrieval_score_BK, has_answer_BK, valid_BK)
-    reader_loss, reader_rows = mean_negative_log_share(span_score_BNS.flatten(1), is_answer_BNS.flatten(1), valid_BNS.flatten(1))
+    reader_loss, reader_rows = mean_negative_log_share(
+        span_score_BNS.flatten(1), is_answer_BNS.flatten(1), valid_BNS.flatten(1)
+    )
     expected = {
         "loss": retriever_loss + reader_loss,
         "retriever_loss": retriever_loss,
@@ -223,17 +249,25 @@ def test_open_qa_loss_without_any_positive_is_zero():
 def test_what_is_read_together_scores_log_sum_exp_of_its_passages():
     torch.manual_seed(0)
     score_BN = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    reading_BN = torch.tensor([[0, 1, 0, -1], [0, 0, 0, 3]])
-    scores = reading_scores(score_BN, reading_BN)
+    read_slot_BN = torch.tensor([[0, 1, 0, -1], [0, 0, 0, 3]])
+    scores = merge_slot_scores(score_BN, read_slot_BN)
     for b in range(2):
         for place in range(4):
-            members = [n for n in range(4) if reading_BN[b, n] == place]
+            members = [n for n in range(4) if read_slot_BN[b, n] == place]
             total = sum(math.exp(score_BN[b, n].item()) for n in members)
-            assert scores[b, place].item() == pytest.approx(math.log(total)) if members else scores[b, place].item() < NEVER / 2
+            assert (
+                scores[b, place].item() == pytest.approx(math.log(total))
+                if members
+                else scores[b, place].item() < MASKED_SCORE / 2
+            )
     weight_BN = torch.tensor([[1.0, 2.0, 0.0, 0.0], [1.0, 0.0, 0.0, 2.0]], dtype=torch.float64)
     (scores * weight_BN).sum().backward()
     for b in range(2):
         for n in range(4):
-            place = reading_BN[b, n]
-            expected = 0.0 if place < 0 else weight_BN[b, place].item() * math.exp(score_BN[b, n].item() - scores[b, place].item())
+            place = read_slot_BN[b, n]
+            expected = (
+                0.0
+                if place < 0
+                else weight_BN[b, place].item() * math.exp(score_BN[b, n].item() - scores[b, place].item())
+            )
             assert score_BN.grad[b, n].item() == pytest.approx(expected)

@@ -13,9 +13,11 @@ from transformers import BertConfig, BertForMaskedLM
 from realm.attention.longformer import LongformerAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert, mimetic_init
-from realm.models.reader import ReaderConfig, build_reader, joint_input, load_reader, pad_joint, save_reader, span_mask
+from realm.models.reader import ReaderConfig, build_reader, load_reader, pad_joint, save_reader, span_mask
+from realm.text.inputs import Wordpieces
 
 CLS, SEP = 2, 3
+WORDS = Wordpieces(CLS, SEP, 4, 0, np.zeros(1000, dtype=bool))
 SOURCE = BertSource(layers=2, hidden=16, heads=2, intermediate=32, max_positions=48, dropout=0.2, init_std=0.3)
 CONFIG = ReaderConfig(bert=SOURCE, span_hidden=8, max_span_tokens=4, max_tokens=48)
 
@@ -32,7 +34,8 @@ def build(config, tokenizer):
 def joint_batch(*lengths):
     generator = np.random.default_rng(0)
     joints = [
-        joint_input(generator.integers(5, 90, 5), generator.integers(5, 90, 2), generator.integers(5, 90, length), CLS, SEP, 48) for length in lengths
+        WORDS.joint(generator.integers(5, 90, 5), generator.integers(5, 90, 2), generator.integers(5, 90, length), 48)
+        for length in lengths
     ]
     return pad_joint([ids for ids, _, _ in joints], [first for _, first, _ in joints], 0)
 
@@ -41,13 +44,15 @@ def joint_batch(*lengths):
 @settings(max_examples=100, deadline=None)
 def test_joint_input_is_cut_in_the_passage_alone(query, title, text, max_tokens):
     query_ids, title_ids, text_ids = np.arange(query) + 100, np.arange(title) + 200, np.arange(text) + 300
-    ids, first, text_at = joint_input(query_ids, title_ids, text_ids, CLS, SEP, max_tokens)
+    ids, first, text_at = WORDS.joint(query_ids, title_ids, text_ids, max_tokens)
     assert len(ids) == min(max_tokens, query + title + text + 4) and ids.dtype == np.int32
     assert ids[:first].tolist() == [CLS, *query_ids, SEP]
     kept_title, kept_text = text_at - first - 1, len(ids) - text_at - 1
     assert ids[first:].tolist() == [*title_ids[:kept_title], SEP, *text_ids[:kept_text], SEP]
     room = max_tokens - query - 4
-    assert kept_title == title or kept_text == text or kept_title == room // 2, "a long title leaves the text half of the room"
+    assert kept_title == title or kept_text == text or kept_title == room // 2, (
+        "a long title leaves the text half of the room"
+    )
     assert kept_title == title or len(ids) == max_tokens
 
 
@@ -71,8 +76,12 @@ def test_span_mask_against_a_loop():
         for start in range(L):
             for width in range(W):
                 places = range(start, start + width + 1)
-                inside = all(at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places)
-                whole = not continuation_BL[b, start] and (places[-1] + 1 >= L or not continuation_BL[b, places[-1] + 1])
+                inside = all(
+                    at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places
+                )
+                whole = not continuation_BL[b, start] and (
+                    places[-1] + 1 >= L or not continuation_BL[b, places[-1] + 1]
+                )
                 expected = inside and whole
                 assert allowed_BLW[b, start, width].item() == expected
     assert allowed_BLW[1].any() and not allowed_BLW[1, 13:].any()
@@ -131,7 +140,9 @@ def test_padding_changes_neither_head(attention, tokenizer):
     for logits_MV, score_LW in (read(ids_BL, mask_BL, type_BL), read(other_padding, mask_BL, type_BL)):
         torch.testing.assert_close(logits_MV, alone[0], atol=1e-5, rtol=1e-5)
         for width in range(4):
-            torch.testing.assert_close(score_LW[: length - width, width], alone[1][: length - width, width], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                score_LW[: length - width, width], alone[1][: length - width, width], atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("head", ["transform", "tied"])
@@ -231,15 +242,23 @@ def test_mimetic_start_changes_attention_projections_and_positions_alone():
 def test_mimetic_start_is_chosen_by_the_config():
     def weights(init):
         torch.manual_seed(0)
-        return load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert").encoder.layer[1].attention.self.value.weight.std()
+        return (
+            load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert")
+            .encoder.layer[1]
+            .attention.self.value.weight.std()
+        )
 
     assert weights("mimetic") > 5 * weights("normal")
 
 
 def test_mimetic_positions_are_alike_when_near():
     torch.manual_seed(0)
-    bert = load_bert(BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert")
+    bert = load_bert(
+        BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert"
+    )
     positions = bert.embeddings.position_embeddings.weight.detach()
     likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions).tolist()
-    assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(likeness[9], abs=1e-4)
+    assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(
+        likeness[9], abs=1e-4
+    )
     assert positions.std().item() == pytest.approx(bert.embeddings.word_embeddings.weight.std().item(), rel=0.5)

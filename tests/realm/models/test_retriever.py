@@ -12,8 +12,14 @@ from torch import nn
 from realm.errors import UserError
 from realm.models.bert import BertSource
 from realm.models.objectives import in_batch_loss
-from realm.models.retriever import RetrieverConfig, build_retriever, load_retriever, read_retriever_settings, save_retriever
-from realm.text.inputs import pad_batch, passage_input, query_input
+from realm.models.retriever import (
+    RetrieverConfig,
+    build_retriever,
+    load_retriever,
+    read_retriever_settings,
+    save_retriever,
+)
+from realm.text.inputs import Wordpieces, pad_batch
 
 QUERIES = ["Where does the Danube rise?", "[MASK] was born in London in [MASK] .", "ada", ""]
 PASSAGES = [
@@ -27,7 +33,9 @@ BERT = BertSource(layers=2, hidden=24, heads=2, intermediate=32, max_positions=6
 CONFIG = RetrieverConfig(bert=BERT, projection_dim=10, max_query_tokens=16, max_passage_tokens=40)
 KINDS = [
     pytest.param(
-        replace(CONFIG, pooling=pooling, projection=projection, normalize=normalize, shared_tower=shared, temperature=0.5),
+        replace(
+            CONFIG, pooling=pooling, projection=projection, normalize=normalize, shared_tower=shared, temperature=0.5
+        ),
         id=f"{pooling}-{projection}-{'unit' if normalize else 'raw'}-{'shared' if shared else 'two-towers'}",
     )
     for pooling in ("cls", "mean")
@@ -54,11 +62,16 @@ def save(retriever, config, tokenizer, path):
 
 def embed(retriever, config, tokenizer, wordpieces):
     """Query and passage embeddings from our own inputs."""
-    cls, sep, pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id
     # A shared tower has one limit in sentence-transformers, the larger one.
-    query_tokens = max(config.max_query_tokens, config.max_passage_tokens) if config.shared_tower else config.max_query_tokens
-    queries = pad_batch([query_input(wordpieces(text), cls, sep, query_tokens) for text in QUERIES], pad)
-    inputs = [passage_input(wordpieces(title), wordpieces(text), cls, sep, config.max_passage_tokens) for title, text in PASSAGES]
+    query_tokens = (
+        max(config.max_query_tokens, config.max_passage_tokens) if config.shared_tower else config.max_query_tokens
+    )
+    queries = pad_batch([Wordpieces.of(tokenizer).query(wordpieces(text), query_tokens) for text in QUERIES], pad)
+    inputs = [
+        Wordpieces.of(tokenizer).passage(wordpieces(title), wordpieces(text), config.max_passage_tokens)
+        for title, text in PASSAGES
+    ]
     with torch.no_grad():
         return retriever.embed_queries(*queries).numpy(), retriever.embed_passages(*pad_batch(inputs, pad)).numpy()
 
@@ -90,7 +103,7 @@ def test_exported_tokenizer_builds_our_inputs(shared, tokenizer, wordpieces, tmp
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     for row, (title, text) in enumerate(PASSAGES):
         ids = features["input_ids"][row][features["attention_mask"][row].bool()].tolist()
-        assert ids == passage_input(wordpieces(title), wordpieces(text), cls, sep, 40).tolist()
+        assert ids == Wordpieces.of(tokenizer).passage(wordpieces(title), wordpieces(text), 40).tolist()
         special = [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
         assert special == [cls, sep, sep], "the names of special tokens in a text are text"
     assert not features.get("token_type_ids", torch.zeros(1)).any()
@@ -104,7 +117,11 @@ def test_load_retriever_restores_weights_and_settings(config, tokenizer, wordpie
     assert loaded.shared == config.shared_tower and not loaded.training
     assert loaded.temperature == 0.5 and loaded.dim == retriever.dim
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
-    for ours, theirs in zip(embed(retriever, config, tokenizer, wordpieces), embed(loaded, config, loaded_tokenizer, wordpieces), strict=True):
+    for ours, theirs in zip(
+        embed(retriever, config, tokenizer, wordpieces),
+        embed(loaded, config, loaded_tokenizer, wordpieces),
+        strict=True,
+    ):
         np.testing.assert_array_equal(ours, theirs)
     settings = read_retriever_settings(path)
     assert (settings["max_query_tokens"], settings["max_passage_tokens"]) == (16, 40)
@@ -125,7 +142,9 @@ def test_export_over_an_older_one_is_read_as_the_new_one(tokenizer, wordpieces, 
     nn.init.normal_(retriever.query_tower.projection.weight)
     save(retriever, CONFIG, tokenizer, path)
     for ours, theirs in zip(
-        embed(retriever, CONFIG, tokenizer, wordpieces), embed(load_retriever(path)[0], CONFIG, tokenizer, wordpieces), strict=True
+        embed(retriever, CONFIG, tokenizer, wordpieces),
+        embed(load_retriever(path)[0], CONFIG, tokenizer, wordpieces),
+        strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -133,7 +152,7 @@ def test_export_over_an_older_one_is_read_as_the_new_one(tokenizer, wordpieces, 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_changes_no_embedding(pooling, tokenizer, wordpieces):
     retriever = build(replace(CONFIG, pooling=pooling), tokenizer)
-    inputs = [query_input(wordpieces(text), tokenizer.cls_token_id, tokenizer.sep_token_id, 16) for text in QUERIES]
+    inputs = [Wordpieces.of(tokenizer).query(wordpieces(text), 16) for text in QUERIES]
     ids_BL, mask_BL = pad_batch(inputs, tokenizer.pad_token_id)
     with torch.no_grad():
         together_BD = retriever.embed_queries(ids_BL, mask_BL)
@@ -168,11 +187,16 @@ def test_score_is_the_inner_product_over_the_temperature(tokenizer):
 
 def test_scores_are_not_rounded_under_autocast(tokenizer):
     retriever = build_retriever(replace(CONFIG, temperature=0.5), tokenizer)
-    query_emb_BD, candidate_emb_BND = torch.tensor([[12.0, 5.0, 1.0]]), torch.tensor([[[12.0, 5.0, 1.0], [12.0, 5.0, 1.3], [12.0, 5.0, 1.45]]])
+    query_emb_BD, candidate_emb_BND = (
+        torch.tensor([[12.0, 5.0, 1.0]]),
+        torch.tensor([[[12.0, 5.0, 1.0], [12.0, 5.0, 1.3], [12.0, 5.0, 1.45]]]),
+    )
     expected = torch.tensor([[340.0, 340.6, 340.9]])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(retriever.score(query_emb_BD, candidate_emb_BND), expected)
-        loss, _ = in_batch_loss(query_emb_BD, candidate_emb_BND[0], torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool), 0.5)
+        loss, _ = in_batch_loss(
+            query_emb_BD, candidate_emb_BND[0], torch.tensor([0]), torch.zeros(1, 3, dtype=torch.bool), 0.5
+        )
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0])))
 
 

@@ -1,4 +1,5 @@
-"""Configuration files: reading, extending, overriding, and every mistake named by its file and field."""
+"""Configuration files: reading, extending, overriding, and every mistake named by its file and
+field."""
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -38,8 +39,22 @@ def test_configs_are_shipped():
     [
         [],
         ["--reader.attention.type", "longformer", "--reader.attention.window", "9", "--ict.optim.betas", "[0.8, 0.9]"],
-        ["--engine.deepspeed", "{zero_optimization: {stage: 1}, list: [1, two, null]}", "--refresh.max_stale_steps", "3"],
-        ["--retriever.bert.path", "some/where", "--data.probe", "null", "--retriever.normalize", "true", "--seed", "7"],
+        [
+            "--engine.deepspeed",
+            "{zero_optimization: {stage: 1}, list: [1, two, null]}",
+            "--refresh.max_stale_steps",
+            "3",
+        ],
+        [
+            "--retriever.bert.path",
+            "some/where",
+            "--data.masked_spans",
+            "null",
+            "--retriever.normalize",
+            "true",
+            "--seed",
+            "7",
+        ],
     ],
 )
 def test_a_dumped_config_loads_to_an_equal_one(overrides, tmp_path):
@@ -54,7 +69,10 @@ def test_a_dumped_config_spells_out_every_field(tmp_path):
 
     def missing(part, tree):
         return [f.name for f in fields(part) if f.name not in tree] + [
-            name for f in fields(part) if is_dataclass(value := getattr(part, f.name)) for name in missing(value, tree[f.name])
+            name
+            for f in fields(part)
+            if is_dataclass(value := getattr(part, f.name))
+            for name in missing(value, tree[f.name])
         ]
 
     tree = yaml.safe_load(dump_config(config))
@@ -64,22 +82,27 @@ def test_a_dumped_config_spells_out_every_field(tmp_path):
 
 def test_extends_merges_over_a_chain_of_files(tmp_path):
     (tmp_path / "sub").mkdir()
-    write(tmp_path, BASE + "seed: 1\nict: {steps: 5, optim: {lr: 0.5, clip: 2.0}}\n", "base.yaml")
+    write(tmp_path, BASE + "seed: 1\nict: {steps: 5, optim: {lr: 0.5, max_grad_norm: 2.0}}\n", "base.yaml")
     write(tmp_path, "extends: base.yaml\nseed: 2\nict: {steps: 6}\n", "middle.yaml")
     path = write(tmp_path / "sub", "extends: ../middle.yaml\nict: {optim: {lr: 0.25}}\n")
     config = load_config(path, ["--ict.batch_size", "3"])
     assert (config.run, config.seed, config.ict.steps, config.ict.batch_size) == ("runs/x", 2, 6, 3)
-    assert (config.ict.optim.lr, config.ict.optim.clip) == (0.25, 2.0)
+    assert (config.ict.optim.lr, config.ict.optim.max_grad_norm) == (0.25, 2.0)
 
 
-@pytest.mark.parametrize("order", [["--ict.steps", "5", "--ict.optim.lr=1e-2"], ["--ict.optim.lr", "0.01", "--ict={steps: 5}"]])
+@pytest.mark.parametrize(
+    "order", [["--ict.steps", "5", "--ict.optim.lr=1e-2"], ["--ict.optim.lr", "0.01", "--ict={steps: 5}"]]
+)
 def test_overrides_are_dotted_and_merged(order, tmp_path):
     config = load_config(write(tmp_path, BASE + "ict: {steps: 1, batch_size: 2}\n"), order)
     assert (config.ict.steps, config.ict.batch_size, config.ict.optim.lr) == (5, 2, 0.01)
 
 
 def test_overrides_are_yaml_values():
-    assert parse_overrides(["--a.b", "null", "--a.c=[1, 2]", "--d", "x=y", "--a.b", "0.5"]) == {"a": {"b": 0.5, "c": [1, 2]}, "d": "x=y"}
+    assert parse_overrides(["--a.b", "null", "--a.c=[1, 2]", "--d", "x=y", "--a.b", "0.5"]) == {
+        "a": {"b": 0.5, "c": [1, 2]},
+        "d": "x=y",
+    }
 
 
 def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
@@ -90,7 +113,9 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
     assert dense.reader.attention == DenseAttention() and dense.reader.span_hidden == 3
     base = write(tmp_path, BASE, "base.yaml")
     assert load_config(base).reader.attention == DenseAttention()
-    assert load_config(base, ["--reader.attention", "{type: longformer, window: 2}"]).reader.attention == LongformerAttention(window=2)
+    assert load_config(
+        base, ["--reader.attention", "{type: longformer, window: 2}"]
+    ).reader.attention == LongformerAttention(window=2)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +133,18 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {steps: {x: 3}}", ["ict.steps"]),
         (BASE + "ict: {optim: {betas: [0.9]}}", ["ict.optim.betas", "2"]),
         (BASE + "ict: 5", ["ict", "mapping", "5"]),
-        (BASE + "refresh: {max_stale_steps: 10, stale_policy: wait}", ["refresh.max_stale_steps (10)", "refresh.every_steps (500)", "wait"]),
-        (BASE + "refresh: {max_stale_steps: 500, stale_policy: stop, staleness_multiplier: 4}", ["stale_steps (500)", "staleness_multiplier (4)"]),
+        (
+            BASE + "refresh: {max_stale_steps: 10, stale_policy: wait}",
+            ["refresh.max_stale_steps (10)", "refresh.export_every (500)", "wait"],
+        ),
+        (
+            BASE + "refresh: {max_stale_steps: 500, stale_policy: stop, staleness_multiplier: 4}",
+            ["stale_steps (500)", "staleness_multiplier (4)"],
+        ),
         (BASE + "ict: {steps: true}", ["ict.steps", "number", "True"]),
         (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
         (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
-        (BASE + "ict: {null_share: 7}", ["ict.null_share", "between 0 and 1"]),
+        (BASE + "ict: {null_prob: 7}", ["ict.null_prob", "between 0 and 1"]),
         (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "from 0 up", "nan"]),
         (BASE + "ict: {steps: 5}\nict: {batch_size: 3}", ["'ict' is given twice", "line"]),
         ("run: x\ncorpus: {passages: []}", ["corpus.passages names no source"]),
@@ -125,7 +156,10 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "retriever: {normalize: 3}", ["retriever.normalize", "3"]),
         (BASE + "reader: {max_tokens: 100}", ["reader.max_tokens (100)", "retriever.max_query_tokens (96)"]),
         (BASE + "pretrain: {candidates: 1}", ["pretrain.candidates", "at least 2"]),
-        (BASE + "reader: {attention: {type: spiral}}", ["reader.attention", "'spiral'", "dense, infini, linformer, longformer, performer"]),
+        (
+            BASE + "reader: {attention: {type: spiral}}",
+            ["reader.attention", "'spiral'", "dense, infini, linformer, longformer, performer"],
+        ),
         (BASE + "reader: {attention: longformer}", ["reader.attention", "mapping", "longformer"]),
         (BASE + "reader: {attention: {window: 3}}", ["reader.attention", "window", "DenseAttention"]),
         (BASE + "reader: {attention: {type: longformer, window: 0}}", ["attention.window", "at least 1", "0"]),
@@ -204,6 +238,6 @@ def test_a_stage_has_threads_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(("folds", "take"), [(4, [4]), (4, [0, -1]), (0, [])])
 def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
-    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, folds: {folds}, take: {take}}}}}\n")
-    with pytest.raises(UserError, match=r"`take` of .* must name folds"):
+    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, num_folds: {folds}, use_folds: {take}}}}}\n")
+    with pytest.raises(UserError, match=r"`use_folds` of .* must be between 0 and"):
         load_config(path)

@@ -1,4 +1,5 @@
-"""Starting from the models of another run: what is taken over, how it reads and is searched, and what is refused."""
+"""Starting from the models of another run: what is taken over, how it reads and is searched, and
+what is refused."""
 
 from pathlib import Path
 
@@ -12,17 +13,20 @@ from realm.models.reader import build_reader, load_reader, save_reader
 from realm.models.retriever import build_retriever, save_retriever
 from realm.run.config_file import load_config
 from realm.run.folder import Run
-from realm.run.initial import initial_reader, initial_retriever, start_retriever
+from realm.run.initial import build_initial_retriever, initial_reader, initial_retriever
 from realm.runtime.publish import checksum
 from tests.tiny import prepared_run, write_config
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a prepared corpus, and in `other/` a retriever and a reader as another run might have left them."""
+    """A run with a prepared corpus, and in `other/` a retriever and a reader as another run
+    might have left them."""
     run = prepared_run(tmp_path_factory.mktemp("start"))
     torch.manual_seed(7)
-    save_retriever(build_retriever(run.config.retriever, run.tokenizer), run.tokenizer, run.folder / "other/retriever", 32, 80)
+    save_retriever(
+        build_retriever(run.config.retriever, run.tokenizer), run.tokenizer, run.folder / "other/retriever", 32, 80
+    )
     save_reader(build_reader(run.config.reader, run.tokenizer)[0], run.tokenizer, run.folder / "other/reader")
     return run
 
@@ -32,21 +36,33 @@ def another(source: Run, folder: Path, **changes: dict) -> Run:
     other = source.folder / "other"
     start = {"retriever": str(other / "retriever"), "reader": str(other / "reader")}
     data = {
-        key: str(source.folder.parent / name) for key, name in (("train", "questions.json"), ("test", "questions.json"), ("probe", "probe.jsonl"))
+        key: str(source.folder.parent / name)
+        for key, name in (("train", "questions.json"), ("test", "questions.json"), ("masked_spans", "probe.jsonl"))
     }
-    corpus = {"passages": str(source.folder.parent / "passages.jsonl"), "statements": None, "prepared": str(source.prepared)}
-    return Run.create(load_config(write_config(folder, **{"start": start, "data": data, "corpus": corpus, **changes})))
+    corpus = {
+        "passages": str(source.folder.parent / "passages.jsonl"),
+        "statements": None,
+        "prepared": str(source.prepared),
+    }
+    changes["corpus"] = corpus | changes.get("corpus", {})
+    return Run.create(load_config(write_config(folder, **{"init_from": start, "data": data, **changes})))
 
 
 def test_the_first_stage_takes_over_the_weights_of_the_other_run(source: Run, tmp_path: Path) -> None:
     run = another(source, tmp_path)
     assert checksum(initial_retriever(run, "ict")) == checksum(source.folder / "other/retriever")
     theirs = load_reader(source.folder / "other/reader").state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in initial_reader(run, "reader_warmup").state_dict().items())
+    assert all(
+        torch.equal(value, theirs[name])
+        for name, value in initial_reader(run, "reader_pretraining").state_dict().items()
+    )
 
 
 def test_what_was_read_densely_is_read_long(source: Run, tmp_path: Path) -> None:
-    longer = {"reader": {**source_reader(source), "attention": {"type": "longformer", "window": 8}, "max_tokens": 160, "context_tokens": 120}}
+    longer = {
+        "reader": {**source_reader(source), "attention": {"type": "longformer", "window": 8}, "max_tokens": 160},
+        "corpus": {"context_tokens": 120},
+    }
     reader = initial_reader(another(source, tmp_path, **longer), "finetune", learned=True)
     assert reader.bert.config.max_position_embeddings >= 160
     assert any("key_global" in name for name in reader.state_dict())
@@ -61,17 +77,25 @@ def source_reader(source: Run) -> dict:
 
 def test_another_run_is_finetuned_and_answers_with_no_stage_of_its_own_before(source: Run, tmp_path: Path) -> None:
     run = another(source, tmp_path)
-    before = Answerer(run, "start")
+    before = Answerer(run, "initial")
     assert before.model is not None, "the reader of the other run reads, zero-shot"
     train_finetune(run)
     after = Answerer(run)
-    assert after.index.manifest.encoder_checksum == checksum(start_retriever(run)) == before.index.manifest.encoder_checksum
+    assert (
+        after.index.manifest.encoder_checksum
+        == checksum(build_initial_retriever(run))
+        == before.index.manifest.encoder_checksum
+    )
     theirs = load_reader(source.folder / "other/reader").state_dict()
     assert after.model is not None
-    assert any(not torch.equal(value, theirs[name]) for name, value in after.model.reader.state_dict().items()), "it has learned"
+    assert any(not torch.equal(value, theirs[name]) for name, value in after.model.reader.state_dict().items()), (
+        "it has learned"
+    )
 
 
-def test_models_of_another_vocabulary_and_folders_without_models_are_refused(source: Run, tmp_path: Path, tokenizer) -> None:
+def test_models_of_another_vocabulary_and_folders_without_models_are_refused(
+    source: Run, tmp_path: Path, tokenizer
+) -> None:
     foreign = tmp_path / "foreign"
     save_reader(build_reader(source.config.reader, tokenizer)[0], tokenizer, foreign)
     run = another(source, tmp_path, start={"reader": str(foreign), "retriever": str(tmp_path / "nothing")})
@@ -79,11 +103,11 @@ def test_models_of_another_vocabulary_and_folders_without_models_are_refused(sou
         initial_reader(run, "finetune")
     with pytest.raises(UserError, match="nothing' is no saved retriever"):
         initial_retriever(run, "finetune")
-    assert not (run.folder / "start").exists()
+    assert not (run.folder / "initial").exists()
 
 
 def test_random_weights_are_not_finetuned(source: Run) -> None:
     with pytest.raises(UserError, match="no trained retriever yet; run `realm ict`"):
         initial_retriever(source, "finetune", learned=True)
-    with pytest.raises(UserError, match="no trained reader yet; run `realm reader-warmup`"):
+    with pytest.raises(UserError, match="no trained reader yet; run `realm reader-pretraining`"):
         initial_reader(source, "finetune", learned=True)

@@ -131,7 +131,9 @@ def test_damaged_files_are_named(artefact: Path, damage: object, message: str) -
         check_files(artefact, read_manifest(artefact))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"a"', "\ud83d".encode("utf-16", "surrogatepass").hex(), '{"kind": "test", "files": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"a"', "\ud83d".encode("utf-16", "surrogatepass").hex(), '{"kind": "test", "files": {}}']
+)
 def test_a_broken_manifest_is_refused(artefact: Path, text: str) -> None:
     (artefact / "manifest.json").write_text(text)
     with pytest.raises(PublishError, match=r"manifest\.json"):
@@ -174,7 +176,15 @@ def test_a_name_is_read_as_what_it_says_or_not_at_all(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a1-step-000500", "a01-step-500", "a01-step-000500-e", "a01-step-000500-e03", "a01-step-000500\n", "a\u0660\u0661-step-000500"]
+    "name",
+    [
+        "a1-step-000500",
+        "a01-step-500",
+        "a01-step-000500-e",
+        "a01-step-000500-e03",
+        "a01-step-000500\n",
+        "a\u0660\u0661-step-000500",
+    ],
 )
 def test_foreign_names_are_no_versions(name: str) -> None:
     with pytest.raises(PublishError, match="not the name of a version"):

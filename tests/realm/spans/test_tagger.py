@@ -22,7 +22,11 @@ from realm.spans.cache import SpanCache
 from realm.spans.rules import SPAN_TYPES, SalientSpan, builtin_spans
 from realm.spans.tagger import SpanConfig, SpanTagger
 
-TEXTS = [f"In {1900 + i} Ada Quill came to Porto with {i} crates." for i in range(40)] + ["", "nothing here", "Mary Oduya."]
+TEXTS = [f"In {1900 + i} Ada Quill came to Porto with {i} crates." for i in range(40)] + [
+    "",
+    "nothing here",
+    "Mary Oduya.",
+]
 
 _TAGGER = SpanTagger.load(SpanConfig())
 
@@ -50,7 +54,13 @@ def _own_pipeline(folder: Path) -> Path:
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("entity_ruler")
     assert isinstance(ruler, EntityRuler)
-    ruler.add_patterns([{"label": "PERSON", "pattern": "Quill"}, {"label": "DATE", "pattern": "1905"}, {"label": "LAW", "pattern": "Act"}])
+    ruler.add_patterns(
+        [
+            {"label": "PERSON", "pattern": "Quill"},
+            {"label": "DATE", "pattern": "1905"},
+            {"label": "LAW", "pattern": "Act"},
+        ]
+    )
     nlp.to_disk(folder)
     return folder
 
@@ -88,7 +98,11 @@ def test_a_spacy_pipeline_with_and_without_dates(tmp_path: Path) -> None:
     path = str(_own_pipeline(tmp_path / "own"))
     text = "In 1905 and in May 1906 Quill read the Act."
     plain, dated = (SpanTagger.load(SpanConfig(pipeline=path, dates=dates)) for dates in (False, True))
-    assert [(text[s.start : s.end], s.type) for s in next(plain.tag([text]))] == [("1905", "date"), ("Quill", "person"), ("Act", "other")]
+    assert [(text[s.start : s.end], s.type) for s in next(plain.tag([text]))] == [
+        ("1905", "date"),
+        ("Quill", "person"),
+        ("Act", "other"),
+    ]
     assert [(text[s.start : s.end], s.type) for s in next(dated.tag([text]))] == [
         ("1905", "date"),
         ("May 1906", "date"),
@@ -238,7 +252,9 @@ def test_unreadable_files_are_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_bench_counts_exact_spans_and_prints_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "names.conll").write_text("Ada\tB-PER\nQuill\tI-PER\nleft\tO\nPorto\tO\nin\tO\n1905\tO\n\nthe\tO\nsea\tB-LOC\n", encoding="utf-8")
+    (tmp_path / "names.conll").write_text(
+        "Ada\tB-PER\nQuill\tI-PER\nleft\tO\nPorto\tO\nin\tO\n1905\tO\n\nthe\tO\nsea\tB-LOC\n", encoding="utf-8"
+    )
     (tmp_path / "dates.conll").write_text("In\tO\n1905\tB-DATE\nAda\tO\n", encoding="utf-8")
     arguments = [
         "--entities",
@@ -261,6 +277,10 @@ def test_bench_counts_exact_spans_and_prints_one_table(tmp_path: Path, capsys: p
 
 @pytest.mark.real_data
 def test_floors_of_the_builtin_rules_on_annotated_text(shared_data: Path) -> None:
-    entities, dates = bench_spans(shared_data / "ner" / "wikineural-en-val.conllu.gz", shared_data / "ner" / "gum-dates" / "test.conll", SpanConfig())
+    entities, dates = bench_spans(
+        shared_data / "ner" / "wikineural-en-val.conllu.gz",
+        shared_data / "ner" / "gum-dates" / "test.conll",
+        SpanConfig(),
+    )
     assert entities["f1"] >= 0.85
     assert dates["f1"] >= 0.80

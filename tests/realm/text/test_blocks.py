@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from realm.text.blocks import align_spans, cut_blocks, sentence_bounds, text_hash
-from realm.text.tokenizer import encode_plain
+from realm.text.tokenizer import tokenize
 from tests.realm.corpus.rivers import river_tokenizer
 
 
@@ -21,7 +21,13 @@ SENTENCES = {
     "acronyms": ["He lived in the U.S. He left Washington, D.C. in May. ", "Then he died."],
     "numbers": ["It is 3.5 km, no. 5 on p. 7 of vol. 2, since Jan. 5. ", "In Jan. ", "Snow fell."],
     "lower case": ["They watched Yahoo! news at 10 p.m. today, etc. and left. ", "Good."],
-    "spaced": ["The Rhine is long . ", "He moved to the U.S. . ", "A U.S . Senator , Mr . Poe , came . ", "Eek ! ", "The end ."],
+    "spaced": [
+        "The Rhine is long . ",
+        "He moved to the U.S. . ",
+        "A U.S . Senator , Mr . Poe , came . ",
+        "Eek ! ",
+        "The end .",
+    ],
     "quotes": ['He said "Go!" ', "Then (at last.) ", "“Stay.” ", "She left."],
     "notes": ["It won.[3] ", "It lost . [ citation needed ] ", "Later it won."],
     "dots": ["Well... ", "Now what?! ", "Nothing…"],
@@ -43,7 +49,20 @@ def test_sentences(kind):
 INVISIBLE = "\u200b\ufffd\x1c"
 LONG_UNKNOWN, LONG_KNOWN = "x" * 120, "qzj" * 30
 words = st.sampled_from(
-    [*"aZ.!?,()[]\"'…。", *INVISIBLE, "the", "Cat.", "Dr.", "한국어", "naïve", "e\u0301", "Zürich", "東京", LONG_UNKNOWN, LONG_KNOWN]
+    [
+        *"aZ.!?,()[]\"'…。",
+        *INVISIBLE,
+        "the",
+        "Cat.",
+        "Dr.",
+        "한국어",
+        "naïve",
+        "e\u0301",
+        "Zürich",
+        "東京",
+        LONG_UNKNOWN,
+        LONG_KNOWN,
+    ]
 )
 texts = st.lists(st.tuples(words, st.sampled_from(["", " ", "  ", "\n", "\n\n", "\u3000"])), max_size=60).map(
     lambda pairs: "".join(word + space for word, space in pairs)
@@ -61,14 +80,16 @@ def test_sentence_bounds_cut_in_order_and_behind_white_space(text):
 @given(texts.filter(str.strip), st.integers(8, 60))
 @example("qzj" * 30 + " " + "한국어" * 40, 8)
 def test_blocks_put_together_are_the_document(tokenizer, text, max_tokens):
-    ids, offset_L2 = encode_plain(tokenizer, [text])[0]
+    ids, offset_L2 = tokenize(tokenizer, [text])[0]
     if not len(ids):
         return
     is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
     bounds = sentence_bounds(text)
     blocks = cut_blocks(len(text), offset_L2, is_word_start_L, bounds, max_tokens)
     assert "".join(text[block.start : block.end] for block in blocks) == text
-    assert [block.first for block in blocks] == [0, *(block.last for block in blocks[:-1])] and blocks[-1].last == len(ids)
+    assert [block.first for block in blocks] == [0, *(block.last for block in blocks[:-1])] and blocks[-1].last == len(
+        ids
+    )
     for block in blocks:
         starts = block.sentence_starts
         assert 0 < block.last - block.first <= max_tokens
@@ -76,13 +97,13 @@ def test_blocks_put_together_are_the_document(tokenizer, text, max_tokens):
         offsets = offset_L2[block.first : block.last]
         assert offsets.min() >= block.start and offsets.max() <= block.end
     if all(is_word_start_L[block.first] for block in blocks):
-        alone = encode_plain(tokenizer, [text[block.start : block.end] for block in blocks])
+        alone = tokenize(tokenizer, [text[block.start : block.end] for block in blocks])
         assert np.array_equal(np.concatenate([block_ids for block_ids, _ in alone]), ids)
 
 
 def test_whole_sentences_are_packed_greedily(tokenizer):
     text = "The cat sat. The cat sat. The cat sat. "
-    _, offset_L2 = encode_plain(tokenizer, [text])[0]
+    _, offset_L2 = tokenize(tokenizer, [text])[0]
     per_sentence = len(offset_L2) // 3
     for max_tokens in (2 * per_sentence, 3 * per_sentence - 1):
         blocks = cut_blocks(len(text), offset_L2, np.ones(len(offset_L2), bool), sentence_bounds(text), max_tokens)
@@ -92,7 +113,7 @@ def test_whole_sentences_are_packed_greedily(tokenizer):
 
 def test_long_sentence_is_cut_between_words(tokenizer):
     text = "The cat sat. " + "Zürich river bridges naïve " * 20
-    ids, offset_L2 = encode_plain(tokenizer, [text])[0]
+    ids, offset_L2 = tokenize(tokenizer, [text])[0]
     is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
     blocks = cut_blocks(len(text), offset_L2, is_word_start_L, sentence_bounds(text), 16)
     pieces = [text[block.start : block.end] for block in blocks]
@@ -102,7 +123,15 @@ def test_long_sentence_is_cut_between_words(tokenizer):
 
 def test_spans_that_cut_a_wordpiece_or_cross_a_sentence_are_dropped():
     offset_L2 = np.array([[0, 3], [4, 7], [7, 8], [9, 12], [13, 16]])
-    spans = [(0, 3, "place"), (0, 7, "date"), (1, 3, "cut"), (4, 6, "cut"), (4, 12, "crosses"), (8, 9, "nothing"), (9, 16, "other")]
+    spans = [
+        (0, 3, "place"),
+        (0, 7, "date"),
+        (1, 3, "cut"),
+        (4, 6, "cut"),
+        (4, 12, "crosses"),
+        (8, 9, "nothing"),
+        (9, 16, "other"),
+    ]
     assert list(align_spans(offset_L2, [0, 3], spans)) == [(0, 1, "place"), (0, 2, "date"), (3, 5, "other")]
 
 

@@ -1,4 +1,5 @@
-"""Tokenizers: training, saving, loading, text that names special tokens, and every way of giving none."""
+"""Tokenizers: training, saving, loading, text that names special tokens, and every way of giving
+none."""
 
 import json
 import subprocess
@@ -9,7 +10,14 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from realm.errors import UserError
-from realm.text.tokenizer import TokenizerConfig, encode_plain, load_tokenizer, obtain_tokenizer, tokenizer_fingerprint, train_wordpiece
+from realm.text.tokenizer import (
+    TokenizerConfig,
+    load_tokenizer,
+    obtain_tokenizer,
+    tokenize,
+    tokenizer_fingerprint,
+    train_wordpiece,
+)
 
 TEXTS = [
     "The river Danube rises in the Black Forest [ and ends in the Black Sea ] .",
@@ -46,7 +54,13 @@ def test_training_is_the_same_in_another_process(trained):
         "import json, sys; from realm.text.tokenizer import *; config, texts = json.load(sys.stdin); "
         "print(tokenizer_fingerprint(train_wordpiece(iter(texts), TokenizerConfig(**config))))"
     )
-    run = subprocess.run([sys.executable, "-c", program], input=json.dumps([{"vocab_size": 200}, TEXTS]), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([{"vocab_size": 200}, TEXTS]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.strip() == tokenizer_fingerprint(trained)
 
 
@@ -66,7 +80,7 @@ def test_fingerprint_knows_vocabulary_and_normaliser(trained):
 
 
 def _check_plain(tokenizer):
-    ids, offset_L2 = encode_plain(tokenizer, [HOSTILE])[0]
+    ids, offset_L2 = tokenize(tokenizer, [HOSTILE])[0]
     assert ids.dtype == offset_L2.dtype == np.int32
     assert not np.isin(ids, _special_ids(tokenizer)).any()
     pieces = [HOSTILE[start:end] for start, end in offset_L2]
@@ -78,14 +92,16 @@ def test_special_tokens_in_text_stay_text(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     for tokenizer in (trained, load_tokenizer(str(tmp_path))):
         _check_plain(tokenizer)
-    assert trained.mask_token_id not in AutoTokenizer.from_pretrained(tmp_path)("a [MASK] b")["input_ids"], "not kept in the saved folder"
+    assert trained.mask_token_id not in AutoTokenizer.from_pretrained(tmp_path)("a [MASK] b")["input_ids"], (
+        "not kept in the saved folder"
+    )
 
 
 @pytest.mark.real_data
 def test_special_tokens_in_text_stay_text_with_berts_vocabulary(shared_data):
     tokenizer = load_tokenizer(str(shared_data / "vocab" / "bert-base-uncased-vocab.txt"))
     _check_plain(tokenizer)
-    assert tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, ["[MASK]"])[0][0].tolist()) == ["[", "mask", "]"]
+    assert tokenizer.convert_ids_to_tokens(tokenize(tokenizer, ["[MASK]"])[0][0].tolist()) == ["[", "mask", "]"]
 
 
 def test_plain_encoding_ignores_saved_truncation_and_padding(trained, tmp_path):
@@ -93,11 +109,11 @@ def test_plain_encoding_ignores_saved_truncation_and_padding(trained, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
-    assert np.array_equal(encode_plain(tokenizer, TEXTS)[0][0], encode_plain(trained, TEXTS)[0][0])
+    assert np.array_equal(tokenize(tokenizer, TEXTS)[0][0], tokenize(trained, TEXTS)[0][0])
 
 
 def test_empty_text_has_no_wordpieces(trained):
-    ids, offset_L2 = encode_plain(trained, [""])[0]
+    ids, offset_L2 = tokenize(trained, [""])[0]
     assert ids.shape == (0,) and offset_L2.shape == (0, 2)
 
 
@@ -105,7 +121,7 @@ def test_bare_vocabulary_file_and_folder(trained, tmp_path):
     vocabulary = sorted(trained.get_vocab(), key=trained.get_vocab().get)
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     for path in (tmp_path / "vocab.txt", tmp_path):
-        assert np.array_equal(encode_plain(load_tokenizer(str(path)), TEXTS)[0][0], encode_plain(trained, TEXTS)[0][0])
+        assert np.array_equal(tokenize(load_tokenizer(str(path)), TEXTS)[0][0], tokenize(trained, TEXTS)[0][0])
 
 
 def _missing(path):
@@ -154,7 +170,9 @@ def _without_mask(path):
 
     vocabulary = {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "a": 4, "b": 5}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(path)
     return path
 
 
@@ -164,7 +182,13 @@ def _special_by_spelling(path):
     vocabulary = {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "a": 5}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    special = {
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+        "unk_token": "[UNK]",
+    }
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(path)
     return path
 
@@ -200,7 +224,9 @@ def test_impossible_hub_name_is_refused(name):
 def test_hub_name_without_network_is_refused(tmp_path):
     program = "import sys; from realm.text.tokenizer import *\ntry: load_tokenizer('someone/bert')\nexcept UserError as error: print(error)"
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    run = subprocess.run([sys.executable, "-c", program], env=unreachable, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=unreachable, capture_output=True, text=True, check=True, timeout=60
+    )
     assert run.stdout.count("\n") == 1 and "hub cannot be reached" in run.stdout
 
 
