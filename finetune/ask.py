@@ -12,8 +12,7 @@ from realm.text.tokenizer import tokenize
 
 
 def ask(run: Run, text: str, passages: int) -> None:
-    """Print the answer to `text`, the passage with the answer marked, p(z|x), and the other
-    passages read."""
+    """Print the answer to `text`, its passage with the answer marked, p(z|x), and the other passages read."""
     if not text.strip():
         raise UserError(
             'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"'
@@ -23,7 +22,7 @@ def ask(run: Run, text: str, passages: int) -> None:
 
 
 def print_answer(answerer: Answerer, text: str, passages: int) -> None:
-    """See `ask`."""
+    """Answer a question with an open answerer; see `ask`."""
     ids, _ = tokenize(answerer.run.tokenizer, [text])[0]
     question = Question("", text, (), ids)
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
@@ -31,7 +30,8 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     corpus = answerer.run.passages
     if answer.passage is None:
         console.print(
-            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index with --refresh.search_parameters, such as nprobe=64"
+            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index with --refresh.search_parameters, "
+            "such as nprobe=64"
         )
         return
     console.print(f"[bold]{escape(text)}[/bold]")
@@ -39,7 +39,8 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     body = corpus.text(answer.passage)
     if answer.start >= 0:
         end = answer.start + len(answer.text)
-        marked = f"{escape(body[: answer.start])}[bold green]»{escape(body[answer.start : end])}«[/bold green]{escape(body[end:])}"
+        inside = escape(body[answer.start : end])
+        marked = f"{escape(body[: answer.start])}[bold green]»{inside}«[/bold green]{escape(body[end:])}"
     else:
         marked = escape(body)
     console.print(

@@ -1,5 +1,4 @@
-"""Other people's retrievers, put beside ours on the same questions and passages: BM25, and any
-sentence-transformers model."""
+"""Retrievers to compare with on the same questions and passages: BM25, and any sentence-transformers model."""
 
 import hashlib
 import json
@@ -21,12 +20,12 @@ class PassageRetriever(Protocol):
     """What evaluation asks of a retriever."""
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
-        """Rows of the `k` best passages per question, (B, k), -1 where nothing was found."""
+        """Rows of the `k` best passages per question, (B, k); -1: none."""
 
 
 class Bm25:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text, English stop words left
-    out, by the bm25s package."""
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text without English stop words, by the bm25s
+    package."""
 
     def __init__(self, passages: PreparedCorpus) -> None:
         try:
@@ -45,8 +44,8 @@ class Bm25:
 
 
 class SentenceTransformerRetriever:
-    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings
-    are kept in `run/frozen/`."""
+    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings are cached in
+    the run's `frozen/`."""
 
     def __init__(self, name: str, run: Run) -> None:
         import faiss
@@ -60,7 +59,7 @@ class SentenceTransformerRetriever:
             self.model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--compare: {name} is no sentence-transformers model that can be loaded ({str(error).splitlines()[0]})"
+                f"--compare: {name} cannot be loaded as a sentence-transformers model ({str(error).splitlines()[0]})"
             ) from error
         self.rows = run.passages.rows
         embeddings_ND = self._embeddings(name, run)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.evaluate import RECALL_DEPTHS, values_of
+from finetune.figures import RECALL_DEPTHS, values_of
 from finetune.metrics import bootstrap_interval
 from realm.corpus.text_files import BadRecord, BadRecords, Place, parse_object, parsed_lines
 from realm.errors import UserError
@@ -13,21 +13,20 @@ from realm.runtime.telemetry import console, print_table
 
 Row = dict[str, Any]
 Key = tuple[str, int]
-"""Id of a question, and how often it stood before."""
+"""Id of a question, and how often it occurred before."""
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
-    """Means of both in percent and what the second has more, with the 95 % interval of a paired
-    bootstrap; a row for each figure both have.
+    """Compare two `.predictions.jsonl` files of `realm evaluate`; returns a row per figure that both have: both
+    means in percent, and the 95 % interval of the difference (second minus first) by a paired bootstrap.
 
-    `first` and `second` are `.predictions.jsonl` files as `realm evaluate` writes them. Raises
-    UserError for other files, and for evaluations of different questions.
+    Raises UserError for other files, and for evaluations of different questions.
     """
     before, after = _read(first), _read(second)
     if before.keys() != after.keys():
         odd, _ = next(iter(before.keys() ^ after.keys()))
         raise UserError(
-            f"{first} and {second} are of different questions ({odd!r} stands in one alone); evaluate both on the same file."
+            f"{first} and {second} are about different questions ({odd!r} is in only one of them); evaluate both on the same file."
         )
     rows: list[Row] = []
     for name in dict.fromkeys(name for record in before.values() for name in record):
@@ -65,14 +64,13 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
 
 
 def _read(path: Path) -> dict[Key, dict[str, float]]:
-    """Figures of each question. Recall further down than was retrieved for any question is no
-    figure."""
+    """Figures of each question, without recall at depths that were not retrieved."""
     report = BadRecords()
     records = list(parsed_lines(path, "predictions as `realm evaluate` writes them", report, _prediction))
     if report.total:
-        raise UserError(f"{report}\n{path} is not as `realm evaluate` writes predictions; evaluate again.")
+        raise UserError(f"{report}\n{path} is not a predictions file of `realm evaluate`; evaluate again.")
     if not records:
-        raise UserError(f"{path} holds no predictions.")
+        raise UserError(f"{path} contains no predictions.")
     depth = max(len(record["retrieved"]) for record in records)
     seen: dict[str, int] = {}
     questions: dict[Key, dict[str, float]] = {}
@@ -89,5 +87,5 @@ def _prediction(place: Place, line: bytes) -> Row:
         values_of(record, RECALL_DEPTHS)
         len(record["retrieved"]), record["id"]
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadRecord("no prediction", f" ({error!r})") from None
+        raise BadRecord("not a prediction", f" ({error!r})") from None
     return record

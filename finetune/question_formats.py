@@ -26,7 +26,7 @@ from realm.corpus.text_files import (
     stem,
 )
 from realm.errors import UserError
-from realm.run.config import QuestionSource
+from realm.run.data_config import QuestionSource
 from realm.runtime.hub import load_split
 
 UNANSWERABLE = "no answer"

@@ -1,9 +1,9 @@
-"""Questions of a run: read from their file, tokenised, and tied to the passage they were asked
-about where that is known."""
+"""Questions: read from their file, tokenized, and paired with the passage they were asked about, if it is known."""
 
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,12 +11,18 @@ from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, r
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
-from realm.run.config import QuestionSource
+from realm.run.data_config import QuestionSource
 from realm.run.folder import Run
 from realm.runtime.telemetry import console
 from realm.text.blocks import text_hash
 from realm.text.inputs import IntArray
 from realm.text.tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_TOKENS = 16
+"""Wordpieces of a sample question, as many as a question of Natural Questions or SQuAD has."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,14 @@ class Question:
         return re.compile(self.answers[0], re.IGNORECASE)
 
 
-def load_questions(source: QuestionSource, run: Run, quiet: bool = False) -> list[Question]:
-    """Questions of a source (see `question_formats`), tied to the run's passages by id or by the
-    text of their paragraph.
+def load_questions(
+    source: QuestionSource, passages: PreparedCorpus, tokenizer: "PreTrainedTokenizerBase", quiet: bool = False
+) -> list[Question]:
+    """Read the questions of a source (see `question_formats`) and find the passages that they were asked
+    about, by id or by the text of their paragraph.
 
-    Says how many there are, of which format, and how many were left out. Raises UserError naming
-    the place of every broken record, of a passage that the corpus does not hold, and for a source
-    without a question that can be used.
+    Prints, unless `quiet`, how many there are, in which format, and how many were skipped. Raises UserError
+    naming the place of every invalid record or unknown passage, and for a source without usable questions.
     """
     report, records = BadRecords(no_mistakes=(UNANSWERABLE,)), []
     for record in read_questions(source, report):
@@ -58,38 +65,60 @@ def load_questions(source: QuestionSource, run: Run, quiet: bool = False) -> lis
         if len(records) == source.limit:
             break
     if report.total and not source.skip_bad:
-        raise UserError(
-            f"{report}\nMend them, or leave them out with skip_bad: true beside the path of these questions."
-        )
+        raise UserError(f"{report}\nFix them, or skip them with skip_bad: true next to the path of these questions.")
     if not records:
         raise UserError(
-            f"question file {source.path} holds no question that can be used." + (f"\n{report}" if report.total else "")
+            f"question file {source.path} contains no usable question." + (f"\n{report}" if report.total else "")
         )
-    question_ids = [ids for ids, _ in tokenize(run.tokenizer, [record.text for record in records])]
+    question_ids = [ids for ids, _ in tokenize(tokenizer, [record.text for record in records])]
     answer_ids = [
-        () if record.is_pattern else tuple(ids for ids, _ in tokenize(run.tokenizer, list(record.answers)))
+        () if record.is_pattern else tuple(ids for ids, _ in tokenize(tokenizer, list(record.answers)))
         for record in records
     ]
-    passages = _Passages(run.passages)
+    finder = _PassageFinder(passages)
     questions = []
     for record, ids, answers in zip(records, question_ids, answer_ids, strict=True):
-        row = passages.find(record)
-        document = None if row is None else run.passages.document(row)
+        row = finder.find(record)
+        document = None if row is None else passages.document(row)
         questions.append(
             Question(record.id, record.text, record.answers, ids, answers, row, document, record.is_pattern)
         )
     if not quiet:
         known = sum(question.passage is not None for question in questions)
-        how = f"{format_of(source)}{', by its content' if source.format == 'auto' else ''}"
-        left_out = ", ".join(f"{number:,} x {kind}" for kind, number in (report.left_out + report.counts).items())
+        how = f"{format_of(source)}{', auto-detected' if source.format == 'auto' else ''}"
+        skipped = ", ".join(f"{number:,} x {kind}" for kind, number in (report.left_out + report.counts).items())
         console.print(
-            f"  {len(questions):,} questions of {source.path} ({how}), {known:,} with a passage of the corpus"
-            + (f"; left out: {left_out}" if left_out else "")
+            f"  {len(questions):,} questions in {source.path} ({how}), {known:,} with a passage in the corpus"
+            + (f"; skipped: {skipped}" if skipped else "")
         )
     return questions
 
 
-class _Passages:
+def load_training_questions(run: Run) -> list[Question]:
+    """The questions of `data.train`. Raises UserError if it is not set."""
+    source = run.questions("train")
+    if source is None:
+        raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
+    return load_questions(source, run.passages, run.tokenizer)
+
+
+def sample_questions(run: Run, count: int = 512) -> list[Question]:
+    """Stand-ins for questions where only the time of a step matters: the first words of random passages, each
+    with a salient span of its passage as the answer."""
+    passages = run.passages
+    rng = np.random.default_rng(run.config.seed)
+    questions = []
+    for row in rng.choice(passages.rows, min(count, len(passages.rows)), replace=False).tolist():
+        ids, (starts, ends, _) = passages.text_ids(row), passages.spans(row)
+        answer_ids = (np.array(ids[starts[0] : ends[0]]),) if len(starts) else ()
+        answers = ("",) * len(answer_ids)
+        questions.append(
+            Question(str(row), "", answers, np.array(ids[:SAMPLE_TOKENS]), answer_ids, row, passages.document(row))
+        )
+    return questions
+
+
+class _PassageFinder:
     """Finds the passage that a question was asked about."""
 
     def __init__(self, corpus: PreparedCorpus) -> None:
@@ -111,15 +140,15 @@ class _Passages:
         return rows
 
     def find(self, record: QuestionRecord) -> int | None:
-        """Row of the block that holds the first answer, in the record's document; None where the
-        record names none, or only by a text that the corpus has not. Raises UserError for an id
-        that the corpus has not."""
+        """Row of the block that contains the first answer, in the record's document; None if the record names
+        no document, or one by a text that is not in the corpus. Raises UserError for an id that is not in the
+        corpus."""
         first: int | None = None
         if record.passage is not None:
             first = self._row_of_id(record)
         elif record.context is not None:
             first = self._row_of_text.get(text_hash(record.context))
-        return None if first is None else self._holding(first, record)
+        return None if first is None else self._block_with_answer(first, record)
 
     def _row_of_id(self, record: QuestionRecord) -> int:
         for name in (f"{record.passage}", f"{record.passage}#0"):
@@ -128,10 +157,10 @@ class _Passages:
             except KeyError:
                 continue
         raise UserError(
-            f"{record.place}: the corpus has no document {record.passage!r} (any more); leave the question out, or use its corpus."
+            f"{record.place}: document {record.passage!r} is not in the corpus; remove the question, or use its corpus."
         )
 
-    def _holding(self, first: int, record: QuestionRecord) -> int:
+    def _block_with_answer(self, first: int, record: QuestionRecord) -> int:
         document, row, passed = self.corpus.document(first), first, 0
         start = min(record.starts, default=None) if record.starts else None
         while row < len(self.corpus) and self.corpus.document(row) == document:

@@ -1,128 +1,146 @@
-"""Finetuning on questions: the query tower and the reader learn, the passage embeddings stay as
-the index holds them."""
+"""Finetuning on questions: query tower and reader learn, passage embeddings stay as the index has them (Lee et
+al. 2019, section 5; Guu et al. 2020, section 4.3)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from finetune.data import QuestionBatches
-from finetune.questions import Question, load_questions
+from finetune.collate import QuestionCollator
+from finetune.questions import Question, load_training_questions, sample_questions
 from index.frozen import frozen_index
-from realm.corpus.substitution import span_pool
+from index.interface import Index
+from realm.corpus.substitution import SpanPool, span_pool
 from realm.errors import UserError
-from realm.models.modules import OpenQaModel, QuestionBatch
-from realm.models.retriever import Retriever, embed_no_grad, load_retriever
+from realm.models.batches import QuestionBatch
+from realm.models.modules import OpenQaModel
+from realm.models.precision import Precision
+from realm.models.reader import Reader, build_reader
+from realm.models.retriever import Retriever, build_retriever, embed_no_grad
+from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
-from realm.run.stage import save_models, train_stage
 from realm.runtime.distributed import rank, world_size
-from realm.runtime.telemetry import console
+from realm.runtime.telemetry import log_line
 from realm.text.inputs import epoch_rows
-from realm.training.engine import Engine
+from realm.training.sections import FinetuneConfig
+from realm.training.stage import Stage
+from realm.training.streams import RunStream, StepStream, run_seed, step_generator
 
-STAGE = "finetune"
 
+class Finetuning(Stage):
+    """Answer questions with spans of retrieved passages."""
 
-def train_finetune(run: Run, resume: bool = False) -> None:
-    """Train the stage and write `finetune/model`; its passages are searched in the index that the
-    retriever came with.
+    name = "finetune"
+    config: FinetuneConfig
+    retriever: Retriever
+    reader: Reader
 
-    Raises UserError where no retriever and reader were trained yet, or no training questions are
-    given.
-    """
-    config = run.config.finetune
-    if not run.begin(STAGE, resume):
-        return
-    source = run.questions("train")
-    if source is None:
-        raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
-    torch.manual_seed(run.config.seed + 3)
-    retriever_path, reader = initial_retriever(run, STAGE, learned=True), initial_reader(run, STAGE, learned=True)
-    retriever = untie_towers(load_retriever(retriever_path)[0])
-    questions = load_questions(source, run)
-    index = frozen_index(
-        run.folder, retriever_path, run.passages, run.config.refresh, lambda line: console.print(f"  {line}")
-    )
-    if config.retrieve > len(index):
-        raise UserError(f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it.")
-    for parameter in retriever.passage_tower.parameters():
-        parameter.requires_grad_(False)
-    engine = Engine(
-        OpenQaModel(retriever, reader),
-        config.optim,
-        run.config.engine,
-        config.steps,
-        config.batch_size,
-        [retriever.query_tower],
-    )
-    batches = FinetuneBatches(
-        run, lambda: engine.gathered_copy(retriever.query_tower), QuestionBatches(run, index), questions
-    )
-    seconds = train_stage(
-        run,
-        STAGE,
-        engine,
-        batches,
-        lambda values: (
+    def __init__(
+        self, run: Run, retriever: Retriever, reader: Reader, index: Index, questions: Sequence[Question]
+    ) -> None:
+        """Unties the retriever's towers and freezes the passage tower. Raises UserError if the corpus is smaller
+        than `finetune.retrieve`."""
+        config = run.config.finetune
+        if config.retrieve > len(index):
+            raise UserError(
+                f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it."
+            )
+        retriever = untie_towers(retriever)
+        for parameter in retriever.passage_tower.parameters():
+            parameter.requires_grad_(False)
+        super().__init__(OpenQaModel(retriever, reader), config, retriever, reader)
+        max_span_tokens = run.config.reader.max_span_tokens
+        pool: SpanPool = span_pool([run.passages], max_span_tokens) if config.substitution_prob else {}
+        collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, config.positives)
+        self.batches = FinetuningBatches(
+            collator,
+            questions,
+            config,
+            pool,
+            run.config.seed,
+            run.config.engine.precision,
+            lambda: self.current(retriever.query_tower),
+        )
+
+    @classmethod
+    def open(cls, run: Run) -> "Finetuning":
+        """The stage as it trains in `run`; it searches the index of the retriever that it starts from.
+
+        Raises UserError if the run has no trained retriever and reader, or no training questions.
+        """
+        questions = load_training_questions(run)
+        path, reader = initial_retriever(run, cls.name, learned=True), initial_reader(run, cls.name, learned=True)
+        index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
+        return cls(run, load_retriever(path)[0], reader, index, questions)
+
+    @classmethod
+    def open_sample(cls, run: Run, index: Index) -> "Finetuning":
+        """The stage to be timed."""
+        retriever, reader = (
+            build_retriever(run.config.retriever, run.tokenizer),
+            build_reader(run.config.reader, run.tokenizer)[0],
+        )
+        return cls(run, retriever, reader, index, sample_questions(run))
+
+    def called_between_steps(self) -> Sequence[nn.Module]:
+        return [self.retriever.query_tower]
+
+    def draw(self, step: int, size: int) -> QuestionBatch:
+        return self.batches(step, size)
+
+    def progress_line(self, values: dict[str, Any]) -> str:
+        return (
             f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  retrieved {values['retriever_rows']:.2f}"
-        ),
-    )
-    with engine.gathered(retriever, reader):
-        save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
-    index.close()
+        )
+
+    def close(self) -> None:
+        self.batches.collator.index.close()
 
 
 def untie_towers(retriever: Retriever) -> Retriever:
-    """The retriever with a query tower of its own, so that training it leaves the index true."""
+    """The retriever with a query tower separate from the passage tower, so that training it keeps the index
+    valid."""
     if not retriever.shared:
         return retriever
     return Retriever(copy.deepcopy(retriever.query_tower), retriever.passage_tower, retriever.temperature)
 
 
-class FinetuneBatches:
-    """Question batches as a function of the step and the query tower's weights."""
+class FinetuningBatches:
+    """Question batches as a function of the step and of the query tower's weights."""
 
     def __init__(
-        self, run: Run, query_tower: Callable[[], nn.Module], batches: QuestionBatches, questions: list[Question]
+        self,
+        collator: QuestionCollator,
+        questions: Sequence[Question],
+        config: FinetuneConfig,
+        pool: SpanPool,
+        seed: int,
+        precision: Precision,
+        query_tower: Callable[[], nn.Module],
     ) -> None:
-        """`query_tower()` is the tower with the weights of the moment."""
-        self.run, self.query_tower, self.batches, self.questions, self.config = (
-            run,
-            query_tower,
-            batches,
-            questions,
-            run.config.finetune,
-        )
-        self.pool = (
-            span_pool([run.passages], run.config.reader.max_span_tokens) if self.config.substitution_prob else {}
-        )
+        """`pool`: spans to substitute answers by; `query_tower()` returns the tower with its current weights."""
+        self.collator, self.questions, self.config, self.pool = collator, questions, config, pool
+        self.seed, self.precision, self.query_tower = seed, precision, query_tower
 
-    def __call__(self, step: int) -> QuestionBatch:
-        """Batch number `step` of this rank: retrieve with today's query tower, read the best,
-        the gold passage among them."""
-        rows = epoch_rows(len(self.questions), self.config.batch_size * world_size(), step, self.run.config.seed + 3)[
-            rank() :: world_size()
-        ]
-        questions = [self.questions[int(row)] for row in rows]
-        query = self.batches.queries(questions)
-        embeddings = embed_no_grad(self.query_tower(), *query, self.run.config.engine.precision)
-        _, retrieved = self.batches.index.search(embeddings, self.config.retrieve)
-        read = retrieved[:, : self.config.read].copy()
-        if self.config.read_gold:
-            # ORQA's marginal counts what was retrieved; a document that must be preferred has to be
-            # among the choices.
-            for passages in (retrieved, read) if self.config.positives == "document" else (read,):
+    def __call__(self, step: int, size: int) -> QuestionBatch:
+        """The batch of step `step` on this rank: retrieve with the current query tower, read the best passages,
+        with `read_gold` the question's own among them."""
+        config, collator = self.config, self.collator
+        order_seed = run_seed(self.seed, RunStream.FINETUNE)
+        places = epoch_rows(len(self.questions), size * world_size(), step, order_seed)[rank() :: world_size()]
+        questions = [self.questions[int(place)] for place in places]
+        query = collator.queries(questions)
+        embeddings = embed_no_grad(self.query_tower(), *query, self.precision)
+        _, retrieved = collator.index.search(embeddings, config.retrieve)
+        read = retrieved[:, : config.read].copy()
+        if config.read_gold:
+            # ORQA's marginal is over what was retrieved; a document that must be preferred has to be in it.
+            for passages in (retrieved, read) if config.positives == "document" else (read,):
                 for question, row in zip(questions, passages, strict=True):
                     if question.passage is not None and question.passage not in row:
                         row[-1] = question.passage
-        rng = np.random.default_rng((self.run.config.seed, step, rank(), 6))
-        return self.batches.batch(
-            questions,
-            query,
-            retrieved,
-            read,
-            self.batches.substitutes(questions, self.config.substitution_prob, self.pool, rng),
-        )
+        rng = step_generator(self.seed, StepStream.FINETUNE_SUBSTITUTION, step)
+        substitutes = collator.substitutes(questions, config.substitution_prob, self.pool, rng)
+        return collator.batch(questions, query, retrieved, read, substitutes)

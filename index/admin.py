@@ -8,15 +8,16 @@ from pathlib import Path
 
 from index.build import IndexManifest
 from index.lease import Lease
-from index.retention import Collector, holders, pinned, process_name, remove_leftovers
+from index.retention import GarbageCollector, pinning_readers, process_name, referenced_by_checkpoints, remove_leftovers
 from index.search import IndexRefused, PassageIndex
 from realm.errors import UserError
-from realm.runtime.publish import Lineage, PublishError, Version, newest, versions_in
+from realm.runtime.publish import PublishError
+from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.sections import RefreshConfig
 
 
 @dataclass(frozen=True)
-class Entry:
+class VersionInfo:
     """One index version as it stands in a store."""
 
     store: Path
@@ -25,7 +26,7 @@ class Entry:
     manifest: IndexManifest | None
     """None where it cannot be read."""
     bytes: int
-    holders: tuple[str, ...]
+    readers: tuple[str, ...]
     """`host.pid` of the readers that hold it."""
     pinned: bool
     """Whether a checkpoint needs it."""
@@ -42,7 +43,7 @@ class Entry:
         """Everything that keeps it, or that speaks against it, in a few words."""
         words = [
             "newest" if self.newest else "",
-            f"held by {len(self.holders)}" if self.holders else "",
+            f"held by {len(self.readers)}" if self.readers else "",
             "pinned by a checkpoint" if self.pinned else "",
             "of an abandoned future" if self.abandoned else "",
             "unreadable" if self.manifest is None else "",
@@ -57,12 +58,12 @@ def stores(run: Path) -> Iterator[Path]:
     yield from sorted(path.parent for path in run.glob("frozen/*/indexes"))
 
 
-def entries(run: Path) -> list[Entry]:
+def list_versions(run: Path) -> list[VersionInfo]:
     """All index versions of a run, store by store, oldest first. Raises UserError where the run
     has none."""
     found = []
     for store in stores(run):
-        lineage, pins = Lineage.load(store), pinned(store)
+        lineage, pins = Lineage.load(store), referenced_by_checkpoints(store)
         usable = newest(store / "indexes", lineage, lineage.current) if lineage.current is not None else []
         for version in versions_in(store / "indexes"):
             folder = store / "indexes" / version.name
@@ -71,12 +72,12 @@ def entries(run: Path) -> list[Entry]:
             except PublishError:
                 manifest = None
             found.append(
-                Entry(
+                VersionInfo(
                     store,
                     version,
                     manifest,
                     sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-                    tuple(holders(store, version)),
+                    tuple(pinning_readers(store, version)),
                     version.name in pins,
                     version not in usable,
                     bool(usable) and version == usable[0],
@@ -89,32 +90,32 @@ def entries(run: Path) -> list[Entry]:
     return found
 
 
-def entry_named(run: Path, name: str) -> Entry:
+def find_version(run: Path, name: str) -> VersionInfo:
     """The version called `name`. Raises UserError where there is none, or more than one, naming
     those there are."""
-    all_entries = entries(run)
-    matching = [entry for entry in all_entries if name in (entry.version.name, entry.path.relative_to(run).as_posix())]
+    all_versions = list_versions(run)
+    matching = [info for info in all_versions if name in (info.version.name, info.path.relative_to(run).as_posix())]
     if len(matching) == 1:
         return matching[0]
-    listed = ", ".join(entry.path.relative_to(run).as_posix() for entry in (matching or all_entries))
+    listed = ", ".join(info.path.relative_to(run).as_posix() for info in (matching or all_versions))
     raise UserError(f"{'several indexes are' if matching else 'no index is'} called {name!r}; name one of: {listed}.")
 
 
-def verify(entry: Entry, log: Callable[[str], None]) -> str | None:
+def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """Read every byte of a version against its manifest and map it; the reason why it would be
     refused, or None."""
     began = time.monotonic()
     try:
-        manifest = IndexManifest.read(entry.path)[0]
-        encoder = entry.store / "encoders" / manifest.encoder
-        index = PassageIndex.open(entry.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None)
+        manifest = IndexManifest.read(info.path)[0]
+        encoder = info.store / "encoders" / manifest.encoder
+        index = PassageIndex.open(info.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None)
     except (PublishError, IndexRefused) as error:
-        log(f"{entry.path}: REFUSED: {error}")
+        log(f"{info.path}: REFUSED: {error}")
         return str(error)
     index.close()
     beside = "" if encoder.is_dir() else "; its encoder is not there to be compared"
     log(
-        f"{entry.path}: sound, {manifest.count:,} passages, {entry.bytes / 2**20:,.1f} MiB read in {time.monotonic() - began:.1f} s{beside}"
+        f"{info.path}: sound, {manifest.count:,} passages, {info.bytes / 2**20:,.1f} MiB read in {time.monotonic() - began:.1f} s{beside}"
     )
     return None
 
@@ -133,11 +134,11 @@ def collect_garbage(
         with Lease(store / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
             _acquire(lease, store, config, log)
             removed += [] if dry_run else remove_leftovers(store)
-            collector = Collector(store, config.keep_last, float("inf") if dry_run else grace_s)
+            collector = GarbageCollector(store, config.keep_last, float("inf") if dry_run else grace_s)
             if lineage.current is None:
                 continue
             gone = collector.collect(lineage, lineage.current)
-            waiting = collector.unneeded()
+            waiting = collector.in_grace_period()
             if dry_run:
                 removed += [store / "indexes" / version.name for version in waiting]
                 continue

@@ -14,7 +14,8 @@ import numpy as np
 
 from index.gpu import clustering_on_gpu
 from realm.errors import UserError
-from realm.runtime.publish import PublishError, Version, published, read_manifest, write_manifest
+from realm.runtime.publish import PublishError, published, read_manifest, write_manifest
+from realm.runtime.versions import Version
 
 INDEX_FILE = "passages.index"
 DELETED_FILE = "deleted.npy"

@@ -106,12 +106,12 @@ class DriftReference:
         """Measure from here on."""
         self.snapshot_PD = self.embed(tower)
 
-    def moved(self, tower: nn.Module) -> float:
+    def drift(self, tower: nn.Module) -> float:
         """Mean of 1 − cosine since the last mark."""
         return cosine_change(self.snapshot_PD, self.embed(tower))
 
 
-def take_rows(shards: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+def gather_rows(shards: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
     """Rows of a matrix that lies in shards, (len(rows), D) float32."""
     ends = np.cumsum([len(shard) for shard in shards])
     number = np.searchsorted(ends, rows, side="right")

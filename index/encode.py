@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 
-from index.workers import Workers
+from index.workers import WorkerGroup
 from realm.errors import UserError
 from realm.models.bert import first_line
 from realm.models.precision import Precision
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus
     from realm.models.retriever import Retriever, Tower
 
-ALONE = Workers()
+SINGLE_PROCESS = WorkerGroup()
 _ALIGNED_FROM, _ALIGNED = 64, 16
 """Passages from so many tokens on are padded to a multiple of so many: matrix tiles of a CPU
 take odd lengths at half the speed."""
 
 
-class BadEncoder(UserError):
+class NonFiniteEmbeddings(UserError):
     """An exported retriever whose embeddings are of no use; a newer one may be sound."""
 
 
@@ -48,7 +48,7 @@ class Encoder(NamedTuple):
 
 def load_encoder(folder: Path) -> Encoder:
     """Read an exported retriever; UserError where `folder` is none."""
-    from realm.models.retriever import load_retriever, read_retriever_settings
+    from realm.models.retriever_files import load_retriever, read_retriever_settings
     from realm.text.tokenizer import tokenizer_fingerprint
 
     retriever, tokenizer = load_retriever(folder)
@@ -110,7 +110,7 @@ def encode_passages(
 
     `tower`: in evaluation mode (`encoding_tower`), used on its own device. `max_tokens`: wordpieces
     of a passage, special tokens included; `token_budget`: padded tokens of a batch; `progress` is
-    called after each batch with the count of rows done. Raises BadEncoder where an embedding is not
+    called after each batch with the count of rows done. Raises NonFiniteEmbeddings where an embedding is not
     finite.
     """
     device = next(tower.parameters()).device
@@ -132,7 +132,7 @@ def encode_passages(
     finite_R = np.isfinite(embeddings_RD).all(axis=1)
     if not finite_R.all():
         row = int(np.asarray(rows)[~finite_R][0])
-        raise BadEncoder(
+        raise NonFiniteEmbeddings(
             f"the encoder embeds passage {row} as a vector that is not finite: it diverged, go back to an earlier checkpoint"
         )
     return embeddings_RD
@@ -145,7 +145,7 @@ def encode_in_shards(
     plan: dict[str, Any],
     encode: Callable[[np.ndarray], np.ndarray],
     before_shard: Callable[[float], None],
-    workers: Workers = ALONE,
+    workers: WorkerGroup = SINGLE_PROCESS,
 ) -> tuple[list[np.ndarray], int]:
     """Embed consecutive rows of the corpus shard by shard into files of the folder `work`; those an
     earlier process finished there are kept.
@@ -174,10 +174,10 @@ def encode_in_shards(
             path[number], partial(np.save, arr=encode(np.arange(part.start, part.stop)), allow_pickle=False)
         )
 
-    missing = workers.agree(find_missing)
+    missing = workers.run_on_first(find_missing)
     for start in range(0, len(missing), workers.size):
         share_done = (count - len(missing) + start) / count
-        workers.agree(partial(before_shard, share_done))
+        workers.run_on_first(partial(before_shard, share_done))
         mine = start + workers.rank
-        workers.together(partial(encode_shard, missing[mine]) if mine < len(missing) else lambda: None)
+        workers.run_on_all(partial(encode_shard, missing[mine]) if mine < len(missing) else lambda: None)
     return [np.load(file, mmap_mode="r", allow_pickle=False) for file in path], count - len(missing)

@@ -16,22 +16,13 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
 from index.drift import DRIFT_FILE
 from index.refresh import refresh
-from index.retention import Hold
+from index.retention import ReaderPin
 from index.search import IndexRefused, PassageIndex
 from realm.corpus.prepared import PreparedCorpus
 from realm.runtime.distributed import on_rank_zero
-from realm.runtime.publish import (
-    Lineage,
-    PublishError,
-    Version,
-    checksum,
-    newest,
-    published,
-    start_attempt,
-    versions_in,
-    write_manifest,
-)
+from realm.runtime.publish import PublishError, checksum, published, write_manifest
 from realm.runtime.threads import cpu_threads
+from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
 from realm.training.sections import RefreshConfig
 
 FROZEN = "frozen"
@@ -105,7 +96,7 @@ def _find(
     if lineage.current is None:
         return None
     for version in newest(folder / "indexes", lineage, lineage.current):
-        hold = Hold(folder, version)  # before the look: a refresher at work may be collecting
+        hold = ReaderPin(folder, version)  # before the look: a refresher at work may be collecting
         try:
             if IndexManifest.read(folder / "indexes" / version.name)[0].encoder_checksum == wanted:
                 index = PassageIndex.open(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from index.refresh import TRAINING_ENDED, start_refresher
-from index.replay import announce, forget
+from index.replay import clear_requested_exports, request_exports
 from index.search import IndexWatcher, PassageIndex
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.runtime.distributed import all_ranks, any_rank, is_rank_zero, on_rank_zero, world_size
-from realm.runtime.publish import TEMPORARY, Lineage, Version, newest, published, start_attempt
+from realm.runtime.publish import TEMPORARY, published
 from realm.runtime.telemetry import console, format_seconds
+from realm.runtime.versions import Lineage, Version, newest, start_attempt
 from realm.text.tokenizer import tokenizer_fingerprint
 from realm.training.sections import RefreshConfig
 
@@ -81,7 +82,7 @@ class LiveIndex:
             (folder / TRAINING_ENDED).unlink(missing_ok=True)
             remove_export_leftovers(folder)
             attempt = start_attempt(folder, parent, None if parent is None else step)
-            announce(folder, replay, step) if replay else forget(folder)
+            request_exports(folder, replay, step) if replay else clear_requested_exports(folder)
             return attempt
 
         attempt = on_rank_zero(start)
@@ -147,7 +148,7 @@ class LiveIndex:
         if self.replay:
             self.replay = {}
             if is_rank_zero():
-                forget(self.folder)
+                clear_requested_exports(self.folder)
                 self.watcher.follow = True
             console.print(f"  the log is followed up to step {step}; from here on the newest index counts")
         self._take()
@@ -176,7 +177,7 @@ class LiveIndex:
             "swaps": float(self.swaps),
         }
 
-    def training_ended(self) -> None:
+    def end_training(self) -> None:
         """Tell the refresher that no export will follow, and wait until the last index stands
         (if a refresher runs beside)."""
         if not is_rank_zero():

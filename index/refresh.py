@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 import faiss
 import torch
 
-from index.encode import ALONE, BadEncoder, Encoder, load_encoder
+from index.encode import SINGLE_PROCESS, Encoder, NonFiniteEmbeddings, load_encoder
 from index.lease import Lease
-from index.replay import wanted
-from index.retention import Collector, process_name, remove_leftovers
-from index.version_build import Cycle, Stopped, Superseded, is_current
-from index.workers import Workers
+from index.replay import requested_exports
+from index.retention import GarbageCollector, process_name, remove_leftovers
+from index.version_build import Stopped, Superseded, VersionBuild, is_current
+from index.workers import WorkerGroup
 from realm.errors import UserError
-from realm.runtime.publish import Lineage, Version, newest, versions_in
+from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.sections import RefreshConfig
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def refresh(
     log: Callable[[str], None] = _say,
     load: Callable[[Path], Encoder] = load_encoder,
     stop: threading.Event | None = None,
-    workers: Workers = ALONE,
+    workers: WorkerGroup = SINGLE_PROCESS,
 ) -> None:
     """Build an index for the newest exported encoder, again and again, until training has ended and
     nothing is left to do.
@@ -72,14 +72,14 @@ def refresh(
 
     Raises UserError where no index can be built as configured (factory string, tokenizer), and
     LeaseLost where another refresher took over. An encoder that gives no usable embeddings is
-    reported and passed over; with `once` it raises BadEncoder.
+    reported and passed over; with `once` it raises NonFiniteEmbeddings.
     """
     torch.set_num_threads(config.threads)
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
-    refresher = _Refresher(run, config, corpus, log if workers.first else _say_nothing, load, stop, workers)
+    refresher = _Refresher(run, config, corpus, log if workers.is_first else _say_nothing, load, stop, workers)
     with _stopping_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
-        if workers.agree(lambda: refresher.acquire(lease, once)):
+        if workers.run_on_first(lambda: refresher.acquire(lease, once)):
             refresher.run_loop(lease, once)
 
 
@@ -94,7 +94,7 @@ class _Refresher:
         log: Callable[[str], None],
         load: Callable[[Path], Encoder],
         stop: threading.Event,
-        workers: Workers,
+        workers: WorkerGroup,
     ) -> None:
         self.run = run
         self.config = config
@@ -103,7 +103,7 @@ class _Refresher:
         self.load = load
         self.stop = stop
         self.workers = workers
-        self.collector = Collector(run, config.keep_last, config.grace_s)
+        self.collector = GarbageCollector(run, config.keep_last, config.grace_s)
         self.refused: set[Version] = set()
         self.dropped_last = False
         self.trouble = ""
@@ -142,7 +142,7 @@ class _Refresher:
     def run_loop(self, lease: Lease, once: bool) -> None:
         """What the first worker decides, all do: encode for a version, or end."""
         while True:
-            going_on, version = self.workers.agree(lambda: self._look(lease, once))
+            going_on, version = self.workers.run_on_first(lambda: self._look(lease, once))
             if not going_on:
                 return
             if version is not None:
@@ -174,7 +174,7 @@ class _Refresher:
         if lineage.current is None:
             return None
         usable = newest(self.run / "encoders", lineage, lineage.current)
-        for step in wanted(self.run):
+        for step in requested_exports(self.run):
             version = next((version for version in usable if version.step == step), None)
             if version is not None and version not in self.refused and not self._has_index(version):
                 return version
@@ -193,15 +193,15 @@ class _Refresher:
 
     def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
         try:
-            cycle = Cycle(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
-            cycle.run_with(self.load, lambda share_done: self._check_superseded(version, share_done))
+            build = VersionBuild(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
+            build.build(self.load, lambda share_done: self._check_superseded(version, share_done))
             self.dropped_last, self.trouble = False, ""
         except Superseded as reason:
             self.dropped_last = True
             self.log(f"index of {version} dropped: {reason}")
         except Stopped:
             self.log(f"stopped while building the index of {version}; finished shards are kept")
-        except BadEncoder as error:
+        except NonFiniteEmbeddings as error:
             if once:
                 raise
             self.refused.add(version)
@@ -216,7 +216,7 @@ class _Refresher:
             if str(error) != self.trouble:
                 self.trouble = str(error)
                 self.log(f"no index of {version} yet, trying again every {_TRY_AGAIN_S:g} s: {error}")
-            self.workers.agree(lambda: self.stop.wait(_TRY_AGAIN_S))
+            self.workers.run_on_first(lambda: self.stop.wait(_TRY_AGAIN_S))
 
     def _check_superseded(self, version: Version, share_done: float) -> None:
         """Newest wins, unless the trainer has no index at all, more than half is done, or the last
@@ -230,7 +230,7 @@ class _Refresher:
         assert lineage.current is not None
         if not lineage.allows(version, lineage.current):
             raise Superseded(f"attempt {lineage.current} has abandoned it")
-        if version.step in wanted(self.run):
+        if version.step in requested_exports(self.run):
             return
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
         if latest in (version, *self.refused):

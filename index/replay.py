@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from realm.errors import UserError
-from realm.runtime.publish import Version, write_json_atomic
+from realm.runtime.publish import write_json_atomic
 from realm.runtime.telemetry import read_metrics
+from realm.runtime.versions import Version
 
 _WANTED = "wanted.json"
 
@@ -31,14 +32,14 @@ def read_replay(run: Path) -> dict[int, int]:
     return {row["step"] - 1: Version.parse(row["index"]).step for row in rows}
 
 
-def announce(run: Path, replay: Mapping[int, int], step: int) -> None:
+def request_exports(run: Path, replay: Mapping[int, int], step: int) -> None:
     """Tell the refresher which exports the steps from `step` on need."""
     folder = run / "refresher"
     folder.mkdir(exist_ok=True)
     write_json_atomic(folder / _WANTED, sorted({export for at, export in replay.items() if at >= step}))
 
 
-def wanted(run: Path) -> list[int]:
+def requested_exports(run: Path) -> list[int]:
     """Steps of the exports that a trainer which follows a log still needs, in order; none where
     it follows the wall clock."""
     with suppress(FileNotFoundError):
@@ -46,6 +47,6 @@ def wanted(run: Path) -> list[int]:
     return []
 
 
-def forget(run: Path) -> None:
+def clear_requested_exports(run: Path) -> None:
     """From now on the newest export counts."""
     (run / "refresher" / _WANTED).unlink(missing_ok=True)

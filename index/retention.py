@@ -13,8 +13,9 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from index.replay import wanted
-from realm.runtime.publish import MANIFEST, TEMPORARY, Lineage, PublishError, Version, newest, versions_in
+from index.replay import requested_exports
+from realm.runtime.publish import MANIFEST, TEMPORARY, PublishError
+from realm.runtime.versions import Lineage, Version, newest, versions_in
 
 
 def process_name() -> str:
@@ -22,12 +23,12 @@ def process_name() -> str:
     return f"{socket.gethostname()}.{os.getpid()}"
 
 
-class Hold:
+class ReaderPin:
     """Keeps `run/indexes/<version>` from being collected until `release`, or until this process
     is gone."""
 
     def __init__(self, run: Path, version: Version) -> None:
-        folder = _holds(run, version)
+        folder = _pin_folder(run, version)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / f"{process_name()}.{uuid.uuid4().hex}"
         self._file.touch()
@@ -36,10 +37,10 @@ class Hold:
         self._file.unlink(missing_ok=True)
 
 
-def holders(run: Path, version: Version) -> list[str]:
+def pinning_readers(run: Path, version: Version) -> list[str]:
     """`host.pid` of every hold of a reader. One of a dead process of this host is removed; one
     of another host counts while it stands."""
-    folder = _holds(run, version)
+    folder = _pin_folder(run, version)
     found = []
     for hold in folder.iterdir() if folder.is_dir() else ():
         host, pid, _ = hold.name.rsplit(".", 2)
@@ -50,12 +51,12 @@ def holders(run: Path, version: Version) -> list[str]:
     return found
 
 
-def is_held(run: Path, version: Version) -> bool:
+def is_pinned(run: Path, version: Version) -> bool:
     """Whether a reader holds the version."""
-    return bool(holders(run, version))
+    return bool(pinning_readers(run, version))
 
 
-def pinned(run: Path) -> set[str]:
+def referenced_by_checkpoints(run: Path) -> set[str]:
     """Names of the index versions that checkpoints need to resume exactly: the contents of
     `STAGE/checkpoints/step-*/index_version`."""
     names = set()
@@ -65,7 +66,7 @@ def pinned(run: Path) -> set[str]:
     return names
 
 
-class Collector:
+class GarbageCollector:
     """Removes versions that are not among the newest `keep_last`, are neither held nor pinned, and
     have been so for `grace_s` seconds; then the exported encoders of versions that are gone.
 
@@ -84,22 +85,22 @@ class Collector:
         """Remove what may go now; returns the index versions removed, then the encoders."""
         return self._collect_indexes(lineage, attempt) + self._collect_encoders(lineage, attempt)
 
-    def unneeded(self) -> list[Version]:
+    def in_grace_period(self) -> list[Version]:
         """Index versions that nobody needed when `collect` looked last, and whose grace period
         was not over yet."""
         return sorted(self._unneeded_since)
 
     def _collect_indexes(self, lineage: Lineage, attempt: int) -> list[Version]:
         indexes = self.run / "indexes"
-        usable, replayed = newest(indexes, lineage, attempt), wanted(self.run)
+        usable, replayed = newest(indexes, lineage, attempt), requested_exports(self.run)
         kept = {*usable[: self.keep_last], *(version for version in usable if version.step in replayed)}
         others = [version for version in versions_in(indexes) if version not in kept]
-        pins = pinned(self.run) if others else set()
+        pins = referenced_by_checkpoints(self.run) if others else set()
         now = time.monotonic()
         self._unneeded_since = {
             version: self._unneeded_since.get(version, now)
             for version in others
-            if version.name not in pins and not is_held(self.run, version)
+            if version.name not in pins and not is_pinned(self.run, version)
         }
         gone = [
             version
@@ -118,7 +119,7 @@ class Collector:
         usable = [version.encoder for version in newest(self.run / "indexes", lineage, attempt)]
         if not usable:
             return []
-        removed, replayed = [], wanted(self.run)
+        removed, replayed = [], requested_exports(self.run)
         for version in versions_in(encoders):
             if version.step in replayed and lineage.allows(version, attempt):
                 continue
@@ -136,11 +137,11 @@ class Collector:
         folder = self.run / "indexes" / version.name
         aside = folder.parent / f"{TEMPORARY}{version.name}-{uuid.uuid4().hex}"
         folder.rename(aside)
-        if is_held(self.run, version):
+        if is_pinned(self.run, version):
             aside.rename(folder)
             return False
         shutil.rmtree(aside)
-        shutil.rmtree(_holds(self.run, version), ignore_errors=True)
+        shutil.rmtree(_pin_folder(self.run, version), ignore_errors=True)
         return True
 
 
@@ -153,7 +154,7 @@ def remove_leftovers(run: Path) -> list[Path]:
     removed = []
     for path in (*run.glob(f"indexes/{TEMPORARY}*"), *run.glob(f"refresher/{TEMPORARY}*")):
         version = _moved_aside(path)
-        if version is not None and is_held(run, version) and not (run / "indexes" / version.name).exists():
+        if version is not None and is_pinned(run, version) and not (run / "indexes" / version.name).exists():
             path.rename(run / "indexes" / version.name)
             continue
         if path.is_dir():
@@ -172,7 +173,7 @@ def _moved_aside(path: Path) -> Version | None:
     return None
 
 
-def _holds(run: Path, version: Version) -> Path:
+def _pin_folder(run: Path, version: Version) -> Path:
     return run / "refresher" / "holds" / version.name
 
 

@@ -19,9 +19,10 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
 from index.exact import Searcher, TiledExact, is_flat, vectors
 from index.gpu import on_gpu
-from index.retention import Hold
+from index.retention import ReaderPin
 from realm.errors import UserError
-from realm.runtime.publish import Lineage, PublishError, Version, check_files, checksum, newest
+from realm.runtime.publish import PublishError, check_files, checksum
+from realm.runtime.versions import Lineage, Version, newest
 
 
 class IndexRefused(UserError):
@@ -151,7 +152,7 @@ class PassageIndex:
         index, approximate in a compressed one."""
         return self._index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))
 
-    def keep(self, hold: Hold) -> None:
+    def keep(self, hold: ReaderPin) -> None:
         """Tie a hold to this index: it ends with `close`, or when the index is garbage-collected."""
         self._release = weakref.finalize(self, hold.release)
 
@@ -301,7 +302,7 @@ class IndexWatcher:
     def _open(self, version: Version) -> PassageIndex | None:
         folder = self.run / "indexes" / version.name
         encoder = self.run / "encoders" / version.encoder.name
-        hold = Hold(self.run, version)
+        hold = ReaderPin(self.run, version)
         started = time.monotonic()
         try:
             index = self._open_checked(folder, encoder=encoder if encoder.is_dir() else None)

@@ -16,14 +16,15 @@ import faiss
 import numpy as np
 
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
-from index.drift import DRIFT_FILE, drift_rows, measure_drift, take_rows
+from index.drift import DRIFT_FILE, drift_rows, gather_rows, measure_drift
 from index.encode import CompiledTower, Encoder, encode_in_shards, encode_passages, encoding_tower
 from index.lease import Lease
 from index.search import IndexRefused, PassageIndex
-from index.workers import Workers
+from index.workers import WorkerGroup
 from realm.errors import UserError
-from realm.runtime.publish import Lineage, PublishError, Version, checksum, newest, versions_in
+from realm.runtime.publish import PublishError, checksum
 from realm.runtime.telemetry import peak_memory, progress
+from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.sections import RefreshConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def is_current(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig) ->
 
 
 @dataclass
-class Cycle:
+class VersionBuild:
     """The work on one version; every worker runs it, and the first builds and publishes."""
 
     run: Path
@@ -62,14 +63,14 @@ class Cycle:
     version: Version
     """The encoder."""
     lease: Lease
-    workers: Workers
+    workers: WorkerGroup
     stop: threading.Event
     log: Callable[[str], None]
 
-    def run_with(self, load: Callable[[Path], Encoder], check_superseded: Callable[[float], None]) -> None:
+    def build(self, load: Callable[[Path], Encoder], check_superseded: Callable[[float], None]) -> None:
         """Build and publish; `check_superseded(share_done)` is called before each round of shards.
 
-        Raises Superseded, Stopped, BadEncoder for embeddings of no use, LeaseLost, OSError from the
+        Raises Superseded, Stopped, NonFiniteEmbeddings for embeddings of no use, LeaseLost, OSError from the
         file system, and UserError where no index can be built as configured.
         """
         folder = self.run / "encoders" / self.version.name
@@ -84,12 +85,12 @@ class Cycle:
         )  # a factory string that cannot work is found out before encoding
         encoder_checksum = checksum(folder)
         clock.phase("load")
-        ancestor = self.workers.agree(lambda: self._ancestor(encoder_checksum))
+        ancestor = self.workers.run_on_first(lambda: self._ancestor(encoder_checksum))
         shards, num_kept = self._encode(
             encoder, encoder_checksum, 0 if ancestor is None else ancestor[1], check_superseded
         )
         clock.phase("encode")
-        self.workers.agree(
+        self.workers.run_on_first(
             lambda: self._build_and_publish(encoder, encoder_checksum, ancestor, shards, num_kept, clock)
         )
 
@@ -122,7 +123,7 @@ class Cycle:
     ) -> None:
         if ancestor is None:
             index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
-            reference_PD = take_rows(shards, drift_rows(self.corpus.base_rows, self.config.drift_passages))
+            reference_PD = gather_rows(shards, drift_rows(self.corpus.base_rows, self.config.drift_passages))
         else:
             index = faiss.read_index(str(ancestor[0] / INDEX_FILE))
             add_rows(index, shards)
@@ -216,7 +217,7 @@ class Cycle:
             f"encode {self.version}",
             len(self.corpus),
             unit="passage",
-            every_s=10.0 if self.workers.first else float("inf"),
+            every_s=10.0 if self.workers.is_first else float("inf"),
         ) as ticker:
             return encode_in_shards(
                 work, range(first, len(self.corpus)), self.config.shard_rows, plan, encode, before_shard, self.workers

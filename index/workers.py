@@ -24,14 +24,14 @@ _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
-class Workers:
+class WorkerGroup:
     """This process's place among the refresher's."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def join(cls) -> "Workers":
+    def join(cls) -> "WorkerGroup":
         """Meet the others as the launcher's variables say; without a launcher this process is
         alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -51,16 +51,16 @@ class Workers:
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this one holds the lease, decides, builds and publishes."""
         return self.rank == 0
 
-    def agree(self, decide: Callable[[], T]) -> T:
+    def run_on_first(self, decide: Callable[[], T]) -> T:
         """Call `decide` in the first process; all return what it returned, or raise what it raised."""
         if self.size == 1:
             return decide()
         box: list[Any] = [None, None]
-        if self.first:
+        if self.is_first:
             try:
                 box[0] = decide()
             except Exception as error:
@@ -70,7 +70,7 @@ class Workers:
             raise box[1]
         return box[0]
 
-    def together(self, work: Callable[[], object]) -> None:
+    def run_on_all(self, work: Callable[[], object]) -> None:
         """Call `work` in every process and wait for all; what any of them raised, all raise."""
         if self.size == 1:
             work()

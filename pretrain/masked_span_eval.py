@@ -1,53 +1,68 @@
-"""Measuring masked spans: does the retriever find the passage, does the reader read it, does
-anyone know the answer without."""
+"""Masked-span evaluation: does the retriever find the passage, does the reader read it, and does it know the
+answer without reading?"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
+from pretrain.collate import MaskedCollator
+from pretrain.masking import MaskedSentence, SpanSampler
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker
+from pretrain.selection import choose_candidates
+from realm.corpus.collate import NULL, Collator
+from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.models.modules import read_masked
 from realm.models.objectives import candidate_log_prior
-from realm.models.precision import autocast
+from realm.models.precision import Precision, autocast
 from realm.models.reader import Reader, load_reader
 from realm.models.retriever import Retriever
 from realm.run.folder import Run
 from realm.runtime.distributed import local_device
 from realm.text.tokenizer import tokenize
+from realm.training.streams import RunStream, run_generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DEPTHS = (1, 5)
+"""Depths of the recall reported."""
 
 
 @dataclass(frozen=True)
 class MaskedSpanItem:
-    """A masked sentence and the passage that states it, where that is known."""
+    """A masked sentence and the passage that states its fact, if it is known."""
 
     example: MaskedSentence
     passage: int | None
     """Row of the passage, or None."""
 
 
-def load_annotated(path: Path, run: Run, split: str | None = None) -> list[MaskedSpanItem]:
-    """Annotated statements: JSONL of `{"text", "answer": {"text", "start"}, "passage": id or
-    absent, "split": optional}`; those of `split` if given.
+def load_annotated(
+    path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    passages: PreparedCorpus,
+    max_query_tokens: int,
+    split: str | None = None,
+) -> list[MaskedSpanItem]:
+    """Annotated statements: JSONL of `{"text", "answer": {"text", "start"}, "passage": id or absent, "split":
+    optional}`; only those of `split` if it is given.
 
-    Raises UserError naming file and line for a broken record or an unknown passage. Statements
-    whose answer does not align with wordpieces, or does not fit the query, cannot be masked and are
-    left out.
+    Statements whose answer is not aligned with wordpieces or does not fit a query cannot be masked and
+    are skipped. Raises UserError naming file and line for an invalid record or an unknown passage.
     """
-    maker, records = batch_maker(run), []
     try:
-        lines = path.read_text(encoding="utf-8").split(
-            "\n"
-        )  # and at no other sign that Python takes for the end of a line
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); check data.masked_spans, data.unsupported and data.closed_book."
         ) from error
+    records = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -55,81 +70,74 @@ def load_annotated(path: Path, run: Run, split: str | None = None) -> list[Maske
             record = json.loads(line)
             start, answer = record["answer"]["start"], record["answer"]["text"]
             aligned = record["text"][start : start + len(answer)] == answer
-            passage = None if record.get("passage") is None else run.passages.row_of_id(record["passage"])
+            passage = None if record.get("passage") is None else passages.row_of_id(record["passage"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: no annotated statement with a known passage ({error!r}); it needs text, answer.text and answer.start."
+                f"{path}:{number}: not an annotated statement with a known passage ({error!r}); it needs text, "
+                "answer.text and answer.start."
             ) from error
         if not aligned:
-            raise UserError(
-                f"{path}:{number}: the answer {answer!r} does not stand at answer.start ({start}) of the text."
-            )
-        if split is not None and record.get("split") != split:
-            continue
-        records.append((record["text"], start, start + len(answer), passage))
+            raise UserError(f"{path}:{number}: the answer {answer!r} is not at answer.start ({start}) of the text.")
+        if split is None or record.get("split") == split:
+            records.append((record["text"], start, start + len(answer), passage))
     items = []
-    for (_, begin, finish, passage), (ids, offsets) in zip(
-        records, tokenize(run.tokenizer, [record[0] for record in records]), strict=True
-    ):
-        inside = np.flatnonzero((offsets[:, 0] >= begin) & (offsets[:, 1] <= finish))
-        if (
-            len(inside)
-            and offsets[inside[0], 0] == begin
-            and offsets[inside[-1], 1] == finish
-            and inside[-1] < maker.max_query - 2
-        ):
-            items.append(
-                MaskedSpanItem(
-                    MaskedSentence(-1, ids[: maker.max_query - 2], int(inside[0]), int(inside[-1]) + 1, 0), passage
-                )
-            )
+    encoded = tokenize(tokenizer, [text for text, *_ in records])
+    longest = max_query_tokens - 2
+    for (_, start, end, passage), (ids, offsets) in zip(records, encoded, strict=True):
+        inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
+        aligned = len(inside) and offsets[inside[0], 0] == start and offsets[inside[-1], 1] == end
+        if aligned and inside[-1] < longest:
+            example = MaskedSentence(-1, ids[:longest], int(inside[0]), int(inside[-1]) + 1, 0)
+            items.append(MaskedSpanItem(example, passage))
     return items
 
 
 def sample_items(run: Run, count: int = 500) -> list[MaskedSpanItem]:
-    """Masked sentences of the run's own statements, where no annotated ones are given; the
-    passage is their own if they come from one."""
-    sampler = SpanSampler(
-        run.statements, run.config.pretrain.max_span_tokens, run.config.retriever.max_query_tokens - 2
-    )
-    rng = np.random.default_rng(run.config.seed + 7)
+    """Masked sentences drawn from the run's own statements, for which no passage is known."""
+    longest = run.config.retriever.max_query_tokens - 2
+    sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, longest)
+    rng = run_generator(run.config.seed, RunStream.MASKED_SPAN_ITEMS)
     rows = rng.permutation(sampler.rows)[:count]
     return [MaskedSpanItem(sampler.draw(int(row), rng), None) for row in rows]
 
 
 def masked_accuracy(
-    reader: Reader, run: Run, examples: list[MaskedSentence], rows: list[int], batch_size: int = 64
+    reader: Reader,
+    collator: MaskedCollator,
+    precision: Precision,
+    examples: Sequence[MaskedSentence],
+    rows: Sequence[int],
+    batch_size: int = 64,
 ) -> float:
-    """Percent of masked spans whose every wordpiece the reader gets right from the given passage
-    each (NULL: from nothing)."""
+    """Percentage of spans of which the reader predicts every wordpiece, reading one passage each (NULL: the
+    null passage); NaN without examples."""
     if not examples:
         return float("nan")
-    maker, right = batch_maker(run), 0
+    right = 0
     device = next(reader.parameters()).device
     training = reader.training
     reader.eval()
-    with torch.inference_mode(), autocast(device, run.config.engine.precision):
+    with torch.inference_mode(), autocast(device, precision):
         for start in range(0, len(examples), batch_size):
-            parts = [[maker.reading(row)] for row in rows[start : start + batch_size]]
-            batch = maker.masked(examples[start : start + batch_size], parts).to(device)
+            passages = [[collator.inputs.in_context(row)] for row in rows[start : start + batch_size]]
+            batch = collator.masked(examples[start : start + batch_size], passages).to(device)
             right += int(read_masked(reader, batch).right_BN.sum())
     reader.train(training)
     return 100.0 * right / len(examples)
 
 
 def retrieval_recall(
-    run: Run, items: list[MaskedSpanItem], retrieved: np.ndarray, depths: tuple[int, ...] = (1, 5)
+    collator: Collator, items: Sequence[MaskedSpanItem], retrieved: np.ndarray, depths: tuple[int, ...] = DEPTHS
 ) -> dict[str, float]:
-    """Percent of items with a passage that holds the span (`recall@k`), or the very passage that
-    states it (`exact_recall@k`), in the top k."""
-    maker = batch_maker(run)
-    holds = np.array(
+    """Percentage of items with a passage that contains the span in the top k (`recall@k`), and, if the passage
+    that states the fact is known for all, with that passage in the top k (`exact_recall@k`)."""
+    contains_span = np.array(
         [
-            [maker.holds(maker.passage(int(row)), item.example.span_ids) for row in rows]
+            [collator.contains(collator.passage(int(row)), item.example.span_ids) for row in rows]
             for item, rows in zip(items, retrieved[:, : max(depths)], strict=True)
         ]
     )
-    figures = {f"recall@{k}": 100.0 * float(holds[:, :k].any(1).mean()) for k in depths}
+    figures = {f"recall@{k}": 100.0 * float(contains_span[:, :k].any(1).mean()) for k in depths}
     if all(item.passage is not None for item in items):
         gold = np.array([item.passage for item in items])[:, None]
         figures |= {f"exact_recall@{k}": 100.0 * float((retrieved[:, :k] == gold).any(1).mean()) for k in depths}
@@ -137,81 +145,89 @@ def retrieval_recall(
 
 
 def evaluate_masked_spans(
-    run: Run, items: list[MaskedSpanItem], retriever: Path | None, reader: Reader | None
+    run: Run, items: Sequence[MaskedSpanItem], retriever: Path | None, reader: Reader | None
 ) -> dict[str, float]:
-    """All figures of a saved retriever and a reader, in percent (see `retrieval_recall`,
-    `masked_accuracy`)."""
+    """All figures of a saved retriever and a reader, in percent (see `retrieval_recall`, `masked_accuracy`)."""
     figures: dict[str, float] = {}
+    config, precision = run.config.pretrain, run.config.engine.precision
+    collator = MaskedCollator(run.collator, config.reader_buckets)
     examples = [item.example for item in items]
-    gold = [(item.example, item.passage) for item in items if item.passage is not None]
+
+    def accuracy(reader: Reader, chosen: Sequence[MaskedSentence], rows: Sequence[int]) -> float:
+        return masked_accuracy(reader, collator, precision, chosen, rows)
+
     if reader is not None:
-        rng = np.random.default_rng(run.config.seed + 11)
-        figures["accuracy_null"] = masked_accuracy(reader, run, examples, [NULL] * len(examples))
-        figures["accuracy_random"] = masked_accuracy(
-            reader, run, examples, rng.choice(run.passages.rows, len(examples)).tolist()
-        )
+        rng = run_generator(run.config.seed, RunStream.MASKED_SPAN_RANDOM_PASSAGES)
+        figures["accuracy_null"] = accuracy(reader, examples, [NULL] * len(examples))
+        figures["accuracy_random"] = accuracy(reader, examples, rng.choice(run.passages.rows, len(examples)).tolist())
+        gold = [(item.example, item.passage) for item in items if item.passage is not None]
         if gold:
-            figures["accuracy_gold"] = masked_accuracy(
-                reader, run, [example for example, _ in gold], [row for _, row in gold]
-            )
+            figures["accuracy_gold"] = accuracy(reader, [example for example, _ in gold], [row for _, row in gold])
     if retriever is not None:
-        search = FrozenSearch(run, retriever)
-        rows = search(examples, 5 + run.config.pretrain.extra_retrieved)
-        retrieved = np.array([_five_best(run, example, mine) for example, mine in zip(examples, rows, strict=True)])
-        figures |= retrieval_recall(run, items, retrieved)
+        search = FrozenSearch.open(run, retriever, collator)
+        found = search(examples, max(DEPTHS) + config.extra_retrieved)
+        best = [_without_trivial(run, example, rows) for example, rows in zip(examples, found, strict=True)]
+        retrieved = np.array(best)
+        figures |= retrieval_recall(run.collator, items, retrieved)
         if reader is not None:
-            right, null_mass = read_retrieved(run, search.retriever, reader, examples, retrieved)
+            candidates = retrieved[:, : config.candidates - 1]
+            right, null_mass = read_retrieved(search.retriever, reader, collator, precision, examples, candidates)
             figures["accuracy_retrieved"] = 100.0 * float(right.mean())
             figures["null_mass"] = 100.0 * float(null_mass.mean())
     return figures
 
 
-def _five_best(run: Run, example: MaskedSentence, retrieved_rows: np.ndarray) -> list[int]:
-    """Of a sentence of the run's own statements without those in which it stands itself (see
-    `choose_candidates`)."""
+def _without_trivial(run: Run, example: MaskedSentence, rows: np.ndarray) -> list[int]:
+    """The best retrieved passages; without trivial ones if the sentence is one of the run's statements."""
+    count = max(DEPTHS)
     if example.row < 0:
-        return retrieved_rows[:5].tolist()
-    return choose_candidates(retrieved_rows, example, 5, run.contexts, run.statements, run.wordpieces)
+        return rows[:count].tolist()
+    return choose_candidates(rows, example, count, run.contexts, run.statements, run.wordpieces)
 
 
 def read_retrieved(
-    run: Run,
     retriever: Retriever,
     reader: Reader,
-    examples: list[MaskedSentence],
+    collator: MaskedCollator,
+    precision: Precision,
+    examples: Sequence[MaskedSentence],
     retrieved: np.ndarray,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the null passage and the retrieved ones; whether the span with the largest p(z|x)
-    p(y|z,x) is right, and p(null|x), per example."""
-    maker, rights, nulls = batch_maker(run), [], []
+    """Read the null passage and the retrieved ones, (len(examples), N − 1) rows.
+
+    Returns for each example whether the span with the largest p(z|x) p(y|z,x) is right, and p(null|x).
+    """
+    rights, nulls = [], []
     device = next(reader.parameters()).device
     reader.eval()
-    width = min(retrieved.shape[1], run.config.pretrain.candidates - 1)
     rng = np.random.default_rng(0)
-    with torch.inference_mode(), autocast(device, run.config.engine.precision):
+    with torch.inference_mode(), autocast(device, precision):
         for start in range(0, len(examples), batch_size):
-            batch = maker.realm(
-                examples[start : start + batch_size], retrieved[start : start + batch_size, :width], None, 0.0, rng
-            ).to(device)
+            chosen = examples[start : start + batch_size]
+            batch = collator.realm(chosen, retrieved[start : start + batch_size], None, 0.0, rng).to(device)
             query_emb_BD = retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             passage_emb_UD = retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
-            log_p_z_BN = candidate_log_prior(
-                retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN]), batch.valid_BN
-            )
-            reading = read_masked(reader, batch.masked)
-            best_B1 = (log_p_z_BN + reading.best_log_p_BN).argmax(-1, keepdim=True)
-            rights.append(reading.right_BN.gather(1, best_B1)[:, 0].cpu().numpy())
+            score_BN = retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
+            log_p_z_BN = candidate_log_prior(score_BN, batch.valid_BN)
+            prediction = read_masked(reader, batch.masked)
+            best_B1 = (log_p_z_BN + prediction.best_log_p_BN).argmax(-1, keepdim=True)
+            rights.append(prediction.right_BN.gather(1, best_B1)[:, 0].cpu().numpy())
             nulls.append(log_p_z_BN[:, 0].exp().cpu().numpy())
     return np.concatenate(rights), np.concatenate(nulls)
 
 
+def annotated_items(run: Run, field: str, split: str | None = None) -> list[MaskedSpanItem]:
+    """The annotated statements that a field of the config's `data` section names; none if it is not set."""
+    path = run.data(field)
+    longest = run.config.retriever.max_query_tokens
+    return [] if path is None else load_annotated(path, run.tokenizer, run.passages, longest, split)
+
+
 def evaluate_stage_masked_spans(run: Run, stage: str) -> dict[str, float]:
-    """Figures of what a finished stage left behind, together with the newest other half of
-    earlier stages."""
-    folder = run.model(stage)
-    path = run.data("masked_spans")
-    items = load_annotated(path, run) if path else sample_items(run)
-    retriever = run.latest("retriever", until=stage)
-    reader = load_reader(folder / "reader").to(local_device()) if (folder / "reader").exists() else None
-    return evaluate_masked_spans(run, items, retriever, reader)
+    """Figures of the models that a finished stage left; of a stage with one model, together with the newest
+    retriever of earlier stages."""
+    items = annotated_items(run, "masked_spans") if run.data("masked_spans") else sample_items(run)
+    folder = run.model(stage) / "reader"
+    reader = load_reader(folder).to(local_device()) if folder.exists() else None
+    return evaluate_masked_spans(run, items, run.latest("retriever", until=stage), reader)

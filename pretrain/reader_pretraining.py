@@ -1,152 +1,184 @@
-"""Reader warm-up: predict masked salient spans from retrieved passages that hold them.
+"""Reader pretraining: predict masked salient spans from retrieved passages that contain them.
 
-No answer of any question is used: the spans come from the tagger, the passages from the retriever.
-Entity substitution keeps the reader from memorising facts, so that what it learns is to copy.
+No answer to any question is used: the spans come from the tagger, the passages from the retriever.
+Entity substitution keeps the reader from memorizing facts, so that it learns to copy.
 """
 
-import numpy as np
-import torch
+from typing import Any
 
-from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
+import numpy as np
+
+from index.interface import Index
+from pretrain.collate import MaskedCollator
+from pretrain.masking import MaskedSentence, SpanSampler, substitute
 from pretrain.search import FrozenSearch
-from pretrain.stage import batch_maker
-from realm.corpus.substitution import span_pool
+from pretrain.selection import find_supporting_passage
+from realm.corpus.collate import NULL, Parts
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.substitution import SpanPool, span_pool
 from realm.errors import UserError
-from realm.models.modules import ReaderPretrainingBatch, ReaderPretrainingModel
+from realm.models.batches import ReaderPretrainingBatch
+from realm.models.modules import ReaderPretrainingModel
+from realm.models.reader import Reader, build_reader
+from realm.models.retriever import build_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
-from realm.run.stage import save_models, train_stage
-from realm.runtime.distributed import rank, world_size
-from realm.text.inputs import IntArray, epoch_rows
-from realm.training.engine import Engine
+from realm.runtime.distributed import local_device, rank, world_size
+from realm.text.inputs import epoch_rows
+from realm.training.sections import ReaderPretrainingConfig
+from realm.training.stage import Stage
+from realm.training.streams import RunStream, StepStream, run_seed, step_generator
 
-STAGE = "reader_pretraining"
-_STEPS_AT_ONCE = 50
+STEPS_PER_RETRIEVAL = 50
+"""Steps whose passages are retrieved at once."""
+MAX_DRAWS = 3
+"""Sentences drawn per example needed, at most: no supporting passage is found for some."""
 
 
-def train_reader_pretraining(run: Run, resume: bool = False) -> None:
-    """Train the stage and write `reader_pretraining/model/reader`."""
-    config = run.config.reader_pretraining
-    if not run.begin(STAGE, resume):
-        return
-    torch.manual_seed(run.config.seed + 1)
-    reader = initial_reader(run, STAGE)
-    engine = Engine(
-        ReaderPretrainingModel(reader, config.span_loss),
-        config.optim,
-        run.config.engine,
-        config.steps,
-        config.batch_size,
-    )
-    batches = ReaderPretrainingBatches(run)
-    seconds = train_stage(
-        run,
-        STAGE,
-        engine,
-        batches,
-        lambda values: (
-            f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  found {values['span_accuracy']:.2f}"
-        ),
-    )
-    with engine.gathered(reader):
-        save_models(run, STAGE, seconds, reader=reader)
+class ReaderPretraining(Stage):
+    """The reader learns to copy spans from passages, with both of its heads."""
+
+    name = "reader_pretraining"
+    config: ReaderPretrainingConfig
+
+    def __init__(self, reader: Reader, batches: "ReaderPretrainingBatches", config: ReaderPretrainingConfig) -> None:
+        super().__init__(ReaderPretrainingModel(reader, config.span_loss), config, reader=reader)
+        self.batches = batches
+
+    @classmethod
+    def open(cls, run: Run) -> "ReaderPretraining":
+        """The stage as it trains in `run`."""
+        reader = initial_reader(run, cls.name)
+        collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
+        search = FrozenSearch.open(run, initial_retriever(run, cls.name), collator)
+        return cls(reader, ReaderPretrainingBatches(run, collator, search), run.config.reader_pretraining)
+
+    @classmethod
+    def open_sample(cls, run: Run, index: Index) -> "ReaderPretraining":
+        """The stage to be timed."""
+        retriever = build_retriever(run.config.retriever, run.tokenizer).to(local_device())
+        collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
+        search = FrozenSearch(retriever, index, collator, run.config.engine.precision)
+        reader, _ = build_reader(run.config.reader, run.tokenizer)
+        return cls(reader, ReaderPretrainingBatches(run, collator, search), run.config.reader_pretraining)
+
+    def draw(self, step: int, size: int) -> ReaderPretrainingBatch:
+        return self.batches(step, size)
+
+    def sample_batch(self, step: int, size: int) -> ReaderPretrainingBatch:
+        return self.batches.sample(step, size)
+
+    def progress_line(self, values: dict[str, Any]) -> str:
+        return f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  span located {values['span_accuracy']:.2f}"
+
+    def close(self) -> None:
+        self.batches.search.index.close()
 
 
 class ReaderPretrainingBatches:
-    """Masked sentences, each with a passage that holds its span, as a function of the step.
+    """Masked sentences, each with a passage that contains its span, as a function of the step.
 
-    Passages for fifty steps are retrieved at once. A sentence for which none of the retrieved
-    passages holds the span is left out and the next one takes its place, so batches stay full.
+    Passages are retrieved for fifty steps at once. A sentence without a supporting passage is skipped
+    and the next one takes its place, so batches stay full.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run, self.config, self.maker = run, run.config.reader_pretraining, batch_maker(run)
-        self.sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, self.maker.max_query - 2)
-        self.pool = span_pool([run.statements, run.passages], run.config.pretrain.max_span_tokens)
-        self.search = FrozenSearch(run, initial_retriever(run, STAGE))
+    def __init__(self, run: Run, collator: MaskedCollator, search: FrozenSearch) -> None:
+        self.config, self.seed, self.collator, self.search = (
+            run.config.reader_pretraining,
+            run.config.seed,
+            collator,
+            search,
+        )
+        self.statements: PreparedCorpus = run.statements
+        self.passages: PreparedCorpus = run.passages
+        self.max_answer_tokens = run.config.reader.max_span_tokens
+        max_span_tokens = run.config.pretrain.max_span_tokens
+        self.sampler = SpanSampler(run.statements, max_span_tokens, collator.inputs.limits.query - 2)
+        self.pool: SpanPool = span_pool([run.statements, run.passages], max_span_tokens)
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 
-    def __call__(self, step: int) -> ReaderPretrainingBatch:
-        """Batch number `step` of this rank."""
-        size = self.config.batch_size
-        if step // _STEPS_AT_ONCE != self._block:
-            self._block = step // _STEPS_AT_ONCE
-            self._found = self._retrieve(self._block)
-        at = step % _STEPS_AT_ONCE * size
-        rng = np.random.default_rng((self.run.config.seed, step, rank(), 2))
-        examples, passages = [], []
-        for i in range(at, at + size):
-            example, row = self._found[i % len(self._found)]
-            title, text = (
-                self._holding_sentence(row, example) if step < self.config.sentence_steps else self.maker.reading(row)
-            )
-            if rng.random() < self.config.null_prob:
-                title, text = self.maker.passage(NULL)
-            if rng.random() < self.config.substitution_prob:
-                example, (title, text) = substitute(example, (title, text), self.pool, self.maker.wordpieces, rng)
-            examples.append(example)
-            passages.append((title, text))
-        return self.maker.reader_pretraining(examples, passages, self.run.config.reader.max_span_tokens)
+    def __call__(self, step: int, size: int) -> ReaderPretrainingBatch:
+        """The batch of step `step` on this rank."""
+        if step // STEPS_PER_RETRIEVAL != self._block:
+            self._block = step // STEPS_PER_RETRIEVAL
+            self._found = self._retrieve(self._block, size)
+        at = step % STEPS_PER_RETRIEVAL * size
+        return self._batch(step, [self._found[i % len(self._found)] for i in range(at, at + size)])
 
-    def _holding_sentence(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray]:
-        """The first sentence read for the passage that holds the span, without a title; the
-        title in its place where only that holds it."""
-        title, ids = self.maker.reading(row)
-        places = self.maker.wordpieces.find(ids, example.span_ids)
+    def sample(self, step: int, size: int) -> ReaderPretrainingBatch:
+        """A batch drawn as for training, except that a random passage is read if none supports the
+        sentence."""
+        rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, step)
+        examples = [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)]
+        found = self._supported(examples)
+        random_rows = rng.choice(self.passages.rows, size)
+        rows = [int(other) if row is None else row for row, other in zip(found, random_rows, strict=True)]
+        return self._batch(step, list(zip(examples, rows, strict=True)))
+
+    def _batch(self, step: int, pairs: list[tuple[MaskedSentence, int]]) -> ReaderPretrainingBatch:
+        rng = step_generator(self.seed, StepStream.READER_PRETRAINING_EXAMPLES, step)
+        inputs, examples, passages = self.collator.inputs, [], []
+        for example, row in pairs:
+            parts = self._sentence(row, example) if step < self.config.sentence_steps else inputs.in_context(row)
+            if rng.random() < self.config.null_prob:
+                parts = inputs.passage(NULL)
+            if rng.random() < self.config.substitution_prob:
+                example, (title, text) = substitute(example, parts, self.pool, inputs.wordpieces, rng)
+                parts = title, text
+            examples.append(example)
+            passages.append(parts)
+        return self.collator.reader_pretraining(examples, passages, self.max_answer_tokens)
+
+    def _sentence(self, row: int, example: MaskedSentence) -> Parts:
+        """The first sentence in a passage's context that contains the span, without a title; the title if
+        only it contains the span."""
+        inputs = self.collator.inputs
+        title, ids = inputs.in_context(row)
+        places = inputs.wordpieces.find(ids, example.span_ids)
         if not places:
             return ids[:0], title
-        context = self.run.contexts.around(row)
+        context = inputs.contexts.around(row)
         block_starts = [
-            self.run.passages.sentence_starts(other) + start
+            self.passages.sentence_starts(other) + start
             for other, start in zip(context.rows, context.starts, strict=True)
         ]
         starts = np.append(np.concatenate(block_starts), len(ids))
         number = np.searchsorted(starts, places[0], side="right")
         return ids[:0], ids[starts[number - 1] : starts[number]]
 
-    def _retrieve(self, block: int) -> list[tuple[MaskedSentence, int]]:
-        """Masked sentences with a passage each for fifty steps; as many are drawn as needed, up
-        to three times, since not all find one."""
-        seed, needed = self.run.config.seed, _STEPS_AT_ONCE * self.config.batch_size
-        rng = np.random.default_rng((seed, block, rank(), 3))
-        rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), 3 * needed * world_size(), block, seed + 1)][
-            rank() :: world_size()
+    def _supported(self, examples: list[MaskedSentence]) -> list[int | None]:
+        """The supporting passage of each masked sentence, or None."""
+        return [
+            find_supporting_passage(rows, example, self.statements, self.collator.inputs)
+            for example, rows in zip(examples, self.search(examples, self.config.retrieve), strict=True)
         ]
+
+    def _retrieve(self, block: int, size: int) -> list[tuple[MaskedSentence, int]]:
+        """Masked sentences with a passage each for fifty steps.
+
+        Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if no passage
+        supports any of them.
+        """
+        needed = STEPS_PER_RETRIEVAL * size
+        rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, block)
+        order_seed = run_seed(self.seed, RunStream.READER_PRETRAINING)
+        count = MAX_DRAWS * needed * world_size()
+        rows = self.sampler.rows[epoch_rows(len(self.sampler.rows), count, block, order_seed)][rank() :: world_size()]
         found: list[tuple[MaskedSentence, int]] = []
         for start in range(0, len(rows), needed):
             if len(found) >= needed:
                 break
             examples = [self.sampler.draw(int(row), rng) for row in rows[start : start + needed]]
-            for example, retrieved in zip(examples, self.search(examples, self.config.retrieve), strict=True):
-                row = find_supporting_passage(retrieved, example, self.run, self.maker)
+            for example, row in zip(examples, self._supported(examples), strict=True):
                 if row is None:
                     continue
-                if rng.random() < self.config.title_span_prob or not self.maker.wordpieces.find(
-                    self.run.passages.title_ids(row), example.span_ids
-                ):
+                keep = rng.random() < self.config.title_span_prob
+                if keep or not self.collator.inputs.wordpieces.find(self.passages.title_ids(row), example.span_ids):
                     found.append((example, row))
         if not found:
             raise UserError(
-                "no retrieved passage holds any masked span, so the reader has nothing to learn from; train the retriever (realm ict) first."
+                "no retrieved passage contains any masked span, so the reader has nothing to learn from; train the "
+                "retriever first (realm ict)."
             )
         return found[:needed]
-
-
-def find_supporting_passage(retrieved: np.ndarray, example: MaskedSentence, run: Run, maker: BatchMaker) -> int | None:
-    """The first retrieved passage that is not trivial and holds the span together with another
-    salient span of the sentence, or None.
-
-    A year or a city stands in many passages; one that holds what else the sentence speaks of is
-    likely to state the same. A sentence without other spans takes the first passage that holds its
-    one.
-    """
-    for row in map(int, retrieved):
-        parts = maker.reading(row)
-        if maker.holds(parts, example.span_ids) and (
-            not example.others or any(maker.holds(parts, other) for other in example.others)
-        ):
-            (kept,) = choose_candidates([row], example, 1, run.contexts, run.statements, run.wordpieces)
-            if kept != EMPTY:
-                return kept
-    return None

@@ -1,312 +1,230 @@
-"""REALM pretraining: masked salient spans, candidates from a live index, marginal likelihood
-(Guu et al. 2020, sections 3.2 to 3.4)."""
+"""REALM pretraining: retriever and reader learn together from masked salient spans, with candidates from a
+live index and the marginal likelihood (Guu et al. 2020, sections 3.2 to 3.4)."""
 
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from index.drift import DRIFT_FILE, DriftReference
 from index.frozen import publish_frozen
+from index.interface import Index
 from index.live import LiveIndex
 from index.replay import read_replay
-from index.search import PassageIndex
-from pretrain.data import NULL, MaskedSentence, SpanSampler, choose_candidates
+from pretrain.candidates import Candidates, IndexSource
+from pretrain.collate import MaskedCollator
+from pretrain.exports import ExportSchedule, drift_reference
 from pretrain.masked_span_eval import masked_accuracy
-from pretrain.reader_pretraining import find_supporting_passage
+from pretrain.masking import SpanSampler
 from pretrain.search import embed_masked
-from pretrain.stage import batch_maker
-from realm.corpus.substitution import span_pool
+from pretrain.selection import find_supporting_passage
+from realm.corpus.collate import NULL
 from realm.errors import UserError
-from realm.models.modules import RealmBatch, RealmModel
-from realm.models.reader import Reader
-from realm.models.retriever import Retriever, load_retriever
+from realm.models.batches import RealmBatch
+from realm.models.modules import RealmModel
+from realm.models.reader import Reader, build_reader
+from realm.models.retriever import Retriever, build_retriever
+from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
-from realm.run.stage import export_retriever, save_models
-from realm.runtime.distributed import is_rank_zero, local_device, on_rank_zero, rank, world_size
-from realm.runtime.publish import Version
-from realm.runtime.telemetry import Metrics, console
-from realm.runtime.threads import cpu_threads
-from realm.text.inputs import epoch_rows
-from realm.training.engine import Engine, Loop, newest_checkpoint, read_state
-
-STAGE = "pretrain"
-
-
-def train_realm(run: Run, resume: bool = False, with_refresher: bool = False, replay: Path | None = None) -> None:
-    """Train the stage beside a refresher and write `pretrain/model`.
-
-    `replay`: a run folder, this one or another, whose log says which index each step searches;
-    where it ends, the newest counts again. Raises UserError where no index appears within
-    `refresh.wait_timeout_s`, or the staleness policy says stop.
-    """
-    config = run.config.pretrain
-    if not run.begin(STAGE, resume):
-        return
-    if config.candidates - 1 > len(run.passages):
-        raise UserError(
-            f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages and the null passage; lower it."
-        )
-    torch.manual_seed(run.config.seed + 2)
-    source = initial_retriever(run, STAGE)
-    retriever, reader = load_retriever(source)[0], initial_reader(run, STAGE)
-    checkpoint = newest_checkpoint(run.stage(STAGE))
-    state = {} if checkpoint is None else read_state(checkpoint)
-    start = state.get("step", 0)
-    log = None if replay is None else on_rank_zero(lambda: read_replay(replay))
-    metrics = Metrics(run.folder, STAGE, is_rank_zero())
-    engine_config = replace(run.config.engine, threads=run.config.threads(STAGE))
-    starting = LiveIndex.begin(
-        run.folder,
-        run.config.refresh,
-        run.passages,
-        run.tokenizer,
-        retriever.dim,
-        state.get("attempt"),
-        start,
-        log,
-        engine_config.threads,
-    )
-    with cpu_threads(engine_config.threads), starting as live:
-        if live.needs_export():
-            if start:
-                raise UserError(
-                    f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run."
-                )
-            live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
-            if on_rank_zero(
-                lambda: publish_frozen(run.folder, source, run.passages, run.config.refresh, Version(live.attempt, 0))
-            ):
-                console.print("  the first index is the one that the reader was warmed up with")
-        if with_refresher:
-            live.start_refresher()
-        live.wait_for_first(start)
-        if checkpoint is None and config.reader_check:
-            check_reader(
-                run, retriever.to(local_device()), reader.to(local_device()), live
-            )  # before DeepSpeed takes the parameters apart
-        model = RealmModel(retriever, reader, config.marginal)
-        towers = [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
-        engine = Engine(model, config.optim, engine_config, config.steps, config.batch_size, towers)
-        loop = Loop(
-            engine, run.stage(STAGE), STAGE, config.steps, config.checkpoint_every, engine_config, run.config.seed
-        )
-        loop.resume()
-        candidates = Candidates(run, lambda: engine.gathered_copy(retriever.query_tower), live)
-        exports = Exports(run, lambda: engine.gathered_copy(retriever.passage_tower))
-        if checkpoint is not None:
-            candidates.restore(checkpoint, start)
-            exports.restore(checkpoint)
-
-        def after_step(step: int) -> dict[str, float | str]:
-            drift = exports.drift(step)
-            if exports.due(step, drift):
-                with engine.gathered(retriever):
-                    live.export(step, lambda folder: export_retriever(run, retriever, folder))
-                exports.snapshot()
-            return candidates.timing | live.telemetry(step) | ({} if drift is None else {"drift": drift})
-
-        def save(folder: Path) -> None:
-            candidates.save(folder)
-            exports.save(folder)
-
-        seconds = loop.run(
-            start,
-            lambda step: candidates.batch(step).to(engine.device),
-            metrics,
-            lambda values: (
-                f"loss {values['loss']:.2f}  utility {values['utility']:+.2f}  null {values['null_mass']:.2f}  "
-                f"hits {values['candidate_hit_rate']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
-            ),
-            after_step,
-            lambda: {"attempt": live.attempt},
-            save,
-            state.get("seconds", 0.0),
-        )
-        candidates.close()
-        with engine.gathered(retriever, reader):
-            save_models(run, STAGE, seconds, retriever=retriever, reader=reader)
-        live.training_ended()
-    metrics.close()
+from realm.run.train import export_retriever
+from realm.runtime.distributed import is_rank_zero, local_device, on_rank_zero
+from realm.runtime.telemetry import console
+from realm.runtime.versions import Version
+from realm.training.checkpoints import newest_checkpoint, read_state
+from realm.training.engine import Engine
+from realm.training.sections import PretrainConfig
+from realm.training.stage import Stage
+from realm.training.streams import RunStream, run_generator
 
 
-class Exports:
-    """When the retriever is exported: by period, by drift, or both, and at the end."""
+class RealmPretraining(Stage):
+    """One step: swap the index if a newer one is ready, retrieve, read, marginalize, export if it is time."""
 
-    def __init__(self, run: Run, passage_tower: Callable[[], nn.Module]) -> None:
-        """`passage_tower()` is the tower with the weights of the moment; all ranks must call
-        this and the methods together."""
-        self.config, self.steps, self.passage_tower = run.config.refresh, run.config.pretrain.steps, passage_tower
-        self.reference: DriftReference | None = None
-        if self.config.max_drift is not None:
-            longest, precision = run.config.retriever.max_passage_tokens, run.config.engine.precision
-            self.reference = DriftReference(
-                run.passages, run.wordpieces, self.config.drift_passages, longest, precision
-            )
-        self.snapshot()
+    name = "pretrain"
+    config: PretrainConfig
+    retriever: Retriever
+    reader: Reader
 
-    def drift(self, step: int) -> float | None:
-        """How far the passage embeddings have moved since the last export, where it is time to
-        look."""
-        if self.reference is None or step % self.config.drift_every:
-            return None
-        reference, tower = self.reference, self.passage_tower()
-        return on_rank_zero(lambda: reference.moved(tower))
-
-    def due(self, step: int, drift: float | None) -> bool:
-        """Whether to export after this step."""
-        by_period = self.config.period > 0 and step % self.config.period == 0
-        by_drift = drift is not None and self.config.max_drift is not None and drift >= self.config.max_drift
-        return by_period or by_drift or step == self.steps
-
-    def snapshot(self) -> None:
-        """Drift is measured from these weights on."""
-        if self.reference is not None:
-            reference, tower = self.reference, self.passage_tower()
-            on_rank_zero(lambda: reference.snapshot(tower))
-
-    def save(self, checkpoint: Path) -> None:
-        """Add to a checkpoint what drift is measured from."""
-        if self.reference is not None and is_rank_zero():
-            np.save(checkpoint / DRIFT_FILE, self.reference.snapshot_PD)
-
-    def restore(self, checkpoint: Path) -> None:
-        """Measure from where the checkpoint's run did; from here where it measured nothing."""
-        if self.reference is not None and is_rank_zero() and (checkpoint / DRIFT_FILE).exists():
-            self.reference.snapshot_PD = np.load(checkpoint / DRIFT_FILE)
-
-
-class Candidates:
-    """Examples and candidates of each step, found one step ahead.
-
-    While step t trains, the candidates of step t + 1 are searched on a thread; their queries are
-    embedded on the main thread before, with the weights of step t. What is pending when a
-    checkpoint is written belongs to it.
-    """
-
-    def __init__(self, run: Run, query_tower: Callable[[], nn.Module], live: LiveIndex) -> None:
-        """`query_tower()` is the tower with the weights of the moment."""
-        self.run, self.config, self.query_tower, self.live = run, run.config.pretrain, query_tower, live
-        self.maker = batch_maker(run)
-        self.sampler = SpanSampler(run.statements, self.config.max_span_tokens, self.maker.max_query - 2)
-        self.pool = (
-            span_pool([run.statements, run.passages], self.config.max_span_tokens)
-            if self.config.substitution_prob
-            else None
-        )
-        self.timing: dict[str, float] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
-        self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None
-
-    def examples(self, step: int) -> list[MaskedSentence]:
-        """Masked sentences of a step, a function of seed and step."""
-        rows = epoch_rows(
-            len(self.sampler.rows), self.config.batch_size * world_size(), step, self.run.config.seed + 2
-        )[rank() :: world_size()]
-        rng = np.random.default_rng((self.run.config.seed, step, rank(), 4))
-        return [self.sampler.draw(int(self.sampler.rows[row]), rng) for row in rows]
-
-    def batch(self, step: int) -> RealmBatch:
-        """The batch of `step`; starts the search for the next one."""
-        began = time.monotonic()
-        if self._pending is not None:
-            self._pending[2].result()  # a swap closes the index that this searches
-        self.live.swap(step)
-        if self._pending is None:
-            self._search_ahead(step)
-        assert self._pending is not None and self._pending[0] == step
-        _, examples, future = self._pending
-        candidates = future.result()
-        found = time.monotonic()
-        self._search_ahead(step + 1)
-        embedded = time.monotonic()
-        rng = np.random.default_rng((self.run.config.seed, step, rank(), 5))
-        batch = self.maker.realm(examples, candidates, self.pool, self.config.substitution_prob, rng)
-        tokens = sum(int(joint.mask_RL.sum()) for joint in batch.masked.joint)
-        self.timing = {
-            "seconds/wait_search": found - began,
-            "seconds/embed_queries": embedded - found,
-            "seconds/collate": time.monotonic() - embedded,
-            "reader_tokens": float(tokens),
-        }
-        return batch
-
-    def search(
-        self, index: PassageIndex, examples: list[MaskedSentence], query_emb_BD: np.ndarray, count: int
-    ) -> np.ndarray:
-        """Non-trivial candidates, (B, count) passage rows, EMPTY where there are too few."""
-        wanted = min(count + self.config.extra_retrieved, len(index))
-        _, retrieved = index.search(query_emb_BD, wanted)
-        chosen = [
-            choose_candidates(
-                rows[rows >= 0], example, count, self.run.contexts, self.run.statements, self.run.wordpieces
-            )
-            for example, rows in zip(examples, retrieved, strict=True)
-        ]
-        return np.array(chosen, dtype=np.int64)
-
-    def _search_ahead(self, step: int) -> None:
-        examples = self.examples(step)
-        query_emb_BD = embed_masked(self.query_tower(), examples, self.maker, self.run.config.engine.precision)
-        self._pending = (
-            step,
-            examples,
-            self._thread.submit(self.search, self.live.index, examples, query_emb_BD, self.config.candidates - 1),
+    def __init__(self, run: Run, retriever: Retriever, reader: Reader, source: IndexSource) -> None:
+        config = run.config.pretrain
+        super().__init__(RealmModel(retriever, reader, config.marginal), config, retriever, reader)
+        self.run, self.source = run, source
+        self.collator = MaskedCollator(run.collator, config.reader_buckets)
+        self.candidates = Candidates(
+            config,
+            run.config.seed,
+            self.collator,
+            run.statements,
+            run.config.engine.precision,
+            source,
+            lambda: self.current(retriever.query_tower),
         )
 
-    def save(self, checkpoint: Path) -> None:
-        """Add this rank's pending candidates, and the index version, to a checkpoint."""
-        assert self._pending is not None
-        np.save(checkpoint / f"candidates-{rank():03d}.npy", self._pending[2].result())
-        if is_rank_zero():
-            (checkpoint / "index_version").write_text(self.live.index.version.name + "\n")
+    @classmethod
+    def open_sample(cls, run: Run, index: Index) -> "RealmPretraining":
+        """The stage to be timed."""
+        retriever = build_retriever(run.config.retriever, run.tokenizer)
+        return cls(run, retriever, build_reader(run.config.reader, run.tokenizer)[0], FixedIndex(index))
 
-    def restore(self, checkpoint: Path, step: int) -> None:
-        """Take up the candidates that were pending on this rank."""
-        done: Future[np.ndarray] = Future()
-        done.set_result(np.load(checkpoint / f"candidates-{rank():03d}.npy"))
-        self._pending = (step, self.examples(step), done)
+    def called_between_steps(self) -> Sequence[nn.Module]:
+        retriever = self.retriever
+        return [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
+
+    def draw(self, step: int, size: int) -> RealmBatch:
+        return self.candidates.batch(step, size)
+
+    def progress_line(self, values: dict[str, Any]) -> str:
+        return (
+            f"loss {values['loss']:.2f}  utility {values['utility']:+.2f}  null {values['null_mass']:.2f}  "
+            f"hits {values['candidate_hit_rate']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
+        )
+
+    def after_step(self, step: int) -> dict[str, float | str]:
+        return dict(self.candidates.timing)
 
     def close(self) -> None:
-        """End the search thread."""
-        self._thread.shutdown()
+        self.candidates.close()
 
 
-def check_reader(run: Run, retriever: Retriever, reader: Reader, live: LiveIndex) -> None:
-    """Say whether the reader can read: its accuracy on passages known to hold the span, against
-    the null passage."""
-    maker = batch_maker(run)
-    sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, maker.max_query - 2)
-    rng = np.random.default_rng(run.config.seed + 5)
-    examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, run.config.pretrain.reader_check)]
-    _, retrieved = live.index.search(
-        embed_masked(retriever.query_tower, examples, maker, run.config.engine.precision), min(20, len(live.index))
-    )
+class LiveRealmPretraining(RealmPretraining):
+    """REALM pretraining beside a refresher: follows its indexes and exports the retriever for it."""
+
+    source: LiveIndex
+
+    @classmethod
+    def open(cls, run: Run, with_refresher: bool = False, replay: Path | None = None) -> "LiveRealmPretraining":
+        """The stage as it trains in `run`, with its first index.
+
+        `with_refresher`: start a refresher process. `replay`: a run folder, this one or another, whose log
+        says which index each step searches; after its end, each step searches the newest one. Raises
+        UserError if no index appears within `refresh.wait_timeout_s`.
+        """
+        config = run.config.pretrain
+        if config.candidates - 1 > len(run.passages):
+            raise UserError(
+                f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages and the null "
+                "passage; lower it."
+            )
+        source = initial_retriever(run, cls.name)
+        retriever, reader = load_retriever(source)[0], initial_reader(run, cls.name)
+        checkpoint = newest_checkpoint(run.stage(cls.name))
+        state = {} if checkpoint is None else read_state(checkpoint)
+        start = state.get("step", 0)
+        log = None if replay is None else on_rank_zero(lambda: read_replay(replay))
+        live = LiveIndex.begin(
+            run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log,
+            run.config.threads(cls.name),
+        )  # fmt: skip
+        try:
+            if live.needs_export():
+                _export_first(run, live, source, start)
+            if with_refresher:
+                live.start_refresher()
+            live.wait_for_first(start)
+            if checkpoint is None and config.reader_check:
+                # Before DeepSpeed may partition the parameters.
+                check_reader(run, retriever.to(local_device()), reader.to(local_device()), live.index)
+            return cls(run, retriever, reader, live)
+        except BaseException:
+            live.close()
+            raise
+
+    def begin(self, engine: Engine) -> None:
+        super().begin(engine)
+        refresh = self.run.config.refresh
+        reference = drift_reference(refresh, self.run.collator, self.run.config.engine.precision)
+        self.exports = ExportSchedule(
+            refresh, self.config.steps, reference, lambda: self.current(self.retriever.passage_tower)
+        )
+
+    def after_step(self, step: int) -> dict[str, float | str]:
+        drift = self.exports.drift(step)
+        if self.exports.due(step, drift):
+            self._export(step)
+        return self.candidates.timing | self.source.telemetry(step) | ({} if drift is None else {"drift": drift})
+
+    def _export(self, step: int) -> None:
+        assert self.engine is not None
+        with self.engine.gathered(self.retriever):
+            self.source.export(step, lambda folder: export_retriever(self.run, self.retriever, folder))
+        self.exports.snapshot()
+
+    def state(self) -> dict[str, Any]:
+        return {"attempt": self.source.attempt}
+
+    def save(self, folder: Path) -> None:
+        self.candidates.save(folder)
+        self.exports.save(folder)
+        if is_rank_zero():  # pins the version while the checkpoint is kept
+            (folder / "index_version").write_text(self.source.index.version.name + "\n")
+
+    def restore(self, folder: Path, step: int) -> None:
+        self.candidates.restore(folder, step)
+        self.exports.restore(folder)
+
+    def finish(self) -> None:
+        self.source.end_training()
+
+    def close(self) -> None:
+        super().close()
+        self.source.close()
+
+
+class FixedIndex:
+    """The source of an index that is never swapped."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def swap(self, step: int) -> None:
+        """Keep the index."""
+
+
+def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
+    """Export the retriever that training starts from; its frozen index, if there is one, is the first index.
+
+    Raises UserError if training does not start at step 0: an export has been lost.
+    """
+    if start:
+        raise UserError(
+            f"{run.folder}/encoders has no export from before step {start}; restore it from a copy of the run."
+        )
+    live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
+    first = Version(live.attempt, 0)
+    if on_rank_zero(lambda: publish_frozen(run.folder, source, run.passages, run.config.refresh, first)):
+        console.print("  the first index is the one that reader pretraining searched")
+
+
+def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -> None:
+    """Print whether the reader can read: its accuracy on passages that contain the span, and on the null
+    passage."""
+    config, precision = run.config.pretrain, run.config.engine.precision
+    collator = MaskedCollator(run.collator, config.reader_buckets)
+    sampler = SpanSampler(run.statements, config.max_span_tokens, run.collator.limits.query - 2)
+    rng = run_generator(run.config.seed, RunStream.READER_CHECK)
+    examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, config.reader_check)]
+    query_emb_BD = embed_masked(retriever.query_tower, examples, collator, precision)
+    _, retrieved = index.search(query_emb_BD, min(20, len(index)))
     found = [
-        find_supporting_passage(rows, example, run, maker) for example, rows in zip(examples, retrieved, strict=True)
+        find_supporting_passage(rows, example, run.statements, run.collator)
+        for example, rows in zip(examples, retrieved, strict=True)
     ]
     pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:
         console.print(
-            "  reader check: no retrieved passage holds a masked span; the retriever needs a warm start (realm ict) first"
+            "  reader check: no retrieved passage contains a masked span; the retriever needs a warm start (realm ict) first"
         )
         return
     chosen = [example for example, _ in pairs]
-    read, null = (
-        masked_accuracy(reader, run, chosen, [row for _, row in pairs]),
-        masked_accuracy(reader, run, chosen, [NULL] * len(pairs)),
-    )
+    supported = masked_accuracy(reader, collator, precision, chosen, [row for _, row in pairs])
+    null = masked_accuracy(reader, collator, precision, chosen, [NULL] * len(pairs))
     console.print(
-        f"  reader check: masked span right from a passage that holds it {read:.0f} %, from the null passage {null:.0f} % ({len(pairs)} spans)"
+        f"  reader check: masked span right from a passage that contains it {supported:.0f} %, from the null passage "
+        f"{null:.0f} % ({len(pairs)} spans)"
     )
-    if read < null + 10:
+    if supported < null + 10:
         console.print(
             "  warning: the reader cannot read yet, so it will teach the retriever little; train reader_pretraining longer"
         )

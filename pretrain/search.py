@@ -1,4 +1,4 @@
-"""Search with a retriever that stands still: for the reader's warm-up and for measuring."""
+"""Search with a frozen retriever, for reader pretraining and for measuring."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,44 +7,48 @@ import numpy as np
 from torch import nn
 
 from index.frozen import frozen_index
-from pretrain.data import BatchMaker, MaskedSentence
-from pretrain.stage import batch_maker
+from index.interface import Index
+from pretrain.collate import MaskedCollator
+from pretrain.masking import MaskedSentence
 from realm.models.precision import Precision
-from realm.models.retriever import embed_no_grad, load_retriever
+from realm.models.retriever import Retriever, embed_no_grad
+from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
 from realm.runtime.distributed import local_device
-from realm.runtime.telemetry import console
+from realm.runtime.telemetry import log_line
 
 
 class FrozenSearch:
-    """The passages as a saved retriever embeds them, searched with its queries."""
+    """Passages as a saved retriever embeds them, searched with masked sentences."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.retriever = load_retriever(folder)[0].to(local_device())
-        self.maker, self.precision = batch_maker(run), run.config.engine.precision
-        self.index = frozen_index(
-            run.folder, folder, run.passages, run.config.refresh, lambda line: console.print(f"  {line}")
-        )
+    def __init__(self, retriever: Retriever, index: Index, collator: MaskedCollator, precision: Precision) -> None:
+        self.retriever, self.index, self.collator, self.precision = retriever, index, collator, precision
+
+    @classmethod
+    def open(cls, run: Run, folder: Path, collator: MaskedCollator) -> "FrozenSearch":
+        """Load the retriever saved in `folder` and open its index, which is built if the run has none."""
+        retriever = load_retriever(folder)[0].to(local_device())
+        index = frozen_index(run.folder, folder, run.passages, run.config.refresh, log_line)
+        return cls(retriever, index, collator, run.config.engine.precision)
 
     def __call__(self, examples: Sequence[MaskedSentence], k: int) -> np.ndarray:
-        """Rows of the `k` best passages for each masked sentence, (len(examples), k), best
-        first; all of them where there are fewer."""
-        embeddings = embed_masked(self.retriever.query_tower, examples, self.maker, self.precision)
+        """Rows of the `k` best passages per masked sentence, (len(examples), k), best first; all passages
+        if there are fewer."""
+        embeddings = embed_masked(self.retriever.query_tower, examples, self.collator, self.precision)
         return self.index.search(embeddings, min(k, len(self.index)))[1]
 
 
 def embed_masked(
     query_tower: nn.Module,
     examples: Sequence[MaskedSentence],
-    maker: BatchMaker,
+    collator: MaskedCollator,
     precision: Precision,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Query embeddings of masked sentences, (len(examples), D) float32, without gradient and
-    without dropout."""
+    """Query embeddings of masked sentences, (len(examples), D) float32, without gradient and dropout."""
     order = np.argsort([len(example.sentence_ids) for example in examples], kind="stable")
     embeddings: list[np.ndarray] = []
     for start in range(0, len(order), batch_size):
-        ids_BL, mask_BL = maker.queries([examples[i] for i in order[start : start + batch_size]])
+        ids_BL, mask_BL = collator.queries([examples[i] for i in order[start : start + batch_size]])
         embeddings.append(embed_no_grad(query_tower, ids_BL, mask_BL, precision))
     return np.concatenate(embeddings)[order.argsort()]

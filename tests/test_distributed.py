@@ -113,7 +113,7 @@ def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) 
     trained = run(command("pretrain", "--config", config, "--with-refresher"))
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert len(rows(tmp_path)) == 8
-    from realm.models.retriever import load_retriever
+    from realm.models.retriever_files import load_retriever
 
     retriever, _ = load_retriever(tmp_path / "run" / "pretrain" / "model" / "retriever")
     assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"

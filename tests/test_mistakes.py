@@ -129,7 +129,7 @@ def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
     from index.build import IndexManifest
     from index.search import PassageIndex
     from realm.errors import UserError
-    from realm.runtime.publish import Version
+    from realm.runtime.versions import Version
 
     index = faiss.IndexFlatIP(4)
     index.add(np.eye(4, dtype=np.float32))

@@ -108,7 +108,7 @@ def write_config(folder: Path, **changes: dict) -> Path:
 
 def prepared_run(folder: Path, **changes: dict) -> "Run":
     """The tiny run with its corpus prepared and nothing trained."""
-    from realm.app.pipeline import prepare
+    from realm.app.corpus import prepare
     from realm.run.config_file import load_config
     from realm.run.folder import Run
 
@@ -119,8 +119,18 @@ def prepared_run(folder: Path, **changes: dict) -> "Run":
 
 
 class NoIndex:
-    """Embeddings that tell nothing, for batches of which only what is read matters."""
+    """An index whose embeddings are all zeros, for batches of which only what is read matters."""
+
+    def __len__(self) -> int:
+        return len(TOWNS)
+
+    def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Nothing is searched."""
+        raise AssertionError("this index is not searched")
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """(R,) rows to (R, 32)."""
         return np.zeros((len(rows), 32), np.float32)
+
+    def close(self) -> None:
+        """Nothing to release."""

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import torch
 
-from index.admin import Entry
+from index.admin import VersionInfo
 from index.bench.timing import timed
 from index.build import INDEX_FILE
 from index.encode import encode_passages, encoding_tower, load_encoder
@@ -80,16 +80,15 @@ def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> 
     return results
 
 
-def bench_opening(entry: Entry, corpus: PreparedCorpus) -> dict[str, float]:
+def bench_opening(info: VersionInfo, corpus: PreparedCorpus) -> dict[str, float]:
     """Mapping alone, mapping with all checks (which a trainer does on a thread), and what a
     second process adds to memory."""
     mapped = min(
-        timed(lambda: faiss.read_index(str(entry.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0]
-        for _ in range(_REPEATS)
+        timed(lambda: faiss.read_index(str(info.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0] for _ in range(_REPEATS)
     )
-    checked = min(timed(lambda: PassageIndex.open(entry.path, corpus.fingerprint))[0] for _ in range(_REPEATS))
-    size = (entry.path / INDEX_FILE).stat().st_size
-    alone, shared = _proportional_bytes(entry.path / INDEX_FILE, 1), _proportional_bytes(entry.path / INDEX_FILE, 2)
+    checked = min(timed(lambda: PassageIndex.open(info.path, corpus.fingerprint))[0] for _ in range(_REPEATS))
+    size = (info.path / INDEX_FILE).stat().st_size
+    alone, shared = _proportional_bytes(info.path / INDEX_FILE, 1), _proportional_bytes(info.path / INDEX_FILE, 2)
     result = {
         "mapped, ms": 1000 * mapped,
         "mapped and checked, ms": 1000 * checked,

@@ -17,14 +17,16 @@ import torch
 import index.version_build as cycle
 from index.live import remove_export_leftovers
 from index.refresh import refresh
-from index.retention import Collector
+from index.retention import GarbageCollector
 from index.search import IndexWatcher, PassageIndex
 from realm.corpus.prepare import prepare_corpus
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
 from realm.models.bert import BertSource
-from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_no_grad, save_retriever
-from realm.runtime.publish import Lineage, Version, newest, published, start_attempt
+from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_no_grad
+from realm.models.retriever_files import save_retriever
+from realm.runtime.publish import published
+from realm.runtime.versions import Lineage, Version, newest, start_attempt
 from realm.spans.tagger import SpanConfig, SpanTagger
 from realm.text.inputs import Wordpieces, pad_batch
 from realm.text.tokenizer import TokenizerConfig, train_wordpiece
@@ -135,7 +137,7 @@ def run_refresher(scene: Scene, config: RefreshConfig = CONFIG, once: bool = Fal
     cycle.encode_in_shards = noting  # type: ignore[assignment]
     cycle.build_index = _marked(scene, "refresher", "build", cycle.build_index)
     cycle.write_version = _marked(scene, "refresher", "publish", cycle.write_version)
-    Collector.collect = _marked(scene, "refresher", "collect", Collector.collect, 0.001)  # type: ignore[method-assign]
+    GarbageCollector.collect = _marked(scene, "refresher", "collect", GarbageCollector.collect, 0.001)  # type: ignore[method-assign]
     try:
         refresh(scene.run, config, scene.corpus, once=once, log=lambda line: scene.note("log", line))
     except BaseException as error:

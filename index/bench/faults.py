@@ -42,8 +42,8 @@ from index.bench.fault_processes import (
 from index.live import remove_export_leftovers
 from index.refresh import TRAINING_ENDED
 from index.search import IndexRefused, PassageIndex
-from realm.runtime.publish import Lineage, Version, newest, start_attempt, versions_in
 from realm.runtime.telemetry import console, print_table, progress
+from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
 
 
 @dataclass

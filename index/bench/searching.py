@@ -15,7 +15,7 @@ import faiss
 import numpy as np
 import torch
 
-from index.admin import Entry
+from index.admin import VersionInfo
 from index.bench.timing import timed
 from index.build import build_index, index_bytes, set_search_parameters
 from index.encode import load_encoder
@@ -35,9 +35,9 @@ _REPEATS = 3
 TILES = "Flat, torch"
 
 
-def sample_queries(corpus: PreparedCorpus, entry: Entry, count: int) -> np.ndarray:
+def sample_queries(corpus: PreparedCorpus, info: VersionInfo, count: int) -> np.ndarray:
     """The first words of some passages, by the query tower of the index's encoder, (Q, D)."""
-    encoder = load_encoder(entry.store / "encoders" / entry.version.encoder.name)
+    encoder = load_encoder(info.store / "encoders" / info.version.encoder.name)
     rows = np.random.default_rng(1).choice(corpus.rows, min(count, len(corpus.rows)), replace=False).tolist()
     words = encoder.wordpieces
     inputs = [words.query(corpus.text_ids(row), _QUERY_WORDPIECES) for row in rows]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from index.admin import entries
+from index.admin import list_versions
 from index.bench.encoding import bench_encoding, bench_opening
 from index.bench.searching import bench_search, bench_synthetic, draw, jittered, sample_queries
 from index.search import PassageIndex
@@ -37,23 +37,23 @@ def bench_index(
     where the run has no index, or its encoder is gone.
     """
     usable = [
-        entry
-        for entry in entries(run.folder)
-        if entry.manifest is not None and entry.manifest.corpus == run.passages.fingerprint
+        info
+        for info in list_versions(run.folder)
+        if info.manifest is not None and info.manifest.corpus == run.passages.fingerprint
     ]
-    usable = [entry for entry in usable if (entry.store / "encoders" / entry.version.encoder.name).is_dir()]
+    usable = [info for info in usable if (info.store / "encoders" / info.version.encoder.name).is_dir()]
     if not usable:
         raise UserError(
             f"run {run.folder} has no index of its corpus whose encoder is still there; train it, or let a refresher build one."
         )
-    entry = usable[-1]
-    index = PassageIndex.open(entry.path, run.passages.fingerprint)
-    console.print(f"index {entry.path}, {len(index):,} passages, {torch.get_num_threads()} threads")
-    figures: dict[str, Any] = {"index": entry.version.name, "passages": len(index), "threads": torch.get_num_threads()}
-    figures["encoding"] = bench_encoding(run.passages, entry.store / "encoders" / entry.version.encoder.name, passages)
-    figures["opening"] = bench_opening(entry, run.passages)
+    info = usable[-1]
+    index = PassageIndex.open(info.path, run.passages.fingerprint)
+    console.print(f"index {info.path}, {len(index):,} passages, {torch.get_num_threads()} threads")
+    figures: dict[str, Any] = {"index": info.version.name, "passages": len(index), "threads": torch.get_num_threads()}
+    figures["encoding"] = bench_encoding(run.passages, info.store / "encoders" / info.version.encoder.name, passages)
+    figures["opening"] = bench_opening(info, run.passages)
     real_ND = index.embeddings(np.arange(len(index)))
-    query_emb_QD = sample_queries(run.passages, entry, queries)
+    query_emb_QD = sample_queries(run.passages, info, queries)
     curves = {}
     for count in sorted({len(real_ND), max(scale, len(real_ND))}):
         embeddings_ND = real_ND if count == len(real_ND) else jittered(real_ND, count)

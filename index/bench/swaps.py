@@ -19,8 +19,9 @@ import torch
 
 from index.build import INDEX_FILE, IndexManifest, build_index, write_version
 from index.search import IndexWatcher, PassageIndex
-from realm.runtime.publish import Version, start_attempt, write_json_atomic, write_manifest
+from realm.runtime.publish import write_json_atomic, write_manifest
 from realm.runtime.telemetry import console, print_table, progress
+from realm.runtime.versions import Version, start_attempt
 
 CORPUS = "scripted"
 _QUERIES, _RESULTS, _ROUNDS = 12, 16, 3

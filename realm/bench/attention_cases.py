@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention
 from realm.errors import UserError
-from realm.run.config_file import decoded
+from realm.run.config_file import decode
 
 NUM_GLOBAL = 32
 _WINDOW, _FEATURES, _SEGMENT = 256, 256, 512
@@ -62,7 +62,7 @@ def parse_variant(text: str) -> AttentionConfig:
         raise UserError(
             f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'."
         )
-    return decoded(AttentionConfig, tree, repr(text))
+    return decode(AttentionConfig, tree, repr(text))
 
 
 def every_variant() -> dict[str, AttentionConfig]:

@@ -6,12 +6,12 @@ masked wordpieces, R joint inputs of a bucket, L wordpieces, D embedding width.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from realm.models.batches import MaskedBatch, PairBatch, QuestionBatch, ReaderPretrainingBatch, RealmBatch
 from realm.models.objectives import (
     MARGINALS,
     MASKED_SCORE,
@@ -23,95 +23,6 @@ from realm.models.objectives import (
 )
 from realm.models.reader import Reader
 from realm.models.retriever import Retriever, embed_by_length
-
-
-class Batch:
-    """Base of batches: dataclasses of tensors (or lists of batches) that move to a device together."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch with every tensor on `device`."""
-        moved = {}
-        for entry in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, entry.name)
-            moved[entry.name] = [part.to(device) for part in value] if isinstance(value, list) else value.to(device)
-        return type(self)(**moved)
-
-
-@dataclass
-class PairBatch(Batch):
-    """B queries and C passages, of which each query has one to find."""
-
-    query_ids_BL: Tensor
-    query_mask_BL: Tensor
-    passage_ids_CL: Tensor
-    passage_mask_CL: Tensor
-    target_B: Tensor
-    """Row of the passage each query should find."""
-    excluded_BC: Tensor
-    """True on passages that are none of a query's candidates: neither right nor wrong."""
-
-
-@dataclass
-class JointBatch(Batch):
-    """Joint inputs `[CLS] x [SEP] z [SEP]`; `row_R` is the place of each in the flat (B·N) order."""
-
-    ids_RL: Tensor
-    mask_RL: Tensor
-    type_RL: Tensor
-    row_R: Tensor
-
-
-@dataclass
-class MaskedBatch(Batch):
-    """Joint inputs with the masked wordpieces of their x; candidates that are read together have
-    one."""
-
-    joint: list[JointBatch]
-    position_BM: Tensor
-    """Where the masks of query b stand in each of its joint inputs (x comes first, so the place
-    is the same for all candidates)."""
-    target_BM: Tensor
-    """The wordpieces under the masks."""
-    token_BM: Tensor
-    """False on padding of the two above."""
-    read_slot_BN: Tensor
-    """Candidate whose joint input stands for each candidate: its own number, or that of the one
-    it is read with."""
-
-
-@dataclass
-class RealmBatch(Batch):
-    """Masked sentences with their candidates."""
-
-    query_ids_BL: Tensor
-    query_mask_BL: Tensor
-    passage_ids_UL: Tensor
-    passage_mask_UL: Tensor
-    candidate_BN: Tensor
-    """Row in the distinct passages of each candidate; row 0 is the null passage."""
-    valid_BN: Tensor
-    """False on slots that hold nothing."""
-    holds_BN: Tensor
-    """True where the masked span stands in the candidate with what is around it (telemetry alone)."""
-    masked: MaskedBatch
-
-
-@dataclass
-class SpanTargets(Batch):
-    """Where the span head should find the span in the joint inputs of a bucket."""
-
-    is_answer_RLW: Tensor
-    """True on occurrences of the span."""
-    allowed_RLW: Tensor
-    """True on spans inside the passage."""
-
-
-@dataclass
-class ReaderPretrainingBatch(Batch):
-    """Masked sentences with one passage each, and the span's places in it, bucket by bucket."""
-
-    masked: MaskedBatch
-    spans: list[SpanTargets]
 
 
 class DualEncoderModel(nn.Module):
@@ -154,11 +65,11 @@ def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor])
     for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
         query_R = joint.row_R // N
         log_p_RMV = reader.mlm_logits(hidden_RLH, batch.position_BM[query_R]).log_softmax(-1)
-        target_RM, token_RM = batch.target_BM[query_R], batch.token_BM[query_R]
+        target_RM, token_mask_RM = batch.target_BM[query_R], batch.token_mask_BM[query_R]
         best_RM, choice_RM = log_p_RMV.detach().max(-1)
         log_ps.append(log_p_RMV.gather(-1, target_RM[..., None]).squeeze(-1))
-        rights.append(((choice_RM == target_RM) | ~token_RM).all(-1))
-        bests.append((best_RM * token_RM).sum(-1))
+        rights.append(((choice_RM == target_RM) | ~token_mask_RM).all(-1))
+        bests.append((best_RM * token_mask_RM).sum(-1))
         rows.append(joint.row_R)
     row_R, first_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.read_slot_BN.device)[:, None]
     number_BN = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(
@@ -185,7 +96,7 @@ class ReaderPretrainingModel(nn.Module):
     def forward(self, batch: ReaderPretrainingBatch) -> dict[str, Tensor]:
         hidden = read_joint(self.reader, batch.masked)
         reading = predict_masked(self.reader, batch.masked, hidden)
-        masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_BM).sum(-1).mean()
+        masked_loss = -(reading.token_log_p_BNM[:, 0] * batch.masked.token_mask_BM).sum(-1).mean()
         log_p, placed, right = [], [], []
         for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
             allowed_RS, is_answer_RS = (
@@ -232,16 +143,18 @@ class RealmModel(nn.Module):
         reading = read_masked(self.reader, batch.masked)
 
         # Marginalise.
-        token_BM = batch.masked.token_BM
-        loss = -self.marginal(log_p_z_BN, reading.token_log_p_BNM, token_BM).mean()
+        token_mask_BM = batch.masked.token_mask_BM
+        loss = -self.marginal(log_p_z_BN, reading.token_log_p_BNM, token_mask_BM).mean()
         with torch.no_grad():
-            log_p_y_BN = (reading.token_log_p_BNM * token_BM[:, None]).sum(-1)
-            telemetry = retrieval_telemetry(log_p_z_BN, log_p_y_BN, reading.right_BN, batch.valid_BN, batch.holds_BN)
+            log_p_y_BN = (reading.token_log_p_BNM * token_mask_BM[:, None]).sum(-1)
+            telemetry = retrieval_telemetry(
+                log_p_z_BN, log_p_y_BN, reading.right_BN, batch.valid_BN, batch.contains_span_BN
+            )
         return {"loss": loss, **telemetry}
 
 
 def retrieval_telemetry(
-    log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, holds_BN: Tensor
+    log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, contains_span_BN: Tensor
 ) -> dict[str, Tensor]:
     """How retrieval and reading fare on a batch, each a mean over B.
 
@@ -259,45 +172,10 @@ def retrieval_telemetry(
         "utility": ((log_p_y_BN - log_p_y_BN[:, :1]) * passage_BN).sum() / count,
         "null_mass": p_BN[:, 0].mean(),
         "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
-        "candidate_hit_rate": (holds_BN & passage_BN).sum() / count,
+        "candidate_hit_rate": (contains_span_BN & passage_BN).sum() / count,
         "accuracy": right_BN.gather(1, best_B1).float().mean(),
         "accuracy_null": right_BN[:, 0].float().mean(),
     }
-
-
-@dataclass
-class QuestionBatch(Batch):
-    """Questions with K retrieved passages, of which the first choice N are read.
-
-    Shape legend: Q joint inputs, one for each passage read on its own, W span widths.
-    """
-
-    query_ids_BL: Tensor
-    query_mask_BL: Tensor
-    passage_emb_BKD: Tensor
-    """Embeddings of the retrieved passages as the index holds them."""
-    has_answer_BK: Tensor
-    valid_BK: Tensor
-    read_emb_BND: Tensor
-    """Embeddings of the passages read."""
-    read_slot_BN: Tensor
-    """Place (0 … N − 1) at which each of them is read: its own, or that of the one it is read
-    with; -1 where there is none."""
-    row_Q: Tensor
-    """Place of each joint input in the flat (B·N) order."""
-    ids_QL: Tensor
-    mask_QL: Tensor
-    type_QL: Tensor
-    is_answer_QLW: Tensor
-    """True on spans that are an accepted answer."""
-    allowed_QLW: Tensor
-    """True on spans inside the passage."""
-
-    def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
-        """Values of spans by place, (B, N, L·W); `fill` where nothing is read."""
-        B, N = self.read_slot_BN.shape
-        flat = value_QLW.flatten(1)
-        return flat.new_full((B * N, flat.shape[1]), fill).index_copy(0, self.row_Q, flat).view(B, N, -1)
 
 
 class OpenQaModel(nn.Module):

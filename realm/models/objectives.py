@@ -21,22 +21,22 @@ def candidate_log_prior(score_BN: Tensor, valid_BN: Tensor) -> Tensor:
     return F.log_softmax(score_BN.masked_fill(~valid_BN, MASKED_SCORE), dim=-1)
 
 
-def joint_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_BM: Tensor) -> Tensor:
+def joint_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_mask_BM: Tensor) -> Tensor:
     """log p(y|x) = log Σ_z p(z|x) Π_m p(y_m|z,x), (B,) (Guu et al. 2020, section 3.1 and equation
     1).
 
-    `token_BM` is true on the wordpieces of y, false on padding. The gradient on a candidate's score
+    `token_mask_BM` is true on the wordpieces of y, false on padding. The gradient on a candidate's score
     is [p(y|z,x)/p(y|x) − 1]·p(z|x), negated in the loss (appendix A).
     """
-    log_p_y_given_z_BN = (token_log_p_BNM * token_BM[:, None]).sum(-1)
+    log_p_y_given_z_BN = (token_log_p_BNM * token_mask_BM[:, None]).sum(-1)
     return torch.logsumexp(log_p_z_BN + log_p_y_given_z_BN, dim=-1)
 
 
-def per_token_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_BM: Tensor) -> Tensor:
+def per_token_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_mask_BM: Tensor) -> Tensor:
     """Σ_m log Σ_z p(z|x) p(y_m|z,x), (B,): each wordpiece marginalised for itself, as in the
     released TensorFlow code."""
     log_p_y_BM = torch.logsumexp(log_p_z_BN[..., None] + token_log_p_BNM, dim=1)
-    return (log_p_y_BM * token_BM).sum(-1)
+    return (log_p_y_BM * token_mask_BM).sum(-1)
 
 
 MARGINALS = {"joint": joint_marginal_log_likelihood, "per_token": per_token_marginal_log_likelihood}

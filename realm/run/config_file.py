@@ -1,7 +1,6 @@
-"""Reading and writing configs: one YAML per kind of run, dotted overrides, every mistake named by
-its field.
+"""Reading and writing configs: YAML files, dotted overrides, errors that name the field.
 
-A YAML may start with `extends: other.yaml` (relative to itself); its own keys are merged over that
+A file may start with `extends: other.yaml` (relative to itself); its keys are merged over that
 file's.
 """
 
@@ -17,13 +16,14 @@ from draccus.utils import DraccusException
 
 from realm.errors import UserError
 from realm.run.config import RealmConfig
+from realm.run.renamed_keys import renamed_keys
 from realm.runtime.nested import merge
 
 T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no mapping names a key twice: the last would win without a word."""
+    """YAML loader that refuses duplicate keys, of which PyYAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -37,10 +37,12 @@ class _Loader(yaml.SafeLoader):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
     """Read a YAML file with `--section.field value` overrides.
 
-    Raises UserError naming the file and the field for anything missing, unknown or of the wrong
-    kind.
+    Raises UserError naming the file and all fields that are missing, unknown, renamed or invalid.
     """
-    return decoded(RealmConfig, merge(_read_yaml(path), parse_overrides(overrides)), str(path))
+    tree = merge(_read_yaml(path), parse_overrides(overrides))
+    if renamed := list(renamed_keys(tree)):
+        raise UserError(f"{path}: {'; '.join(renamed)}.")
+    return decode(RealmConfig, tree, str(path))
 
 
 def parse_section(kind: type[T], text: str, where: str) -> T:
@@ -49,42 +51,42 @@ def parse_section(kind: type[T], text: str, where: str) -> T:
     try:
         tree = text if Path(text).exists() else yaml.safe_load(text)
     except (yaml.YAMLError, OSError) as error:
-        raise UserError(f"{where}: {text!r} is neither a path nor a mapping.") from error
-    return decoded(kind, tree if isinstance(tree, dict) else text, where)
+        raise UserError(f"{where}: {text!r} is neither an existing path nor a YAML mapping.") from error
+    return decode(kind, tree if isinstance(tree, dict) else text, where)
 
 
-def decoded(kind: type[T], value: Any, where: str) -> T:
-    """What YAML gave as a config class. Raises UserError that begins with `where`."""
+def decode(kind: type[T], value: Any, where: str) -> T:
+    """Build a config class from parsed YAML. Raises UserError that begins with `where`."""
     tree = expand_shorthands(kind, value)
     if complaints := list(find_type_errors(kind, tree)):
         raise UserError(f"{where}: {'; '.join(complaints)}.")
     try:
         return draccus.decode(kind, tree)
     except (DraccusException, ValueError) as error:
-        # A config class that refuses a value says why; draccus only says that it did.
+        # The reason is in the config class's own error, which draccus wraps.
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         if cause is not None:
             raise UserError(f"{where}: {cause}") from error
         raise UserError(
-            f"{where}: {str(error).strip().rstrip('.')}; see the config classes for the fields there are."
+            f"{where}: {str(error).strip().rstrip('.')}; docs/configuration.md lists all fields."
         ) from error
 
 
 def dump_config(config: RealmConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
     return yaml.safe_dump(draccus.encode(config), sort_keys=False)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`["--pretrain.steps", "5"]` to `{"pretrain": {"steps": 5}}`; `--field=value` works too."""
+    """Parse `["--pretrain.steps", "5"]` or `["--pretrain.steps=5"]` to `{"pretrain": {"steps": 5}}`."""
     tree: dict[str, Any] = {}
     remaining = list(arguments)
     while remaining:
         name = remaining.pop(0)
         if not name.startswith("--") or len(name) < 3:
-            raise UserError(f"unexpected argument {name!r}; overrides are written --section.field value.")
+            raise UserError(f"unexpected argument {name!r}; overrides have the form --section.field value.")
         name, equals, text = name[2:].partition("=")
         if not equals:
             if not remaining:
@@ -93,7 +95,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"--{name}: {text!r} is no YAML value.") from error
+            raise UserError(f"--{name}: {text!r} is not a YAML value.") from error
         for part in reversed(name.split(".")):
             value = {part: value}
         tree = merge(tree, value)
@@ -101,8 +103,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def expand_shorthands(kind: Any, value: Any) -> Any:
-    """The tree with its shorthands written out: the one field named by a class's `SHORTHAND` for
-    the whole, one entry for a list of them."""
+    """Write out shorthands: a value for a section stands for the field that the class's `SHORTHAND`
+    names, a single entry for a list."""
     if value is None:
         return None
     kind = _without_none(kind)
@@ -123,8 +125,8 @@ def _without_none(kind: Any) -> Any:
 
 
 def find_type_errors(kind: Any, value: Any, name: str = "") -> Iterator[str]:
-    """What draccus accepts or reports without the field's name: empty values, sections that are
-    no mapping, unknown variants."""
+    """Errors that draccus accepts, or reports without the field's name: empty values, sections that are
+    not mappings, unknown variants."""
     if value is None:
         if kind is not Any and NoneType not in get_args(kind):
             yield f"`{name}` is empty; give it a value or leave it out"
@@ -164,14 +166,14 @@ def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read ({error}).") from error
     except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is no valid YAML ({' '.join(str(error).split())}).") from error
+        raise UserError(f"config file {path} is not valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(tree, dict):
-        raise UserError(f"config file {path} must hold a mapping of sections, got {type(tree).__name__}.")
+        raise UserError(f"config file {path} must contain a mapping of sections, got {type(tree).__name__}.")
     base = tree.pop("extends", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise UserError(f"config file {path}: `extends` must name a file, got {base!r}.")
     if path.resolve() in extending:
-        raise UserError(f"config file {path} extends itself, by way of {extending[-1]}.")
+        raise UserError(f"config file {path} extends itself through {extending[-1]}.")
     return merge(_read_yaml(path.parent / base, (*extending, path.resolve())), tree)

@@ -1,5 +1,5 @@
-"""The models that a stage starts from: an earlier stage's, those of another run (`init_from` in
-the config), or as the config builds them."""
+"""The models that a stage starts from: those of an earlier stage, of another run (`init_from`), or as the config
+builds them."""
 
 from pathlib import Path
 
@@ -7,71 +7,68 @@ import torch
 
 from realm.errors import UserError
 from realm.models.reader import Reader, build_reader, load_reader
-from realm.models.retriever import build_retriever, load_retriever, save_retriever
+from realm.models.retriever import build_retriever
+from realm.models.retriever_files import load_retriever, save_retriever
 from realm.run.folder import Run
 from realm.runtime.distributed import on_rank_zero
 from realm.runtime.publish import published
-from realm.runtime.telemetry import console
+from realm.runtime.telemetry import log_line
 from realm.text.tokenizer import load_tokenizer
+from realm.training.streams import RunStream, run_seed
 
 
 def initial_retriever(run: Run, stage: str, learned: bool = False) -> Path:
-    """Folder of the retriever that stage `stage` starts from: the newest of an earlier stage, else
+    """Folder of the retriever that a stage starts from: that of the last stage before it, else
     `build_initial_retriever`.
 
-    Raises UserError with `learned` where that would be random weights.
+    With `learned`, raises UserError instead of returning random weights.
     """
     path = run.latest("retriever", before=stage)
     if path is None and learned and run.config.init_from.retriever is None and run.config.retriever.bert.path is None:
         raise UserError(
-            f"run {run.folder} has no trained retriever yet; run `realm ict` or `realm pretrain` first, or name one in init_from.retriever."
+            f"run {run.folder} has no trained retriever yet; run `realm ict` or `realm pretrain` first, or set "
+            "init_from.retriever."
         )
     return path or build_initial_retriever(run)
 
 
 def build_initial_retriever(run: Run) -> Path:
-    """Folder of the retriever before any training in this run: a copy of another run's, a
-    checkpoint off the shelf, or random weights.
+    """Folder of the retriever before any training in this run: a copy of another run's, a checkpoint off the
+    shelf, or random weights.
 
-    Raises UserError where `init_from.retriever` is no saved retriever or has another vocabulary
-    than the corpus.
+    Raises UserError if `init_from.retriever` is not a saved retriever or has another vocabulary than the corpus.
     """
     folder, source = run.folder / "initial" / "retriever", run.config.init_from.retriever
 
     def build() -> None:
         if folder.exists():
             return
-        torch.manual_seed(run.config.seed)
+        torch.manual_seed(run_seed(run.config.seed, RunStream.ICT))
         if source is None:
             built = build_retriever(run.config.retriever, run.tokenizer)
         else:
             _check_saved("retriever", source, "retriever.json")
             built, tokenizer = load_retriever(Path(source))
             _check_vocabulary(run, "retriever", source, tokenizer.get_vocab())
+        config = run.config.retriever
         with published(folder) as temporary:
-            save_retriever(
-                built,
-                run.tokenizer,
-                temporary,
-                run.config.retriever.max_query_tokens,
-                run.config.retriever.max_passage_tokens,
-            )
+            save_retriever(built, run.tokenizer, temporary, config.max_query_tokens, config.max_passage_tokens)
 
     on_rank_zero(build)
     return folder
 
 
 def initial_reader(run: Run, stage: str, learned: bool = False) -> Reader:
-    """The reader that stage `stage` starts from: the newest of an earlier stage, else
-    `build_initial_reader`.
+    """The reader that a stage starts from: that of the last stage before it, else `build_initial_reader`.
 
-    Raises UserError with `learned` where that would be random weights.
+    With `learned`, raises UserError instead of returning random weights.
     """
     if path := run.latest("reader", before=stage):
         return load_reader(path, run.config.reader)
     if learned and run.config.init_from.reader is None and run.config.reader.bert.path is None:
         raise UserError(
-            f"run {run.folder} has no trained reader yet; run `realm reader-pretraining` or `realm pretrain` first, or name one in init_from.reader."
+            f"run {run.folder} has no trained reader yet; run `realm reader-pretraining` or `realm pretrain` first, or set "
+            "init_from.reader."
         )
     return build_initial_reader(run)
 
@@ -79,8 +76,8 @@ def initial_reader(run: Run, stage: str, learned: bool = False) -> Reader:
 def build_initial_reader(run: Run) -> Reader:
     """The reader before any training in this run: another run's, or as the config builds it.
 
-    Raises UserError where `init_from.reader` is no saved reader, has another vocabulary than the
-    corpus, or cannot read as the config says.
+    Raises UserError if `init_from.reader` is not a saved reader, has another vocabulary than the corpus, or
+    cannot be adapted to the config.
     """
     if source := run.config.init_from.reader:
         _check_saved("reader", source, "reader.json")
@@ -89,19 +86,20 @@ def build_initial_reader(run: Run) -> Reader:
         return reader
     reader, notes = build_reader(run.config.reader, run.tokenizer)
     for line in notes:
-        console.print(f"  note: {line}")
+        log_line(f"note: {line}")
     return reader
 
 
 def _check_saved(part: str, source: str, file: str) -> None:
     if not (Path(source) / file).is_file():
         raise UserError(
-            f"init_from.{part} {source!r} is no saved {part} (no {file} there); name one such as RUN/pretrain/model/{part}."
+            f"init_from.{part} {source!r} is not a saved {part} (it has no {file}); give one such as RUN/pretrain/model/{part}."
         )
 
 
 def _check_vocabulary(run: Run, part: str, source: str, vocabulary: dict[str, int]) -> None:
     if vocabulary != run.tokenizer.get_vocab():
         raise UserError(
-            f"init_from.{part} {source!r} has another vocabulary than the corpus {run.prepared}; prepare the corpus with tokenizer.path: {source}."
+            f"init_from.{part} {source!r} has another vocabulary than the corpus {run.prepared}; prepare the corpus with "
+            f"tokenizer.path: {source}."
         )

@@ -28,6 +28,11 @@ console = Console(highlight=False, soft_wrap=True, quiet=not is_rank_zero())
 """Where people look; only rank 0 speaks."""
 
 
+def log_line(line: str) -> None:
+    """Print one line of a log, indented under the heading of the current stage."""
+    console.print(f"  {line}")
+
+
 class Ticker:
     """Progress of one piece of long work; `update` may be called as often as one likes."""
 

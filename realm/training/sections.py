@@ -1,263 +1,337 @@
-"""What each stage does: the sections of the configuration that belong to training, refreshing,
-finetuning and evaluating."""
+"""Config sections of the training stages, the refresher and the evaluation."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from realm.models.precision import Precision
+from realm.runtime.section import Section
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, a linear schedule with warm-up, and clipping; the same for every stage."""
+class OptimConfig(Section):
+    """AdamW with a linear schedule, warmup and gradient clipping."""
 
     lr: float = 3e-5
-    """Peak learning rate (of the reader, where a stage trains both)."""
+    """Peak learning rate (of the reader, if a stage trains reader and retriever)."""
     retriever_lr: float | None = None
-    """Peak learning rate of the retriever; none: `lr`."""
+    """Peak learning rate of the retriever; default: `lr`."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decay rates."""
+    """Decay rates of AdamW's moments."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; biases and layer norms have none."""
+    """Decoupled weight decay; not applied to biases and layer norms."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Gradients are clipped to this norm; 0 turns clipping off."""
     warmup_steps: int = 100
-    """Steps over which the rate rises from 0."""
+    """Steps over which the learning rate rises from 0 to its peak."""
     schedule: Literal["linear", "constant"] = "linear"
-    """After the warm-up: falling linearly to `final_lr_ratio` at the last step, or constant."""
+    """After the warmup: linear decay to `final_lr_ratio` at the last step, or constant."""
     final_lr_ratio: float = 0.0
-    """Share of the peak rate towards which a linear schedule falls."""
+    """Learning rate at the end of a linear schedule, as a fraction of the peak."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.finite("lr", "retriever_lr", "weight_decay", "max_grad_norm")
+        yield from self.at_least(0, "warmup_steps")
+        yield from self.probabilities("final_lr_ratio")
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How training runs on the machine."""
+class EngineConfig(Section):
+    """How training uses the machine."""
 
     precision: Precision = "fp32"
-    """bf16 is autocast over fp32 parameters. It pays on GPUs and on CPUs with AMX from widths of
-    some hundreds; others emulate it, very slowly."""
+    """bf16 is autocast over fp32 parameters. It is faster on GPUs, and on CPUs with AMX from hidden
+    sizes of a few hundred; other CPUs emulate it, many times slower."""
     threads: int = 0
-    """CPU threads of the trainer; 0 leaves torch's choice."""
+    """CPU threads of the trainer; 0: torch's default."""
     log_every_s: float = 10.0
-    """Seconds between progress lines where the output is no terminal."""
+    """Seconds between progress lines if the output is not a terminal."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept per stage."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed settings merged over those made from this config."""
+    """Raw DeepSpeed settings, merged over those made from this config."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(0, "threads")
+        yield from self.at_least(1, "keep_checkpoints")
 
 
 @dataclass(frozen=True)
-class IctConfig:
-    """Inverse cloze warm start of the retriever (Lee et al. 2019, section 4)."""
-
-    steps: int = 100_000
-    """Updates."""
-    batch_size: int = 4096
-    """Sentence-block pairs per update and process: each block is a negative of the other sentences."""
-    keep_sentence_prob: float = 0.1
-    """Share of examples whose sentence stays in its block."""
-    mask_span_prob: float = 0.0
-    """Share of examples in which one salient span of the sentence is masked, so that queries
-    look as in pretraining."""
-    null_prob: float = 0.0
-    """Share of sentences whose block is withheld and whose right choice is the null passage, so
-    that its score starts out between those of passages that match and those that do not; 0: the
-    null passage takes no part."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
-    """Optimiser."""
-
-
-@dataclass(frozen=True)
-class ReaderPretrainingConfig:
-    """Salient spans predicted from retrieved passages that hold them: the reader learns to read
-    before it teaches the retriever."""
+class StageConfig(Section):
+    """What every training stage has."""
 
     steps: int = 1000
-    """Updates."""
-    batch_size: int = 32
-    """Statement-passage pairs per update and process."""
-    retrieve: int = 20
-    """Passages retrieved per statement, of which those that hold the span are read."""
-    substitution_prob: float = 0.8
-    """Share of examples whose span is replaced, in target and passage alike, by another span of
-    its type: copying instead of remembering."""
-    title_span_prob: float = 1.0
-    """Share kept of the examples whose span stands in the passage's title: naming the topic
-    takes little reading."""
-    null_prob: float = 0.0
-    """Share of examples read with the null passage: what may be expected of a span unread, so
-    that no passage beats a wrong one."""
-    span_loss: float = 1.0
-    """Weight of the span head's loss (the same span, found in the passage) beside the
-    masked-language head's; 0 leaves that head to finetuning."""
-    sentence_steps: int = 0
-    """First steps that read only the sentence that holds the span: copying is found sooner in a
-    short text."""
+    """Optimizer updates."""
+    batch_size: int = 16
+    """Examples per update and process."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser."""
+    """Optimizer."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(0, "steps")
+        yield from self.at_least(1, "batch_size", "checkpoint_every")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class IctConfig(StageConfig):
+    """Inverse cloze task, the warm start of the retriever (Lee et al. 2019, section 4)."""
+
+    steps: int = 100_000
+    """Optimizer updates; 0: skip the stage."""
+    batch_size: int = 4096
+    """Sentence-block pairs per update and process; the blocks are each other's negatives."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
+    """Optimizer."""
+    keep_sentence_prob: float = 0.1
+    """Probability that a sentence stays in its block."""
+    mask_span_prob: float = 0.0
+    """Probability that one salient span of the sentence is masked, as in pretraining's queries."""
+    null_prob: float = 0.0
+    """Probability that the sentence's block is withheld, which makes the null passage the right
+    choice. Its score then starts between those of matching and of other passages. 0: the null
+    passage is not a candidate."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.probabilities("keep_sentence_prob", "mask_span_prob", "null_prob")
+
+
+@dataclass(frozen=True)
+class ReaderPretrainingConfig(StageConfig):
+    """Reader pretraining: predict salient spans from retrieved passages that contain them, so that
+    the reader can read before it teaches the retriever."""
+
+    steps: int = 1000
+    """Optimizer updates; 0: skip the stage."""
+    batch_size: int = 32
+    """Sentence-passage pairs per update and process."""
+    retrieve: int = 20
+    """Passages retrieved per sentence; the first one that contains the span is read."""
+    substitution_prob: float = 0.8
+    """Probability of entity substitution: the span is replaced, in target and passage, by another
+    span of its type, so that it must be copied and cannot be remembered."""
+    title_span_prob: float = 1.0
+    """Probability of keeping an example whose span appears in the passage's title: naming the topic
+    takes little reading."""
+    null_prob: float = 0.0
+    """Probability of reading the null passage instead: what the reader predicts unread should not
+    be worse than what it predicts from a wrong passage."""
+    span_loss: float = 1.0
+    """Weight of the span head's loss (find the same span in the passage) relative to the
+    masked-language head's; 0: the span head is trained in finetuning only."""
+    sentence_steps: int = 0
+    """First steps, which read only the sentence that contains the span: copying is learned sooner
+    from a short text."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.at_least(1, "retrieve")
+        yield from self.at_least(0, "sentence_steps")
+        yield from self.finite("span_loss")
+        yield from self.probabilities("substitution_prob", "title_span_prob", "null_prob")
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
     """REALM pretraining (Guu et al. 2020, section 3)."""
 
     steps: int = 200_000
-    """Updates."""
+    """Optimizer updates; 0: skip the stage."""
     threads: int = 0
-    """CPU threads of the trainer in this stage, beside a refresher on the same cores; 0: those
-    of `engine.threads`."""
+    """CPU threads of the trainer in this stage, which shares the cores with the refresher; 0: as
+    `engine.threads`."""
     batch_size: int = 16
     """Masked sentences per update and process."""
     candidates: int = 8
-    """Passages read per sentence, the null passage in slot 0 included."""
+    """Passages read per sentence, including the null passage in slot 0."""
     extra_retrieved: int = 8
-    """Passages retrieved beyond `candidates`, so that dropping trivial ones leaves enough."""
+    """Passages retrieved in addition to `candidates`, to replace trivial ones."""
     max_span_tokens: int = 10
-    """Longest salient span masked; longer ones are never chosen."""
+    """Longest salient span that is masked, in wordpieces."""
     marginal: Literal["joint", "per_token"] = "joint"
-    """Marginal likelihood over the whole span, or token by token."""
+    """Marginal likelihood of the whole span, or of each wordpiece on its own."""
     substitution_prob: float = 0.0
-    """Share of examples with entity substitution, as in the reader's warm-up, applied to every
-    candidate alike."""
+    """Probability of entity substitution, as in reader pretraining, in all candidates alike."""
     reader_buckets: int = 4
-    """Groups of similar length into which the joint inputs are padded; fixed, so that ranks
-    issue the same collectives."""
+    """Groups of similar length into which joint inputs are padded. Constant, so that all ranks issue
+    the same collectives."""
     reader_check: int = 256
-    """Masked sentences on which the reader is tested against a passage that holds the span
-    before training starts; 0: no test."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Masked sentences on which the reader is tested, before training, on a passage that contains
+    the span; 0: no test."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
-    """Optimiser."""
+    """Optimizer."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.at_least(0, "threads", "extra_retrieved", "reader_check")
+        yield from self.at_least(1, "max_span_tokens", "reader_buckets")
+        yield from self.probabilities("substitution_prob")
+        if self.candidates < 2:
+            yield f"candidates must be at least 2 (the null passage and one other), got {self.candidates}"
 
 
 @dataclass(frozen=True)
-class RefreshConfig:
-    """Asynchronous refresh of the index, and how the trainer takes to it."""
+class RefreshConfig(Section):
+    """Asynchronous index refresh: when the trainer exports the retriever, how the refresher builds
+    an index from it, and how far the index may lag behind."""
 
     export_every: int = 500
-    """Steps between exports of the retriever; 0: it is exported by drift alone."""
+    """Steps between exports of the retriever; 0: export on drift only."""
     max_drift: float | None = None
-    """Export, too, when the embeddings of the probe passages have moved by so much since the
-    last export (mean of 1 − cosine)."""
+    """Also export when the embeddings of the drift reference passages have moved by this much since
+    the last export (mean of 1 − cosine)."""
     drift_every: int = 50
-    """Steps between looks at the drift, where `max_drift` is set."""
+    """Steps between measurements of the drift, if `max_drift` is set."""
     drift_passages: int = 256
-    """Passages, the same throughout a run, on which drift is measured, by the trainer and for
-    each index version."""
+    """Drift reference passages: a fixed random sample on which the trainer and each index version
+    measure drift."""
     staleness_multiplier: int = 1
-    """Every so many times `export_every` alone counts: for experiments with stale indexes (Guu
+    """Export only at every N-th multiple of `export_every`: for experiments with stale indexes (Guu
     et al. 2020, section 4.4)."""
     factory: str = "Flat"
     """FAISS index factory string."""
     search_parameters: str = ""
-    """How the index is searched, in FAISS's words: `nprobe=32` (inverted lists), `efSearch=128`
-    (HNSW), `k_factor_rf=4` (refinement), several with commas; part of each index version."""
+    """FAISS search parameters, separated by commas: `nprobe=32` (inverted lists), `efSearch=128`
+    (HNSW), `k_factor_rf=4` (refinement). Stored with each index version."""
     search_on: Literal["cpu", "gpu"] = "cpu"
-    """Where trainer and evaluation search: on a GPU by FAISS's GPU build, or without it, a flat
-    index exactly through torch."""
+    """Device on which trainer and evaluation search. gpu: with FAISS's GPU build, or, without it, a
+    flat index exactly through torch."""
     shard_rows: int = 50_000
-    """Passages per encoding shard, the unit of work a killed refresher repeats."""
+    """Passages per encoding shard, the unit of work that a killed refresher repeats."""
     token_budget: int = 4096
     """Padded wordpieces per encoding batch."""
     precision: Precision = "fp32"
-    """Arithmetic of encoding; embeddings are stored as fp32."""
+    """Precision of encoding; embeddings are stored as fp32."""
     compile: bool = False
-    """Compile the encoder for each version (torch.compile, which on a CPU needs a C++ compiler):
-    half a minute that pays from some 10,000 passages on."""
+    """Compile the encoder for each version (torch.compile; on a CPU it needs a C++ compiler). It
+    takes half a minute and pays off from about 10,000 passages."""
     threads: int = 1
     """CPU threads of the refresher."""
     poll_s: float = 0.5
-    """Seconds between looks at the file system, refresher and trainer alike."""
+    """Seconds between looks at the file system, of refresher and trainer."""
     keep_last: int = 3
     """Index versions kept."""
     grace_s: float = 60.0
-    """Seconds an index outlives its replacement."""
+    """Seconds for which a replaced index is kept."""
     lease_expiry_s: float = 30.0
     """Seconds without a heartbeat after which another refresher takes over."""
     max_stale_steps: int | None = None
-    """Steps the index may lag behind the trainer; none: unbounded."""
+    """Steps by which the index may lag behind the trainer; default: unbounded."""
     stale_policy: Literal["warn", "wait", "stop"] = "warn"
-    """What happens beyond `max_stale_steps`."""
+    """What the trainer does when the index lags by more than `max_stale_steps`."""
     wait_timeout_s: float = 120.0
-    """Longest wait for an index, at the start and under the policy `wait`; then training stops
-    with a message."""
+    """Longest wait for an index, at the start and under the policy `wait`; training then stops with
+    a message."""
 
     @property
-    def period(self) -> int:
-        """Steps between exports; 0 where drift alone decides."""
+    def export_period(self) -> int:
+        """Steps between exports, `staleness_multiplier` included; 0: export on drift only."""
         return self.export_every * self.staleness_multiplier
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(0, "export_every")
+        yield from self.at_least(
+            1,
+            "drift_every",
+            "drift_passages",
+            "staleness_multiplier",
+            "shard_rows",
+            "token_budget",
+            "threads",
+            "keep_last",
+        )
+        yield from self.finite("grace_s")
+        if self.export_every == 0 and self.max_drift is None:
+            yield "export_every is 0 and refresh.max_drift is not set, so nothing would be exported; set one of them"
+        too_tight = self.max_stale_steps is not None and (
+            self.export_period == 0 or self.max_stale_steps < self.export_period
+        )
+        if too_tight and self.stale_policy != "warn":
+            yield (
+                f"max_stale_steps ({self.max_stale_steps}) must be at least refresh.export_every "
+                f"({self.export_every or 'exports on drift only'}) times staleness_multiplier "
+                f"({self.staleness_multiplier}) with stale_policy {self.stale_policy}, or the trainer would wait for an "
+                "export that it has not made; raise it, or set stale_policy to warn"
+            )
 
 
 @dataclass(frozen=True)
-class FinetuneRetrieverConfig:
-    """Finetuning of both towers on questions with hard negatives (Karpukhin et al. 2020, section
-    3); the passages are encoded again after it."""
+class FinetuneRetrieverConfig(StageConfig):
+    """Finetuning of the retriever: both towers learn from questions with hard negatives (Karpukhin et
+    al. 2020, section 3). All passages are encoded again afterwards."""
 
     steps: int = 0
-    """Updates; 0: the retriever comes to finetuning as pretraining left it."""
+    """Optimizer updates; 0: skip the stage."""
     batch_size: int = 48
-    """Questions per update and process; the passages of the others are each one's negatives."""
+    """Questions per update and process; the other questions' passages are negatives."""
     retrieve: int = 50
-    """Passages retrieved per question, to draw hard negatives from and to look for one with an
-    answer where none is known."""
+    """Passages retrieved per question, from which hard negatives are drawn, and in which a passage with
+    an answer is looked for if the question's own passage is not known."""
     negatives: int = 1
     """Hard negatives per question."""
     positives: Literal["answer", "document"] = "answer"
-    """Passages that are no negatives: all that hold an answer, or only those of the question's
-    own document."""
+    """Passages that are not negatives: all that contain an answer, or only those of the question's own
+    document."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
-    """Optimiser."""
+    """Optimizer."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.at_least(1, "retrieve")
+        yield from self.at_least(0, "negatives")
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Finetuning on questions (Lee et al. 2019, section 5; Guu et al. 2020, section 4.3).
-
-    The query tower and the reader are trained; passage embeddings stay as the index holds them
-    (shared towers are untie_towers first).
-    """
+class FinetuneConfig(StageConfig):
+    """Finetuning of the reader and the query tower on questions (Lee et al. 2019, section 5; Guu et al.
+    2020, section 4.3). Passage embeddings stay as the index has them; shared towers are untied."""
 
     steps: int = 2000
-    """Updates."""
+    """Optimizer updates; 0: skip the stage."""
     batch_size: int = 16
     """Questions per update and process."""
     retrieve: int = 50
     """Passages in the retriever's softmax."""
     read: int = 5
-    """Passages read."""
+    """Passages read per question."""
     substitution_prob: float = 0.0
-    """Share of questions whose answer is replaced, in every passage read, by another span of its
+    """Probability that a question's answer is replaced, in every passage read, by another span of its
     type."""
     positives: Literal["answer", "document"] = "answer"
-    """Passages the retriever should prefer: all that hold an answer, or those of the question's
-    own document where that is known."""
+    """Passages that the retriever should prefer: all that contain an answer, or those of the question's
+    own document if it is known."""
     read_gold: bool = True
-    """Put the question's own passage among those read when it was not found, and with
-    `positives: document` among those retrieved too (training only)."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """In training, add the question's own passage to those read if it was not retrieved; with
+    `positives: document` also to those retrieved."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
-    """Optimiser."""
+    """Optimizer."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from self.at_least(1, "retrieve", "read")
+        yield from self.probabilities("substitution_prob")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Questions answered and counted."""
+class EvaluateConfig(Section):
+    """Question answering and its figures."""
 
     read: int = 5
     """Passages read per question."""
     batch_size: int = 64
-    """Questions retrieved for at a time."""
+    """Questions per retrieval batch."""
     retrieve: int = 20
     """Passages retrieved per question: the deepest recall reported."""
     token_budget: int = 8192
-    """Padded wordpieces the reader takes at a time."""
+    """Padded wordpieces per reader batch."""
     normalize_nfd: bool = True
-    """Unicode NFD before the SQuAD normaliser; off for parity with the official script."""
+    """Apply Unicode NFD before SQuAD's normalization; false for parity with the official script."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "read", "batch_size", "retrieve", "token_budget")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data import QuestionBatches, Substitute
+from finetune.collate import QuestionCollator, Substitute
 from finetune.questions import Question
 from realm.run.folder import Run
 from realm.text.tokenizer import tokenize
@@ -28,8 +28,9 @@ def asked(run: Run, answer: str) -> Question:
 
 def answers(run: Run, question: Question, change: Substitute | None = None) -> list[tuple[int, str]]:
     """Segment (0: title, 1: text) and words of every answer in the first passage."""
-    batches, rows = QuestionBatches(run, NoIndex()), np.array([[0]])  # type: ignore[arg-type]
-    batch = batches.batch([question], batches.queries([question]), rows, rows, [change])
+    collator = QuestionCollator(run.collator, run.tokenizer, NoIndex(), run.config.reader.max_span_tokens)
+    rows = np.array([[0]])
+    batch = collator.batch([question], collator.queries([question]), rows, rows, [change])
     ids = batch.ids_QL[0]
     second_sep = int((ids == run.wordpieces.sep).nonzero()[1])
     found = (batch.is_answer_QLW[0] & batch.allowed_QLW[0]).nonzero().tolist()

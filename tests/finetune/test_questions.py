@@ -14,7 +14,7 @@ from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, r
 from finetune.questions import load_questions
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
-from realm.run.config import QuestionSource
+from realm.run.data_config import QuestionSource
 from realm.run.folder import Run
 from tests.tiny import FOUNDERS, TOWNS, prepared_run
 
@@ -152,9 +152,9 @@ def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name:
     kind = FILES[name][1]
     number = len((FILES[name][0] + line).splitlines())
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        load_questions(QuestionSource(str(path), kind), run)
+        load_questions(QuestionSource(str(path), kind), run.passages, run.tokenizer)
     assert f"{path}:{number}: " in str(caught.value) and "skip_bad" in str(caught.value)
-    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run)
+    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run.passages, run.tokenizer)
     assert len(kept) == len(FILES[name][2])
 
 
@@ -190,7 +190,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_question_belongs_to_the_block_of_its_paragraph_that_holds_the_answer(run: Run) -> None:
     source = run.questions("train")
     assert source is not None
-    questions = load_questions(source, run)
+    questions = load_questions(source, run.passages, run.tokenizer)
     assert len(run.passages) > len(TOWNS), "paragraphs are cut into several blocks here"
     for question, founder in zip(questions, FOUNDERS, strict=True):
         assert question.passage is not None and founder in run.passages.text(question.passage)
@@ -201,7 +201,7 @@ def test_a_passage_that_the_corpus_has_not_is_refused(tmp_path: Path, run: Run) 
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
     with pytest.raises(UserError, match=r"open.jsonl:1: the corpus has no document 'town-99'"):
-        load_questions(QuestionSource(str(path)), run)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
 
 
 def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
@@ -210,15 +210,17 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
     rows = [{"id": "1", "question": "who", "context": "none", "answers": {"text": ["Ada"], "answer_start": [0]}}]
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
     source = QuestionSource(str(tmp_path / "saved"), split="validation")
-    (question,) = load_questions(source, run)
+    (question,) = load_questions(source, run.passages, run.tokenizer)
     assert question.answers == ("Ada",) and question.passage is None
-    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run)) == 1, "the only split there is"
+    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer)) == 1, (
+        "the only split there is"
+    )
     with pytest.raises(UserError, match="no split 'train' but validation"):
-        load_questions(replace(source, split="train"), run)
+        load_questions(replace(source, split="train"), run.passages, run.tokenizer)
     two = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match="has the splits train, test; name one with `split`"):
-        load_questions(QuestionSource(str(tmp_path / "two")), run)
+        load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer)
 
 
 def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, r
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
     with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: broken JSON"):
-        load_questions(QuestionSource(str(path)), run)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
 def test_no_content_ends_in_a_traceback(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
-        load_questions(QuestionSource(str(tmp_path / name)), run)
+        load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer)
 
 
 PUBLISHED = {

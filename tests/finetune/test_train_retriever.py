@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data import QuestionBatches
+from finetune.collate import QuestionCollator
 from finetune.questions import Question, load_questions
-from finetune.train_retriever import RetrieverBatches, train_finetune_retriever
+from finetune.train_retriever import RetrieverBatches, RetrieverFinetuning
 from index.frozen import frozen_index
 from realm.errors import UserError
-from realm.models.retriever import load_retriever
-from realm.run.config import QuestionSource
+from realm.models.retriever_files import load_retriever
+from realm.run.data_config import QuestionSource
 from realm.run.folder import Run
 from realm.run.initial import build_initial_retriever
 from tests.tiny import prepared_run
@@ -34,10 +34,9 @@ def make(run: Run) -> Callable[..., RetrieverBatches]:
     index = frozen_index(run.folder, retriever, run.passages, run.config.refresh, lambda line: None)
 
     def batches(questions: list[Question], **changes: object) -> RetrieverBatches:
-        config = replace(run.config, finetune_retriever=replace(run.config.finetune_retriever, **changes))
-        return RetrieverBatches(
-            QuestionBatches(Run(run.folder, config), index), load_retriever(retriever)[0], questions
-        )
+        config = replace(run.config.finetune_retriever, **changes)
+        collator = QuestionCollator(run.collator, run.tokenizer, index, run.config.reader.max_span_tokens)
+        return RetrieverBatches(collator, load_retriever(retriever)[0], questions, config, run.config.seed)
 
     return batches
 
@@ -46,7 +45,7 @@ def make(run: Run) -> Callable[..., RetrieverBatches]:
 def questions(run: Run) -> list[Question]:
     source = run.questions("train")
     assert source is not None
-    return load_questions(source, run, quiet=True)
+    return load_questions(source, run.passages, run.tokenizer, quiet=True)
 
 
 def rows_of(run: Run, batch) -> list[int]:
@@ -72,7 +71,7 @@ def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questio
     by_ids = {tuple(question.ids.tolist()): question for question in questions}
     seen = set()
     for step in range(6):
-        batch = make(questions)(step)
+        batch = make(questions)(step, 4)
         rows = rows_of(run, batch)
         asked = [
             by_ids[tuple(ids[mask.bool()].tolist()[1:-1])]
@@ -91,9 +90,9 @@ def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questio
 
 def test_hard_negatives_are_what_the_retriever_finds_and_a_function_of_the_step(run, make, questions):
     batches = make(questions)
-    first, again = batches(2), make(questions)(2)
+    first, again = batches(2, 4), make(questions)(2, 4)
     assert first.passage_ids_CL.equal(again.passage_ids_CL) and first.query_ids_BL.equal(again.query_ids_BL)
-    assert not first.passage_ids_CL.equal(make(questions)(3).passage_ids_CL)
+    assert not first.passage_ids_CL.equal(make(questions)(3, 4).passage_ids_CL)
     found = {int(row) for row in batches.retrieved.ravel()}
     assert set(rows_of(run, first)[4:]) <= found and batches.retrieved.shape == (12, 6)
 
@@ -104,9 +103,9 @@ def test_passages_that_hold_an_answer_are_no_negatives_unless_the_document_count
     everywhere = [
         replace(question, answers=("a town",), answer_ids=(np.array(words, np.int32),)) for question in questions
     ]
-    batch = make(everywhere)(0)
+    batch = make(everywhere)(0, 4)
     assert len(batch.passage_ids_CL) == 4 and (batch.excluded_BC.sum(1) == 3).all()
-    batch = make(everywhere, positives="document")(0)
+    batch = make(everywhere, positives="document")(0, 4)
     assert len(batch.passage_ids_CL) == 12
 
 
@@ -119,7 +118,7 @@ def test_a_question_of_no_known_passage_is_tied_to_one_that_holds_its_answer_or_
         retrieve=12,
     )
     assert [question.id for question in few.questions] == [loose[0].id] and len(few.retrieved) == 1
-    assert "1 questions left out" in capsys.readouterr().out
+    assert "1 questions skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"finetune_retriever\.retrieve"):
         make([replace(loose[1], answers=("Atlantis",))])
 
@@ -131,4 +130,4 @@ def test_mistakes_are_answered_before_anything_is_trained(run):
         ({"data": replace(run.config.data, train=QuestionSource(str(Path("nowhere.json"))))}, "realm ict"),
     ):
         with pytest.raises(UserError, match=said):
-            train_finetune_retriever(Run(run.folder, replace(run.config, **changes)))
+            RetrieverFinetuning.open(Run(run.folder, replace(run.config, **changes)))

@@ -9,7 +9,7 @@ sys.path.insert(
 
 from fake_refresher import FakeCorpus, export
 
-from realm.runtime.publish import start_attempt
+from realm.runtime.versions import start_attempt
 
 
 @pytest.fixture

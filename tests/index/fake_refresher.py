@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from index.encode import Encoder, encode_passages
 from index.refresh import refresh
-from index.workers import Workers
-from realm.runtime.publish import Version, published
+from index.workers import WorkerGroup
+from realm.runtime.publish import published
+from realm.runtime.versions import Version
 from realm.text.inputs import Wordpieces
 from realm.training.sections import RefreshConfig
 
@@ -102,7 +103,7 @@ def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
 def program(run: Path, seconds_per_batch: float) -> None:
     """Refresh until training ends; each worker leaves `batches-RANK`, how many batches it has
     encoded."""
-    workers, encoders = Workers.join(), []
+    workers, encoders = WorkerGroup.join(), []
 
     def load_and_remember(folder: Path) -> Encoder:
         encoders.append(load(folder, seconds_per_batch))

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from fake_refresher import CONFIG, FakeCorpus, export, load
 
-from index.admin import collect_garbage, entries, entry_named, verify
+from index.admin import collect_garbage, find_version, list_versions, verify
 from index.lease import Lease
 from index.refresh import refresh
-from index.retention import Hold, remove_leftovers
+from index.retention import ReaderPin, remove_leftovers
 from realm.app.cli import main
 from realm.errors import UserError
-from realm.runtime.publish import Version, start_attempt, versions_in
+from realm.runtime.versions import Version, start_attempt, versions_in
 from tests.tiny import write_config, write_sources
 
 KEEP_ALL = replace(CONFIG, keep_last=10)
@@ -42,46 +42,46 @@ def steps(run: Path, folder: str = "indexes") -> list[int]:
 def test_every_version_is_listed_with_who_needs_it(store: Path) -> None:
     checkpoint = store / "pretrain" / "checkpoints" / "step-000600"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "index_version").write_text(entries(store)[0].version.name)
-    hold = Hold(store, entries(store)[1].version)
+    (checkpoint / "index_version").write_text(list_versions(store)[0].version.name)
+    hold = ReaderPin(store, list_versions(store)[1].version)
     start_attempt(store, parent=1, parent_step=700)
-    states = {entry.version.step: entry.state for entry in entries(store)}
+    states = {info.version.step: info.state for info in list_versions(store)}
     assert states == {600: "pinned by a checkpoint", 700: "newest, held by 1", 800: "of an abandoned future"}
     hold.release()
     assert all(
-        entry.bytes > 60 * 8 * 4 and entry.manifest is not None and entry.manifest.count == 60
-        for entry in entries(store)
+        info.bytes > 60 * 8 * 4 and info.manifest is not None and info.manifest.count == 60
+        for info in list_versions(store)
     )
 
 
 def test_versions_are_found_by_name_and_others_are_named(store: Path) -> None:
-    first = entries(store)[0]
-    assert entry_named(store, first.version.name) == first == entry_named(store, f"indexes/{first.version.name}")
+    first = list_versions(store)[0]
+    assert find_version(store, first.version.name) == first == find_version(store, f"indexes/{first.version.name}")
     with pytest.raises(UserError, match=first.version.name):
-        entry_named(store, "a01-step-000001-e1")
+        find_version(store, "a01-step-000001-e1")
     with pytest.raises(UserError, match="no index yet"):
-        entries(store / "nowhere")
+        list_versions(store / "nowhere")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing", "encoder"])
 def test_verify_tells_what_a_reader_would_refuse(store: Path, damage: str) -> None:
-    entry = entries(store)[0]
+    info = list_versions(store)[0]
     lines: list[str] = []
-    assert verify(entry, lines.append) is None and "sound, 60 passages" in lines[0]
-    file = entry.path / ("manifest.json" if damage == "manifest" else "passages.index")
+    assert verify(info, lines.append) is None and "sound, 60 passages" in lines[0]
+    file = info.path / ("manifest.json" if damage == "manifest" else "passages.index")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     if damage == "encoder":
-        (store / "encoders" / entry.version.encoder.name / "seed").write_text("7")
+        (store / "encoders" / info.version.encoder.name / "seed").write_text("7")
     elif damage == "missing":
         file.unlink()
     else:
         file.write_bytes(bytes(content[:-1] if damage == "truncate" else content))
-    assert verify(entry, lines.append) is not None and "REFUSED" in lines[1]
+    assert verify(info, lines.append) is not None and "REFUSED" in lines[1]
 
 
 def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
-    hold = Hold(store, entries(store)[0].version)
+    hold = ReaderPin(store, list_versions(store)[0].version)
     lines: list[str] = []
     would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
     assert [path.name[:15] for path in would] == []
@@ -98,8 +98,8 @@ def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
 
 
 def test_a_version_taken_during_the_grace_period_stays(store: Path) -> None:
-    version = entries(store)[0].version
-    timer = threading.Timer(0.2, lambda: Hold(store, version))
+    version = list_versions(store)[0].version
+    timer = threading.Timer(0.2, lambda: ReaderPin(store, version))
     timer.start()
     assert collect_garbage(store, CONFIG, 0.6, False, lambda line: None) == []
     assert steps(store) == steps(store, "encoders") == [600, 700, 800]
@@ -117,12 +117,12 @@ def test_gc_leaves_a_working_refresher_alone_and_takes_over_from_a_dead_one(stor
 
 
 def test_a_version_moved_aside_by_a_collector_that_was_killed_is_put_back_for_its_reader(store: Path) -> None:
-    held, free = (entry.version for entry in entries(store)[:2])
+    held, free = (info.version for info in list_versions(store)[:2])
     for version in (held, free):
         path = store / "indexes" / version.name
         path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
     (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
-    Hold(store, held)
+    ReaderPin(store, held)
     assert [path.name for path in remove_leftovers(store)] != []
     assert steps(store) == [held.step, 800]
 

@@ -6,7 +6,8 @@ import pytest
 
 from index.build import IndexManifest, build_index, empty_index, write_version
 from realm.errors import UserError
-from realm.runtime.publish import PublishError, Version
+from realm.runtime.publish import PublishError
+from realm.runtime.versions import Version
 
 RNG = np.random.default_rng(0)
 EMBEDDINGS_ND = RNG.standard_normal((600, 16)).astype(np.float32)

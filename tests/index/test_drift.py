@@ -12,14 +12,14 @@ from fake_refresher import CONFIG, SPECIAL_IDS, FakeCorpus, direct_embeddings, e
 from torch import nn
 
 from index.build import IndexManifest
-from index.drift import DRIFT_FILE, DriftReference, cosine_change, drift_rows, overlap, take_rows
+from index.drift import DRIFT_FILE, DriftReference, cosine_change, drift_rows, gather_rows, overlap
 from index.refresh import refresh
-from pretrain.realm import Exports
+from pretrain.exports import ExportSchedule, drift_reference
 from realm.errors import UserError
 from realm.run.config_file import load_config
-from realm.run.folder import Run
-from realm.runtime.publish import versions_in
 from realm.runtime.telemetry import read_metrics
+from realm.runtime.versions import versions_in
+from realm.training.sections import RefreshConfig
 from tests.test_loop import realm
 from tests.tiny import prepared_run, write_config, write_sources
 
@@ -77,7 +77,7 @@ def test_overlap_and_rows_from_shards() -> None:
     assert overlap(np.array([[1, 2], [3, 4]]), np.array([[2, 1], [4, 5]])) == pytest.approx(0.75)
     matrix = np.arange(30, dtype=np.float32).reshape(10, 3)
     rows = np.array([0, 3, 4, 9])
-    assert np.array_equal(take_rows([matrix[:1], matrix[1:4], matrix[4:]], rows), matrix[rows])
+    assert np.array_equal(gather_rows([matrix[:1], matrix[1:4], matrix[4:]], rows), matrix[rows])
     assert cosine_change(matrix[1:], 2 * matrix[1:]) == pytest.approx(0, abs=1e-6)
 
 
@@ -95,11 +95,11 @@ class Turning(nn.Module):
 def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
     reference, tower = DriftReference(corpus, SPECIAL_IDS, 20, 16, "fp32"), Turning()  # type: ignore[arg-type]
     reference.snapshot(tower)
-    assert reference.moved(tower) == pytest.approx(0)
+    assert reference.drift(tower) == pytest.approx(0)
     tower.angle.data.fill_(0.5)
-    assert reference.moved(tower) == pytest.approx(1 - math.cos(0.5), rel=1e-5)
+    assert reference.drift(tower) == pytest.approx(1 - math.cos(0.5), rel=1e-5)
     reference.snapshot(tower)
-    assert reference.moved(tower) == pytest.approx(0)
+    assert reference.drift(tower) == pytest.approx(0)
 
 
 def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp_path: Path) -> None:
@@ -120,13 +120,14 @@ def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp
 
 
 def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
-    run, tower = prepared_run(tmp_path, pretrain={"steps": 12}), Turning()
+    run, tower = prepared_run(tmp_path), Turning()
+
+    def schedule(config: RefreshConfig) -> ExportSchedule:
+        return ExportSchedule(config, 12, drift_reference(config, run.collator, "fp32"), lambda: tower)
 
     def steps(turn_at: int = 0, **changes: object) -> list[int]:
         tower.angle.data.zero_()
-        exports = Exports(
-            Run(run.folder, replace(run.config, refresh=replace(run.config.refresh, **changes))), lambda: tower
-        )
+        exports = schedule(replace(run.config.refresh, **changes))
         found = []
         for step in range(1, 13):
             if step == turn_at:
@@ -150,10 +151,15 @@ def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
 
 def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) -> None:
     run, tower = prepared_run(tmp_path, refresh={"max_drift": 0.5}), Turning()
-    exports = Exports(run, lambda: tower)
+
+    def schedule() -> ExportSchedule:
+        reference = drift_reference(run.config.refresh, run.collator, "fp32")
+        return ExportSchedule(run.config.refresh, 12, reference, lambda: tower)
+
+    exports = schedule()
     tower.angle.data += 1.0
     exports.save(tmp_path)
-    resumed = Exports(run, lambda: tower)
+    resumed = schedule()
     assert resumed.drift(50) == pytest.approx(0)
     resumed.restore(tmp_path)
     assert resumed.drift(50) == exports.drift(50) == pytest.approx(1 - math.cos(1.0), rel=1e-4)

@@ -4,7 +4,7 @@ import torch
 from fake_refresher import DIM, MAX_TOKENS, SPECIAL_IDS, FakeCorpus, FakeRetriever
 from transformers import BertConfig, BertModel
 
-from index.encode import BadEncoder, encode_in_shards, encode_passages, encoding_tower
+from index.encode import NonFiniteEmbeddings, encode_in_shards, encode_passages, encoding_tower
 from realm.errors import UserError
 from realm.models.retriever import Retriever, Tower
 from realm.text.inputs import pad_batch
@@ -105,7 +105,7 @@ def test_a_diverged_encoder_is_named_with_the_passage(corpus: FakeCorpus) -> Non
     tower = FakeRetriever(seed=1).eval()
     with torch.no_grad():
         tower.table.weight[corpus.text_ids(7)[0]] = torch.nan
-    with pytest.raises(BadEncoder, match="not finite"):
+    with pytest.raises(NonFiniteEmbeddings, match="not finite"):
         encode_passages(tower, corpus, np.array([7]), SPECIAL_IDS, MAX_TOKENS)
 
 

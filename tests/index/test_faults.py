@@ -10,7 +10,7 @@ from index.bench.fault_processes import CONFIG, Scene, export
 from index.bench.faults import Supervisor
 from index.refresh import refresh
 from realm.app.cli import main
-from realm.runtime.publish import Version, start_attempt
+from realm.runtime.versions import Version, start_attempt
 
 
 def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(

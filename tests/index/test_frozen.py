@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from index.frozen import frozen_index, publish_frozen
-from index.retention import is_held
+from index.retention import is_pinned
 from index.search import PassageIndex
 from realm.run.folder import Run
 from realm.run.initial import build_initial_retriever
-from realm.runtime.publish import Version, checksum, start_attempt
+from realm.runtime.publish import checksum
+from realm.runtime.versions import Version, start_attempt
 from tests.tiny import prepared_run
 
 
@@ -28,10 +29,10 @@ def test_built_once_found_again_and_held(run: Run) -> None:
     again = frozen_index(run.folder, retriever, run.passages, run.config.refresh, lines.append)
     assert again.version == first.version and lines == [], "nothing is built a second time"
     store = run.folder / "frozen" / checksum(retriever)[:12]
-    assert is_held(store, first.version)
+    assert is_pinned(store, first.version)
     first.close()
     again.close()
-    assert not is_held(store, first.version)
+    assert not is_pinned(store, first.version)
 
 
 def test_a_trainer_starts_with_it_and_no_other_is_lent(run: Run) -> None:

@@ -13,7 +13,7 @@ from index.search import PassageIndex
 from realm.app.cli import main
 from realm.corpus.prepared import PreparedCorpus
 from realm.run.folder import Run
-from realm.runtime.publish import versions_in
+from realm.runtime.versions import versions_in
 from tests.tiny import prepared_run
 
 

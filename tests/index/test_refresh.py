@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from fake_refresher import CONFIG, FakeCorpus, direct_embeddings, export, load
 
-from index.encode import BadEncoder, Encoder
+from index.encode import Encoder, NonFiniteEmbeddings
 from index.lease import LeaseLost
 from index.refresh import TRAINING_ENDED, refresh, start_refresher
 from index.search import PassageIndex
 from realm.errors import UserError
-from realm.runtime.publish import start_attempt, versions_in
+from realm.runtime.versions import start_attempt, versions_in
 from realm.training.sections import RefreshConfig
 
 PROGRAM = Path(__file__).parent / "fake_refresher.py"
@@ -221,7 +221,7 @@ def test_a_diverged_encoder_is_passed_over_and_reported_once(run: Path, corpus: 
             encoder.retriever.table.weight.data.fill_(float("nan"))  # type: ignore[union-attr,operator]
         return encoder
 
-    with pytest.raises(BadEncoder):
+    with pytest.raises(NonFiniteEmbeddings):
         refresh_once(run, corpus, load=load_with_nan)
     (run / TRAINING_ENDED).touch()
     lines = refresh_once(run, corpus, load=load_with_nan, once=False)

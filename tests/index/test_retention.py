@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from index.retention import Collector, Hold, is_held, remove_leftovers
-from realm.runtime.publish import Lineage, Version, start_attempt, versions_in
+from index.retention import GarbageCollector, ReaderPin, is_pinned, remove_leftovers
+from realm.runtime.versions import Lineage, Version, start_attempt, versions_in
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def steps(store: Path) -> list[int]:
 
 
 def collect(store: Path, keep_last: int = 2, grace_s: float = 0.0) -> list[int]:
-    return sorted(version.step for version in Collector(store, keep_last, grace_s).collect(Lineage.load(store), 1))
+    return sorted(
+        version.step for version in GarbageCollector(store, keep_last, grace_s).collect(Lineage.load(store), 1)
+    )
 
 
 def test_the_newest_stay(store: Path) -> None:
@@ -30,7 +32,7 @@ def test_the_newest_stay(store: Path) -> None:
 
 
 def test_a_hold_keeps_its_version_until_released(store: Path) -> None:
-    hold = Hold(store, Version(1, 100, 1))
+    hold = ReaderPin(store, Version(1, 100, 1))
     assert collect(store) == [200]
     hold.release()
     assert collect(store) == [100]
@@ -38,14 +40,14 @@ def test_a_hold_keeps_its_version_until_released(store: Path) -> None:
 
 
 def test_a_hold_of_a_dead_process_does_not_count(store: Path) -> None:
-    hold = Hold(store, Version(1, 100, 1))
+    hold = ReaderPin(store, Version(1, 100, 1))
     child = subprocess.Popen(["true"])
     child.wait()
     host, _, unique = hold._file.name.rsplit(".", 2)
     hold._file.rename(hold._file.with_name(f"{host}.{child.pid}.{unique}"))
-    assert not is_held(store, Version(1, 100, 1))
+    assert not is_pinned(store, Version(1, 100, 1))
     (store / "refresher" / "holds" / "a01-step-000100-e1" / f"elsewhere.example.{child.pid}.{unique}").touch()
-    assert is_held(store, Version(1, 100, 1)), "processes of other hosts cannot be looked at"
+    assert is_pinned(store, Version(1, 100, 1)), "processes of other hosts cannot be looked at"
 
 
 def test_a_checkpoint_pins_its_version(store: Path) -> None:
@@ -56,7 +58,7 @@ def test_a_checkpoint_pins_its_version(store: Path) -> None:
 
 
 def test_the_grace_period_is_kept(store: Path) -> None:
-    collector = Collector(store, keep_last=2, grace_s=3600.0)
+    collector = GarbageCollector(store, keep_last=2, grace_s=3600.0)
     assert collector.collect(Lineage.load(store), 1) == []
     assert collector.collect(Lineage.load(store), 1) == []
     assert steps(store) == [100, 200, 300, 400]
@@ -64,7 +66,7 @@ def test_the_grace_period_is_kept(store: Path) -> None:
 
 def test_an_abandoned_future_takes_no_place_among_the_newest(store: Path) -> None:
     attempt = start_attempt(store, parent=1, parent_step=200)
-    removed = Collector(store, 2, 0.0).collect(Lineage.load(store), attempt)
+    removed = GarbageCollector(store, 2, 0.0).collect(Lineage.load(store), attempt)
     assert sorted(version.step for version in removed) == [300, 400]
     assert steps(store) == [100, 200]
 
@@ -74,7 +76,7 @@ def test_a_hold_taken_while_the_version_is_moved_aside_saves_it(store: Path, mon
 
     def rename_late(path: Path, target: Path) -> Path:
         if path.name == "a01-step-000100-e1":
-            Hold(store, Version(1, 100, 1))
+            ReaderPin(store, Version(1, 100, 1))
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", rename_late)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from index.build import IndexManifest, build_index, write_version
-from index.retention import is_held
+from index.retention import is_pinned
 from index.search import IndexRefused, IndexWatcher, PassageIndex
 from realm.errors import UserError
-from realm.runtime.publish import Version, checksum, start_attempt
+from realm.runtime.publish import checksum
+from realm.runtime.versions import Version, start_attempt
 
 RNG = np.random.default_rng(0)
 COUNT, DIM = 500, 16
@@ -248,9 +249,9 @@ def test_a_taken_version_is_held_until_it_is_closed(started: Path, watcher: Inde
     publish(started / "indexes", Version(1, 500, 1))
     assert watcher.wait_for(500, 10)
     index = watcher.take()
-    assert index is not None and is_held(started, index.version)
+    assert index is not None and is_pinned(started, index.version)
     index.close()
-    assert not is_held(started, index.version)
+    assert not is_pinned(started, index.version)
 
 
 def test_an_untaken_version_gives_way_to_a_newer_one(started: Path, watcher: IndexWatcher) -> None:
@@ -258,7 +259,7 @@ def test_an_untaken_version_gives_way_to_a_newer_one(started: Path, watcher: Ind
     assert watcher.wait_for(500, 10)
     publish(started / "indexes", Version(1, 600, 1))
     assert watcher.wait_for(600, 10)
-    assert not is_held(started, Version(1, 500, 1)) and is_held(started, Version(1, 600, 1))
+    assert not is_pinned(started, Version(1, 500, 1)) and is_pinned(started, Version(1, 600, 1))
     taken = watcher.take()
     assert taken is not None and taken.step == 600
 

@@ -14,7 +14,7 @@ import numpy as np
 from fake_refresher import FakeCorpus, direct_embeddings
 
 from index.refresh import TRAINING_ENDED
-from realm.runtime.publish import versions_in
+from realm.runtime.versions import versions_in
 
 PROGRAM = Path(__file__).parent / "fake_refresher.py"
 

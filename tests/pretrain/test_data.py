@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.data import EMPTY, NULL, BatchMaker, MaskedSentence, SpanSampler, choose_candidates, substitute
-from pretrain.ict import IctBatches
-from pretrain.reader_pretraining import find_supporting_passage
+from pretrain.collate import MaskedCollator
+from pretrain.ict import InverseClozeBatches
+from pretrain.masking import MaskedSentence, SpanSampler, substitute
+from pretrain.selection import choose_candidates, find_supporting_passage
+from realm.corpus.collate import EMPTY, NULL, Collator, InputLimits
 from realm.corpus.context import Contexts
 from realm.corpus.substitution import replace_span, span_pool
-from realm.models.modules import PairBatch
+from realm.models.batches import PairBatch
 from realm.run.folder import Run
 from realm.training.sections import IctConfig
 from tests.tiny import prepared_run
@@ -22,8 +24,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def maker(run: Run) -> BatchMaker:
-    return BatchMaker(run.contexts, run.wordpieces, 32, 80, 96, 2)
+def collator(run: Run) -> MaskedCollator:
+    return MaskedCollator(Collator(run.contexts, run.wordpieces, InputLimits(32, 80, 96)), 2)
 
 
 def test_drawn_spans_are_tagged_spans_of_their_sentence(run: Run) -> None:
@@ -129,11 +131,11 @@ def test_replace_span_leaves_parts_of_words_alone(run: Run) -> None:
     assert replaced.tolist() == [plain, continuation, 8, 9]
 
 
-def test_null_passage_stands_first_and_empty_slots_are_invalid(run: Run, maker: BatchMaker) -> None:
+def test_null_passage_stands_first_and_empty_slots_are_invalid(run: Run, collator: MaskedCollator) -> None:
     sampler = SpanSampler(run.statements, 10, 30)
     rng = np.random.default_rng(2)
     examples = [sampler.draw(0, rng), sampler.draw(1, rng)]
-    batch = maker.realm(examples, np.array([[0, 5], [0, EMPTY]]), None, 0.0, rng)
+    batch = collator.realm(examples, np.array([[0, 5], [0, EMPTY]]), None, 0.0, rng)
     assert batch.candidate_BN[:, 0].tolist() == [0, 0]
     null = batch.passage_ids_UL[0][batch.passage_mask_UL[0].bool()]
     assert null.tolist() == [run.wordpieces.cls, run.wordpieces.sep, run.wordpieces.sep]
@@ -158,34 +160,38 @@ def example_of(run: Run, sentence: str, span: str, others: tuple[str, ...] = ())
     return MaskedSentence(0, ids(sentence), start, start + len(ids(span)), 0, tuple(ids(other) for other in others))
 
 
-def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, maker: BatchMaker) -> None:
+def test_evidence_holds_the_span_and_what_else_the_sentence_speaks_of(run: Run, collator: MaskedCollator) -> None:
     holm = example_of(run, "Holm lies on the Quill.", "Quill", ("Holm",))
-    assert find_supporting_passage(np.array([0, 3, 7, 1]), holm, run, maker) == 7
-    assert find_supporting_passage(np.array([0, 3, 1]), holm, run, maker) is None, "no passage holds the span"
+    assert find_supporting_passage(np.array([0, 3, 7, 1]), holm, run.statements, collator.inputs) == 7
+    assert find_supporting_passage(np.array([0, 3, 1]), holm, run.statements, collator.inputs) is None, (
+        "no passage holds the span"
+    )
     elsewhere = example_of(run, "Garda lies on the Quill.", "Quill", ("Garda",))
-    assert find_supporting_passage(np.arange(12), elsewhere, run, maker) is None, (
+    assert find_supporting_passage(np.arange(12), elsewhere, run.statements, collator.inputs) is None, (
         "the one that holds the span tells of another town"
     )
     alone = example_of(run, "It lies on the Quill.", "Quill")
-    assert find_supporting_passage(np.array([6, 7]), alone, run, maker) == 7, (
+    assert find_supporting_passage(np.array([6, 7]), alone, run.statements, collator.inputs) == 7, (
         "with no other span the first that holds it"
     )
     whole = example_of(run, "Holm is a town on the river Quill.", "Quill", ("Holm",))
-    assert find_supporting_passage(np.array([7]), whole, run, maker) is None, (
+    assert find_supporting_passage(np.array([7]), whole, run.statements, collator.inputs) is None, (
         "a passage in which the sentence itself stands is trivial"
     )
 
 
-def test_titles_count_as_held(run: Run, maker: BatchMaker) -> None:
+def test_titles_count_as_held(run: Run, collator: MaskedCollator) -> None:
     title_only = np.array(run.tokenizer("Dorne", add_special_tokens=False)["input_ids"], np.int32)
-    assert maker.holds(maker.passage(3), title_only) and not maker.holds(maker.passage(2), title_only)
+    assert collator.inputs.contains(collator.inputs.passage(3), title_only) and not collator.inputs.contains(
+        collator.inputs.passage(2), title_only
+    )
     absent = replace_span(run.passages.text_ids(3), title_only, np.zeros(1, np.int32), run.wordpieces)
     assert not run.wordpieces.find(absent, title_only) and run.wordpieces.find(run.passages.title_ids(3), title_only)
 
 
-def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, maker: BatchMaker) -> None:
+def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, collator: MaskedCollator) -> None:
     examples = [example_of(run, "The river of Holm is the Quill.", span) for span in ("Holm", "Quill")]
-    batch = maker.reader_pretraining(examples, [maker.passage(7), maker.passage(NULL)], 4)
+    batch = collator.reader_pretraining(examples, [collator.inputs.passage(7), collator.inputs.passage(NULL)], 4)
     found: dict[int, list[list[int]]] = {}
     for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
         for r, row in enumerate(joint.row_R.tolist()):
@@ -197,11 +203,12 @@ def test_warm_up_places_are_every_occurrence_in_title_and_text(run: Run, maker: 
 
 
 def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_passage(
-    run: Run, maker: BatchMaker
+    run: Run, collator: MaskedCollator
 ) -> None:
     def batches(share: float) -> list[PairBatch]:
         return [
-            IctBatches(run.passages, maker, IctConfig(batch_size=6, null_prob=share), 0)(step) for step in range(40)
+            InverseClozeBatches(run.passages, collator.inputs, IctConfig(null_prob=share), 0)(step, 6)
+            for step in range(40)
         ]
 
     for batch in batches(0.0):
@@ -223,18 +230,18 @@ def test_inverse_cloze_withholds_a_share_of_blocks_and_then_offers_the_null_pass
     assert 0.35 < withheld / 240 < 0.65
 
 
-def test_masks_stand_where_the_batch_says(run: Run, maker: BatchMaker) -> None:
+def test_masks_stand_where_the_batch_says(run: Run, collator: MaskedCollator) -> None:
     sampler = SpanSampler(run.statements, 10, 30)
     rng = np.random.default_rng(3)
     examples = [sampler.draw(int(row), rng) for row in sampler.rows[:4]]
-    batch = maker.realm(examples, np.arange(8).reshape(4, 2), None, 0.0, rng)
+    batch = collator.realm(examples, np.arange(8).reshape(4, 2), None, 0.0, rng)
     for joint in batch.masked.joint:
         for ids, row in zip(joint.ids_RL, joint.row_R, strict=True):
             query = int(row) // 3
-            at = batch.masked.position_BM[query][batch.masked.token_BM[query]]
+            at = batch.masked.position_BM[query][batch.masked.token_mask_BM[query]]
             assert (ids[at] == run.wordpieces.mask).all()
             assert (ids == run.wordpieces.mask).sum() == len(at)
             assert (
-                batch.masked.target_BM[query][batch.masked.token_BM[query]].tolist()
+                batch.masked.target_BM[query][batch.masked.token_mask_BM[query]].tolist()
                 == examples[query].span_ids.tolist()
             )

@@ -1,4 +1,4 @@
-"""Measuring masked spans: what counts as found, and that no sentence is found in itself."""
+"""Masked-span evaluation: what counts as found, and that no sentence is found in itself."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,7 @@ from pretrain.masked_span_eval import (
     retrieval_recall,
     sample_items,
 )
-from pretrain.stage import batch_maker
-from realm.app.pipeline import prepare
+from realm.app.corpus import prepare
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from tests.tiny import write_config, write_sources
@@ -34,8 +33,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 class OwnPassageFirst:
     """Finds the passage each sentence was drawn from, then all others."""
 
-    def __init__(self, run: Run, folder: Path) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
+
+    @classmethod
+    def open(cls, run: Run, folder: Path, collator: object) -> "OwnPassageFirst":
+        return cls(run)
 
     def __call__(self, examples, k):
         every = range(len(self.run.passages))
@@ -45,10 +48,10 @@ class OwnPassageFirst:
 def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pretrain.masked_span_eval, "FrozenSearch", OwnPassageFirst)
     items = sample_items(run)
-    maker = batch_maker(run)
+    collator = run.collator
     elsewhere = [
         any(
-            maker.holds(maker.passage(row), item.example.span_ids)
+            collator.contains(collator.passage(row), item.example.span_ids)
             for row in range(len(run.passages))
             if row != item.example.row
         )
@@ -62,12 +65,12 @@ def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyP
 def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) -> None:
     items = [MaskedSpanItem(item.example, item.example.row) for item in sample_items(run, 3)]
     found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])
-    assert retrieval_recall(run, items, found, (1, 2))["exact_recall@1"] == 100.0
-    assert retrieval_recall(run, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
+    assert retrieval_recall(run.collator, items, found, (1, 2))["exact_recall@1"] == 100.0
+    assert retrieval_recall(run.collator, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
 
 
 def test_statements_are_lines_and_no_other_sign_ends_one(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "probe.jsonl"
     record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
-    assert [item.passage for item in load_annotated(path, run)] == [0]
+    assert [item.passage for item in load_annotated(path, run.tokenizer, run.passages, 32)] == [0]

@@ -1,5 +1,5 @@
-"""The command line: one subcommand a program, each importing what it needs when it runs, so that
-`realm --help` answers at once."""
+"""The command line: one subcommand per program, each importing what it needs when it runs, so that `realm --help`
+answers at once."""
 
 import argparse
 import re
@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from realm.app.cli.bench import add_bench_commands
 from realm.app.cli.common import EPILOG
 from realm.app.cli.index import add_index_commands
-from realm.app.cli.stages import add_stage_commands
+from realm.app.cli.questions import add_question_commands
+from realm.app.cli.train import add_training_commands
 from realm.errors import UserError
+from realm.runtime.signals import Interrupted
 
 _DESCRIPTION = (
-    "Retrieval-augmented pretraining: retriever and reader trained end to end beside an asynchronously refreshed index."
+    "Retrieval-augmented pretraining: retriever and reader are trained end to end while an index is refreshed "
+    "asynchronously."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a mistake of the user, 130 after an
-    interrupt that can be resumed."""
-    rest, overrides = _dotted(list(sys.argv[1:] if arguments is None else arguments))
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after an interrupt."""
+    rest, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
     options, others = _parser().parse_known_args(rest)
     overrides += others
     if overrides and not options.takes_overrides:
@@ -33,32 +35,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"realm: {error}", file=sys.stderr)
         return 2
+    except Interrupted as error:
+        print(f"realm: {error}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("realm: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        # Imported late: the class lives beside torch.
-        from realm.training.engine import Interrupted
-
-        if isinstance(error, Interrupted):
-            print(f"realm: {error}", file=sys.stderr)
-            return 130
-        raise
     return 0
 
 
-def _dotted(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments without overrides of the form `--section.field value`, and these: argparse would
-    take such a value for one of its own."""
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments without overrides of the form `--section.field value`, and these overrides: argparse would take
+    such a value for a positional argument."""
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:
         if re.match(r"--\w+\.[\w.]+(=|$)", argument):
-            overrides += (
-                [argument]
-                if "=" in argument
-                else [argument, *([value] if (value := next(remaining, None)) is not None else [])]
-            )
+            value = None if "=" in argument else next(remaining, None)
+            overrides += [argument] if value is None else [argument, value]
         else:
             rest.append(argument)
     return rest, overrides
@@ -67,7 +61,8 @@ def _dotted(arguments: list[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="realm", description=_DESCRIPTION, epilog=EPILOG)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_stage_commands(commands)
+    add_training_commands(commands)
+    add_question_commands(commands)
     add_index_commands(commands)
     add_bench_commands(commands)
     return parser

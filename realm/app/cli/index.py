@@ -55,12 +55,12 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def _ls(options: argparse.Namespace) -> None:
-    from index.admin import entries
+    from index.admin import list_versions
     from realm.runtime.telemetry import print_table
 
     rows = [
-        [entry.path.relative_to(options.run).as_posix(), entry.manifest and f"{entry.manifest.count:,}", entry.manifest and entry.manifest.factory,
-         f"{entry.bytes / 2**20:,.1f}", entry.manifest and entry.manifest.created_at, entry.state] for entry in entries(open_run(options).folder)
+        [info.path.relative_to(options.run).as_posix(), info.manifest and f"{info.manifest.count:,}", info.manifest and info.manifest.factory,
+         f"{info.bytes / 2**20:,.1f}", info.manifest and info.manifest.created_at, info.state] for info in list_versions(open_run(options).folder)
     ]  # fmt: skip
     print_table(
         f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows
@@ -71,23 +71,23 @@ def _show(options: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from index.admin import entry_named
+    from index.admin import find_version
 
-    entry = entry_named(open_run(options).folder, options.version)
-    if entry.manifest is None:
+    info = find_version(open_run(options).folder, options.version)
+    if info.manifest is None:
         raise UserError(
-            f"{entry.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again."
+            f"{info.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again."
         )
-    everything = {**asdict(entry.manifest), "bytes": entry.bytes, "state": entry.state, "holders": entry.holders}
+    everything = {**asdict(info.manifest), "bytes": info.bytes, "state": info.state, "holders": info.readers}
     print(json.dumps(everything, indent=1))
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from index.admin import entries, entry_named, verify
+    from index.admin import find_version, list_versions, verify
 
     folder = open_run(options).folder
-    chosen = [entry_named(folder, name) for name in options.version] or entries(folder)
-    broken = [entry for entry in chosen if verify(entry, print) is not None]
+    chosen = [find_version(folder, name) for name in options.version] or list_versions(folder)
+    broken = [info for info in chosen if verify(info, print) is not None]
     if broken:
         raise UserError(
             f"{len(broken)} of {len(chosen)} index versions would be refused; readers pass them over; remove them to have them built anew."
@@ -107,7 +107,7 @@ def _gc(options: argparse.Namespace) -> None:
 
 
 def _add(options: argparse.Namespace) -> None:
-    from realm.app.pipeline import add_documents
+    from realm.app.corpus import add_documents
     from realm.corpus.sources import SourceConfig
     from realm.corpus.text_files import read_names
     from realm.run.config_file import parse_section

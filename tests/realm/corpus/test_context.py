@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.answer import NO_ANSWER, Answerer
-from finetune.data import QuestionBatches
+from finetune.collate import QuestionCollator
 from finetune.questions import Question
-from pretrain.data import EMPTY, SpanSampler, choose_candidates
+from pretrain.collate import MaskedCollator
 from pretrain.masked_span_eval import MaskedSpanItem, retrieval_recall
-from pretrain.stage import batch_maker
-from realm.app.pipeline import prepare
+from pretrain.masking import SpanSampler
+from pretrain.selection import choose_candidates
+from realm.app.corpus import prepare
+from realm.corpus.collate import EMPTY
 from realm.corpus.context import Contexts
 from realm.errors import UserError
 from realm.models.modules import OpenQaModel, RealmModel, read_masked
@@ -132,32 +134,33 @@ def test_the_masked_sentence_is_never_in_view(run):
 
 
 def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run):
-    maker, rng = batch_maker(run), np.random.default_rng(0)
+    collator, rng = run.collator, np.random.default_rng(0)
     sampler = SpanSampler(run.passages, 10, 30)
     beside = 0
     for row in sampler.rows.tolist():
         example = sampler.draw(row, rng)
         for other in run.contexts.around(row).rows:
-            if maker.holds(maker.reading(other), example.span_ids) and not maker.holds(
-                maker.passage(other), example.span_ids
-            ):
+            in_context = collator.contains(collator.in_context(other), example.span_ids)
+            if in_context and not collator.contains(collator.passage(other), example.span_ids):
                 beside += 1
-                assert retrieval_recall(run, [MaskedSpanItem(example, None)], np.array([[other]]), (1,)) == {
+                assert retrieval_recall(collator, [MaskedSpanItem(example, None)], np.array([[other]]), (1,)) == {
                     "recall@1": 0.0
                 }
-        assert retrieval_recall(run, [MaskedSpanItem(example, None)], np.array([[row]]), (1,)) == {"recall@1": 100.0}
+        assert retrieval_recall(collator, [MaskedSpanItem(example, None)], np.array([[row]]), (1,)) == {
+            "recall@1": 100.0
+        }
     assert beside, "some passage is read with a neighbour that holds the span"
 
 
 def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up(run):
     torch.manual_seed(0)
-    maker, rng = batch_maker(run), np.random.default_rng(0)
+    collator, rng = MaskedCollator(run.collator, 4), np.random.default_rng(0)
     sampler = SpanSampler(run.passages, 10, 30)
     own = int(sampler.rows[0])
     elsewhere = [row for row in range(len(run.passages)) if run.passages.document(row) != run.passages.document(own)]
     together = [row for row in elsewhere if row in run.contexts.around(elsewhere[0]).rows][:2]
     candidates = np.array([[*together, EMPTY]])
-    batch = maker.realm([sampler.draw(own, rng)], candidates, None, 0.0, rng)
+    batch = collator.realm([sampler.draw(own, rng)], candidates, None, 0.0, rng)
     assert batch.masked.read_slot_BN.tolist() == [[0, 1, 1, 0]]
     assert sorted(row for joint in batch.masked.joint for row in joint.row_R.tolist()) == [0, 1], (
         "two joint inputs for four candidates"
@@ -169,7 +172,8 @@ def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up
     score_N = model.retriever.score(
         query_emb_BD, model.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)[batch.candidate_BN]
     )[0]
-    log_p_y_N = (read_masked(model.reader, batch.masked).token_log_p_BNM * batch.masked.token_BM[:, None]).sum(-1)[0]
+    prediction = read_masked(model.reader, batch.masked)
+    log_p_y_N = (prediction.token_log_p_BNM * batch.masked.token_mask_BM[:, None]).sum(-1)[0]
     document = torch.stack((score_N[0], score_N[1:3].logsumexp(0))).log_softmax(
         0
     )  # the document scores log Σ exp of its blocks
@@ -183,8 +187,12 @@ def question(run: Run, text: str, answer: str) -> Question:
     )
 
 
+def question_collator(run: Run) -> QuestionCollator:
+    return QuestionCollator(run.collator, run.tokenizer, NoIndex(), run.config.reader.max_span_tokens)
+
+
 def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
-    batches = QuestionBatches(run, NoIndex())  # type: ignore[arg-type]
+    collator = question_collator(run)
     row = next(row for row in range(len(run.passages)) if run.passages.place(row) == 1)
     context = run.contexts.around(row)
     founder = next(
@@ -192,7 +200,7 @@ def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
     )
     asked = question(run, "Who founded it?", founder)
     rows = np.array([[row, context.rows[-1]]])
-    batch = batches.batch([asked], batches.queries([asked]), rows, rows)
+    batch = collator.batch([asked], collator.queries([asked]), rows, rows)
     assert batch.read_slot_BN.tolist() == [[0, 0]] and batch.row_Q.tolist() == [0], "read once"
     assert batch.by_passage(batch.is_answer_QLW, False).shape[:2] == (1, 2)
     (place,) = (batch.is_answer_QLW[0] & batch.allowed_QLW[0]).nonzero().tolist()
@@ -206,10 +214,10 @@ def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
 def test_a_question_for_which_nothing_was_found_has_no_answer(run):
     """An index of inverted lists may give fewer passages than asked, or none; the question
     beside it keeps its own answer."""
-    batches = QuestionBatches(run, NoIndex())  # type: ignore[arg-type]
+    collator = question_collator(run)
     reader = initial_reader(run, "reader_pretraining")
     answerer = Answerer.__new__(Answerer)
-    answerer.run, answerer.batches, answerer.device = run, batches, torch.device("cpu")
+    answerer.run, answerer.collator, answerer.device = run, collator, torch.device("cpu")
     answerer.retriever = build_retriever(run.config.retriever, run.tokenizer)
     answerer.model = OpenQaModel(answerer.retriever, reader).eval()
     found, lost = question(run, "Who founded it?", FOUNDERS[0]), question(run, "Which river?", RIVERS[0])

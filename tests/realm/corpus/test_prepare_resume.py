@@ -16,7 +16,7 @@ from realm.errors import UserError
 from tests.realm.corpus.rivers import contents, make_documents, prepare, river_tokenizer, write_jsonl
 from tests.realm.corpus.stub_tagger import StubTagger
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
 
 

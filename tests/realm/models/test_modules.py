@@ -6,20 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from realm.models.batches import JointBatch, MaskedBatch, PairBatch, ReaderPretrainingBatch, RealmBatch, SpanTargets
 from realm.models.bert import BertSource
-from realm.models.modules import (
-    DualEncoderModel,
-    JointBatch,
-    MaskedBatch,
-    PairBatch,
-    ReaderPretrainingBatch,
-    ReaderPretrainingModel,
-    RealmBatch,
-    RealmModel,
-    SpanTargets,
-    read_masked,
-    retrieval_telemetry,
-)
+from realm.models.modules import DualEncoderModel, ReaderPretrainingModel, RealmModel, read_masked, retrieval_telemetry
 from realm.models.reader import ReaderConfig, build_reader, pad_joint, span_targets
 from realm.models.retriever import RetrieverConfig, build_retriever
 from realm.text.inputs import Wordpieces, pad_batch
@@ -77,22 +66,24 @@ class Example:
             )
             for rows in np.array_split(np.array(order), num_buckets)
         ]
-        position_BM, token_BM = pad_batch([np.arange(start, end) + 1 for start, end in SPANS], 0)
+        position_BM, token_mask_BM = pad_batch([np.arange(start, end) + 1 for start, end in SPANS], 0)
         return MaskedBatch(
             joint,
             position_BM,
             pad_batch(self.targets, 0)[0],
-            token_BM.bool(),
+            token_mask_BM.bool(),
             torch.arange(len(self.joints) // B).expand(B, -1),
         )
 
     def realm(self):
         queries = pad_batch([WORDS.query(query, 20) for query in self.queries], PAD)
         passages = pad_batch([WORDS.passage(title, text, 40) for title, text in self.passages], PAD)
-        holds_BN = torch.zeros(B, N, dtype=torch.bool)
-        holds_BN[:, 1] = True
+        contains_span_BN = torch.zeros(B, N, dtype=torch.bool)
+        contains_span_BN[:, 1] = True
         order = np.random.default_rng(1).permutation(B * N)
-        return RealmBatch(*queries, *passages, self.candidate_BN, self.valid_BN, holds_BN, self.masked(order, 3))
+        return RealmBatch(
+            *queries, *passages, self.candidate_BN, self.valid_BN, contains_span_BN, self.masked(order, 3)
+        )
 
 
 def read_alone(reader, example):
@@ -131,7 +122,7 @@ def test_right_means_every_wordpiece_and_padding_does_not_count(reader):
         choice = reader.mlm_logits(
             reader(joint.ids_RL, joint.mask_RL, joint.type_RL), batch.position_BM[joint.row_R // N]
         ).argmax(-1)
-    batch.target_BM = torch.where(batch.token_BM, choice.view(B, N, -1)[:, 0], 7)
+    batch.target_BM = torch.where(batch.token_mask_BM, choice.view(B, N, -1)[:, 0], 7)
     assert read_masked(reader, batch).right_BN[:, 0].all()
     batch.target_BM[2, 2] = (batch.target_BM[2, 2] + 1) % 50
     assert read_masked(reader, batch).right_BN[:, 0].tolist() == [True, True, False]
@@ -219,8 +210,8 @@ def test_telemetry_of_a_small_table():
     log_p_y_BN = torch.tensor([[-4.0, -1.0, -6.0], [-2.0, -3.0, -9.0]])
     right_BN = torch.tensor([[False, True, False], [True, False, False]])
     valid_BN = torch.tensor([[True, True, True], [True, True, False]])
-    holds_BN = torch.tensor([[False, True, False], [True, True, True]])
-    figures = retrieval_telemetry(p_BN.log(), log_p_y_BN, right_BN, valid_BN, holds_BN)
+    contains_span_BN = torch.tensor([[False, True, False], [True, True, True]])
+    figures = retrieval_telemetry(p_BN.log(), log_p_y_BN, right_BN, valid_BN, contains_span_BN)
     entropy = -sum(p * math.log(p) for p in (0.2, 0.5, 0.3, 0.75, 0.25)) / 2
     expected = {
         "utility": (3.0 - 2.0 - 1.0) / 3,

@@ -34,8 +34,8 @@ def example(B: int, N: int, M: int, seed: int) -> tuple[Tensor, Tensor, Tensor, 
     token_log_p_BNM = (
         torch.randn(B, N, M, 6, generator=generator, dtype=torch.float64).log_softmax(-1)[..., 0].contiguous()
     )
-    token_BM = torch.arange(M) < torch.randint(1, M + 1, (B, 1), generator=generator)
-    return score_BN.requires_grad_(), valid_BN, token_log_p_BNM.requires_grad_(), token_BM
+    token_mask_BM = torch.arange(M) < torch.randint(1, M + 1, (B, 1), generator=generator)
+    return score_BN.requires_grad_(), valid_BN, token_log_p_BNM.requires_grad_(), token_mask_BM
 
 
 def prior(score_N: Tensor, valid_N: Tensor) -> list[float]:
@@ -62,10 +62,12 @@ def p_per_token(p_N: list[float], token_p_NM: list[list[float]], token_M: list[b
 @given(shape=SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_marginal_is_the_sum_over_candidates(name, brute_force, shape):
-    score_BN, valid_BN, token_log_p_BNM, token_BM = example(*shape)
-    log_likelihood_B = MARGINALS[name](candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_BM)
+    score_BN, valid_BN, token_log_p_BNM, token_mask_BM = example(*shape)
+    log_likelihood_B = MARGINALS[name](candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_mask_BM)
     for b in range(len(score_BN)):
-        expected = brute_force(prior(score_BN[b], valid_BN[b]), token_log_p_BNM[b].exp().tolist(), token_BM[b].tolist())
+        expected = brute_force(
+            prior(score_BN[b], valid_BN[b]), token_log_p_BNM[b].exp().tolist(), token_mask_BM[b].tolist()
+        )
         assert log_likelihood_B[b].item() == pytest.approx(math.log(expected), abs=1e-10)
 
 
@@ -74,14 +76,14 @@ def test_marginal_is_the_sum_over_candidates(name, brute_force, shape):
 def test_joint_gradient_is_the_papers(shape):
     """Guu et al. 2020, appendix A: the log-likelihood's gradient on f(x, z) is [p(y|z,x)/p(y|x)
     − 1]·p(z|x)."""
-    score_BN, valid_BN, token_log_p_BNM, token_BM = example(*shape)
-    loss = -joint_marginal_log_likelihood(candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_BM).sum()
+    score_BN, valid_BN, token_log_p_BNM, token_mask_BM = example(*shape)
+    loss = -joint_marginal_log_likelihood(candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_mask_BM).sum()
     loss.backward()
     for b in range(len(score_BN)):
         p_N, token_p_NM, token_M = (
             prior(score_BN[b], valid_BN[b]),
             token_log_p_BNM[b].exp().tolist(),
-            token_BM[b].tolist(),
+            token_mask_BM[b].tolist(),
         )
         p_y = p_joint(p_N, token_p_NM, token_M)
         for n, p_z in enumerate(p_N):
@@ -95,14 +97,16 @@ def test_joint_gradient_is_the_papers(shape):
 @given(shape=SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_per_token_gradient_is_that_of_every_wordpiece_summed(shape):
-    score_BN, valid_BN, token_log_p_BNM, token_BM = example(*shape)
-    loss = -per_token_marginal_log_likelihood(candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_BM).sum()
+    score_BN, valid_BN, token_log_p_BNM, token_mask_BM = example(*shape)
+    loss = -per_token_marginal_log_likelihood(
+        candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_mask_BM
+    ).sum()
     loss.backward()
     for b in range(len(score_BN)):
         p_N, token_p_NM = prior(score_BN[b], valid_BN[b]), token_log_p_BNM[b].exp().tolist()
         for n, p_z in enumerate(p_N):
             expected = 0.0
-            for m, token in enumerate(token_BM[b].tolist()):
+            for m, token in enumerate(token_mask_BM[b].tolist()):
                 p_y_m = sum(p * row[m] for p, row in zip(p_N, token_p_NM, strict=True))
                 expected -= (token_p_NM[n][m] / p_y_m - 1) * p_z if token else 0.0
             assert score_BN.grad[b, n].item() == pytest.approx(expected, abs=1e-10)
@@ -110,11 +114,11 @@ def test_per_token_gradient_is_that_of_every_wordpiece_summed(shape):
 
 @pytest.mark.parametrize("name", MARGINALS)
 def test_gradcheck(name):
-    score_BN, valid_BN, token_log_p_BNM, token_BM = example(2, 4, 3, 1)
-    assert not valid_BN.all() and not token_BM.all()
+    score_BN, valid_BN, token_log_p_BNM, token_mask_BM = example(2, 4, 3, 1)
+    assert not valid_BN.all() and not token_mask_BM.all()
 
     def loss(score_BN: Tensor, token_log_p_BNM: Tensor) -> Tensor:
-        return -MARGINALS[name](candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_BM).mean()
+        return -MARGINALS[name](candidate_log_prior(score_BN, valid_BN), token_log_p_BNM, token_mask_BM).mean()
 
     assert torch.autograd.gradcheck(loss, (score_BN, token_log_p_BNM))
 
@@ -123,9 +127,9 @@ def test_marginals_agree_on_one_wordpiece_and_part_on_two():
     score_BN, valid_BN, token_log_p_BNM, _ = example(2, 3, 2, 0)
     log_p_z_BN = candidate_log_prior(score_BN, valid_BN)
     for length, alike in ((1, True), (2, False)):
-        token_BM = torch.arange(2).expand(2, 2) < length
+        token_mask_BM = torch.arange(2).expand(2, 2) < length
         joint_B, per_token_B = (
-            MARGINALS[name](log_p_z_BN, token_log_p_BNM, token_BM) for name in ("joint", "per_token")
+            MARGINALS[name](log_p_z_BN, token_log_p_BNM, token_mask_BM) for name in ("joint", "per_token")
         )
         assert torch.allclose(joint_B, per_token_B) == alike
 

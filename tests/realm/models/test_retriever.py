@@ -12,13 +12,8 @@ from torch import nn
 from realm.errors import UserError
 from realm.models.bert import BertSource
 from realm.models.objectives import in_batch_loss
-from realm.models.retriever import (
-    RetrieverConfig,
-    build_retriever,
-    load_retriever,
-    read_retriever_settings,
-    save_retriever,
-)
+from realm.models.retriever import RetrieverConfig, build_retriever
+from realm.models.retriever_files import load_retriever, read_retriever_settings, save_retriever
 from realm.text.inputs import Wordpieces, pad_batch
 
 QUERIES = ["Where does the Danube rise?", "[MASK] was born in London in [MASK] .", "ada", ""]

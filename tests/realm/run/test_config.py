@@ -15,7 +15,7 @@ from realm.run.config_file import dump_config, load_config, parse_overrides
 from realm.runtime.threads import cpu_threads
 
 BASE = "run: runs/x\ncorpus: {passages: p.jsonl}\n"
-SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 
 
 def write(folder, text, name="run.yaml"):

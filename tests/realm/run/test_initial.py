@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from finetune.answer import Answerer
-from finetune.train_reader import train_finetune
+from finetune.train_reader import Finetuning
 from realm.errors import UserError
 from realm.models.reader import build_reader, load_reader, save_reader
-from realm.models.retriever import build_retriever, save_retriever
+from realm.models.retriever import build_retriever
+from realm.models.retriever_files import save_retriever
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from realm.run.initial import build_initial_retriever, initial_reader, initial_retriever
+from realm.run.train import train_stage
 from realm.runtime.publish import checksum
 from tests.tiny import prepared_run, write_config
 
@@ -79,7 +81,7 @@ def test_another_run_is_finetuned_and_answers_with_no_stage_of_its_own_before(so
     run = another(source, tmp_path)
     before = Answerer(run, "initial")
     assert before.model is not None, "the reader of the other run reads, zero-shot"
-    train_finetune(run)
+    train_stage(run, "finetune", Finetuning.open)
     after = Answerer(run)
     assert (
         after.index.manifest.encoder_checksum

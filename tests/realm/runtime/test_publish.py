@@ -8,26 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from realm.runtime.publish import (
-    Lineage,
     PublishError,
-    Version,
     check_files,
     checksum,
-    newest,
     published,
     read_manifest,
-    start_attempt,
-    versions_in,
     write_file_atomic,
     write_json_atomic,
     write_manifest,
 )
-
-versions = st.builds(Version, st.integers(0, 200), st.integers(0, 10**7), st.none() | st.integers(0, 200))
 
 
 def test_a_published_folder_appears_whole_and_under_its_name_only(tmp_path: Path) -> None:
@@ -159,96 +150,3 @@ def test_a_folders_checksum_depends_on_names_and_contents_alone(tmp_path: Path) 
     assert checksum(tmp_path / "a") == checksum(tmp_path / "b")
     (tmp_path / "b" / "x").rename(tmp_path / "b" / "z")
     assert checksum(tmp_path / "a") != checksum(tmp_path / "b")
-
-
-@given(versions)
-def test_a_version_survives_its_name(version: Version) -> None:
-    assert Version.parse(version.name) == version
-
-
-@given(st.text() | st.from_regex(r"a[0-9]{1,3}-step-[0-9]{5,8}(-e[0-9]{1,3})?", fullmatch=True))
-def test_a_name_is_read_as_what_it_says_or_not_at_all(name: str) -> None:
-    try:
-        version = Version.parse(name)
-    except PublishError:
-        return
-    assert version.name == name
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a1-step-000500",
-        "a01-step-500",
-        "a01-step-000500-e",
-        "a01-step-000500-e03",
-        "a01-step-000500\n",
-        "a\u0660\u0661-step-000500",
-    ],
-)
-def test_foreign_names_are_no_versions(name: str) -> None:
-    with pytest.raises(PublishError, match="not the name of a version"):
-        Version.parse(name)
-
-
-def test_names() -> None:
-    assert Version(1, 500).name == "a01-step-000500"
-    assert Version(1, 500, 3).name == "a01-step-000500-e3"
-    assert Version(1, 500, 3).encoder == Version(1, 500)
-
-
-@given(versions, versions, versions)
-def test_versions_are_totally_ordered(a: Version, b: Version, c: Version) -> None:
-    assert (a < b) + (b < a) + (a == b) == 1
-    assert not (a < b and b < c) or a < c
-
-
-def test_a_higher_epoch_is_preferred_at_the_same_step_only() -> None:
-    assert Version(1, 500, 2) < Version(1, 500, 10) < Version(1, 501, 1) < Version(2, 0, 0)
-    assert Version(1, 500) < Version(1, 500, 0)
-
-
-def test_attempts_are_numbered_and_kept(tmp_path: Path) -> None:
-    assert Lineage.load(tmp_path).current is None
-    assert start_attempt(tmp_path) == 1
-    assert start_attempt(tmp_path, parent=1, parent_step=500) == 2
-    assert start_attempt(tmp_path, parent=1, parent_step=200) == 3
-    assert Lineage.load(tmp_path).current == 3
-    with pytest.raises(PublishError, match="no attempt 9"):
-        start_attempt(tmp_path, parent=9, parent_step=1)
-
-
-def test_an_abandoned_future_is_never_served(tmp_path: Path) -> None:
-    start_attempt(tmp_path)
-    start_attempt(tmp_path, parent=1, parent_step=500)  # rolled back from beyond 500
-    start_attempt(tmp_path, parent=2, parent_step=800)
-    start_attempt(tmp_path, parent=2, parent_step=400)  # back beyond the point where attempt 2 itself began
-    for name in (
-        "a01-step-000300-e1",
-        "a01-step-000500-e1",
-        "a01-step-001000-e9",
-        "a02-step-000700-e2",
-        "a02-step-000900-e2",
-        "a03-step-000900-e3",
-    ):
-        (tmp_path / "indexes" / name).mkdir(parents=True)
-    (tmp_path / "indexes" / ".tmp-a03-step-001000-e3-0").mkdir()
-    (tmp_path / "indexes" / "notes.txt").touch()
-    lineage = Lineage.load(tmp_path)
-
-    def names(attempt: int) -> list[str]:
-        return [version.name for version in newest(tmp_path / "indexes", lineage, attempt)]
-
-    assert names(1) == ["a01-step-001000-e9", "a01-step-000500-e1", "a01-step-000300-e1"]
-    assert names(2) == ["a02-step-000900-e2", "a02-step-000700-e2", "a01-step-000500-e1", "a01-step-000300-e1"]
-    assert names(3) == ["a03-step-000900-e3", "a02-step-000700-e2", "a01-step-000500-e1", "a01-step-000300-e1"]
-    assert names(4) == ["a01-step-000300-e1"]
-    assert len(versions_in(tmp_path / "indexes")) == 6
-    assert versions_in(tmp_path / "nowhere") == []
-
-
-@pytest.mark.parametrize("text", ["", "{}x", "[1]", '[{"attempt": 1, "mother": 2}]'])
-def test_a_broken_lineage_is_reported(tmp_path: Path, text: str) -> None:
-    (tmp_path / "lineage.json").write_text(text)
-    with pytest.raises(PublishError, match=r"lineage\.json"):
-        Lineage.load(tmp_path)

@@ -1,0 +1,168 @@
+"""Batches of questions with retrieved passages.
+
+Shape legend: see `realm.models.batches.QuestionBatch`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from finetune.metrics import has_answer
+from finetune.questions import Question
+from index.interface import Index
+from realm.corpus.collate import Collator
+from realm.corpus.substitution import SpanPool, replace_span
+from realm.models.batches import QuestionBatch
+from realm.models.reader import pad_joint, span_targets
+from realm.text.blocks import align_spans
+from realm.text.inputs import IntArray
+from realm.text.tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Substitute: TypeAlias = tuple[IntArray, IntArray]
+"""Wordpieces of a span and of its replacement."""
+Positives: TypeAlias = Literal["answer", "document"]
+"""Relevant passages: all that contain an answer, or only those of the question's own document."""
+
+
+class QuestionCollator:
+    """Builds batches from questions and passage rows."""
+
+    def __init__(
+        self,
+        collator: Collator,
+        tokenizer: "PreTrainedTokenizerBase",
+        index: Index,
+        max_span_tokens: int,
+        positives: Positives = "answer",
+    ) -> None:
+        """`max_span_tokens`: the reader's longest answer span W."""
+        self.inputs, self.tokenizer, self.index = collator, tokenizer, index
+        self.passages, self.words = collator.passages, collator.wordpieces
+        self.max_span_tokens, self.positives = max_span_tokens, positives
+
+    def queries(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Retriever inputs of questions: ids and padding mask, each (B, L)."""
+        return self.inputs.queries([question.ids for question in questions])
+
+    def answer_places(self, question: Question, row: int) -> list[tuple[int, int]]:
+        """Start and length in wordpieces of every accepted answer in a passage's text."""
+        if question.is_pattern:
+            return self._matches(question, self.passages.text(row))
+        return self._occurrences(question.answer_ids, self.passages.text_ids(row))
+
+    def _occurrences(self, answers: Sequence[IntArray], within: IntArray) -> list[tuple[int, int]]:
+        return [(start, len(ids)) for ids in answers if len(ids) for start in self.words.find(within, ids)]
+
+    def _matches(self, question: Question, text: str) -> list[tuple[int, int]]:
+        """Matches of a question's pattern that are aligned with wordpieces."""
+        spans = [(match.start(), match.end(), "") for match in question.pattern.finditer(text) if match.group().strip()]
+        if not spans:
+            return []
+        _, offset_L2 = tokenize(self.tokenizer, [text])[0]
+        return [(first, last - first) for first, last, _ in align_spans(offset_L2, [], spans)]
+
+    def contains_answer(self, question: Question, row: int) -> bool:
+        """Whether a passage contains an accepted answer, by whole tokens or by the question's pattern."""
+        text = self.passages.text(row)
+        return question.pattern.search(text) is not None if question.is_pattern else has_answer(text, question.answers)
+
+    def substitutes(
+        self, questions: Sequence[Question], probability: float, pool: SpanPool, rng: np.random.Generator
+    ) -> list[Substitute | None]:
+        """With the given probability, a random span of the answer's type for a question whose answer is a
+        salient span of its passage."""
+        chosen: list[Substitute | None] = []
+        for question in questions:
+            kinds = (
+                {} if question.passage is None or rng.random() >= probability else self._span_types(question.passage)
+            )
+            old = next((ids for ids in question.answer_ids if ids.tobytes() in kinds), None)
+            others = [] if old is None else pool[kinds[old.tobytes()]]
+            chosen.append(None if old is None else (old, others[rng.integers(len(others))]))
+        return chosen
+
+    def _span_types(self, row: int) -> dict[bytes, int]:
+        """Types of a passage's salient spans by their wordpieces."""
+        ids = self.passages.text_ids(row)
+        return {ids[start:end].tobytes(): int(kind) for start, end, kind in zip(*self.passages.spans(row), strict=True)}
+
+    def batch(
+        self,
+        questions: Sequence[Question],
+        query: tuple[torch.Tensor, torch.Tensor],
+        retrieved: np.ndarray,
+        read: np.ndarray,
+        substitutes: Sequence[Substitute | None] | None = None,
+    ) -> QuestionBatch:
+        """A batch of questions.
+
+        `retrieved`: (B, K) rows for the retriever's softmax; `read`: (B, N) rows for the reader; rows below 0
+        are not passages. `substitutes` are applied to what is read. For the reader, an answer in the title is
+        as right as one in the text, as in evaluation.
+        """
+        read_slot_BN = np.array([self.inputs.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
+        row_Q = np.flatnonzero(read_slot_BN == np.arange(read.shape[1]))
+        joints, places = [], []
+        for place in row_Q.tolist():
+            b, n = divmod(place, read.shape[1])
+            change = None if substitutes is None else substitutes[b]
+            ids, first, answers = self._joint(questions[b], int(read[b, n]), change)
+            joints.append((ids, first))
+            places.append(answers)
+        ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
+        targets = span_targets(places, ids_QL, mask_QL, type_QL, self.words, self.max_span_tokens)
+        return QuestionBatch(
+            *query,
+            self.embeddings(retrieved),
+            torch.from_numpy(self.relevant(questions, retrieved)),
+            torch.from_numpy(retrieved >= 0),
+            self.embeddings(read),
+            torch.from_numpy(read_slot_BN),
+            torch.from_numpy(row_Q),
+            ids_QL,
+            mask_QL,
+            type_QL,
+            *targets,
+        )
+
+    def _joint(
+        self, question: Question, row: int, change: Substitute | None
+    ) -> tuple[IntArray, int, list[tuple[int, int]]]:
+        """The joint input of a passage, the length of its first segment, and start and length of every answer
+        in it."""
+        context = self.inputs.contexts.around(row)
+        title_ids, text_ids = self.passages.title_ids(row), context.text_ids
+        if change is not None:
+            title_ids, text_ids = (replace_span(ids, *change, self.words) for ids in (title_ids, text_ids))
+        query_ids = question.ids[: self.inputs.limits.query - 2]
+        ids, first, text_at = self.inputs.joint(query_ids, (title_ids, text_ids))
+        if question.is_pattern:
+            in_title = self._matches(question, self.passages.title(row))
+            places = [(first + start, length) for start, length in in_title if first + start + length < text_at]
+            for other, begin in zip(context.rows, context.starts, strict=True):
+                places += [(text_at + begin + start, length) for start, length in self.answer_places(question, other)]
+        else:
+            answers = question.answer_ids if change is None else (change[1],)
+            places = [(first + start, length) for start, length in self._occurrences(answers, ids[first:])]
+        return ids, first, [(start, length) for start, length in places if start + length < len(ids)]
+
+    def relevant(self, questions: Sequence[Question], rows: np.ndarray) -> np.ndarray:
+        """Which retrieved passages the retriever should prefer, (B, K) bool: those that contain an answer (Lee
+        et al. 2019, section 5); with `positives` "document", only in the question's own document, if it is
+        known."""
+        relevant = np.zeros(rows.shape, dtype=bool)
+        for b, (question, retrieved) in enumerate(zip(questions, rows, strict=True)):
+            anywhere = self.positives == "answer" or question.document is None
+            for k, row in enumerate(map(int, retrieved)):
+                if row >= 0 and (anywhere or self.passages.document(row) == question.document):
+                    relevant[b, k] = bool(self.answer_places(question, row))
+        return relevant
+
+    def embeddings(self, rows: np.ndarray) -> torch.Tensor:
+        """The index's embeddings of the given rows, (…, D); those of row 0 for rows below 0."""
+        return torch.from_numpy(self.index.embeddings(np.maximum(rows, 0).ravel())).view(*rows.shape, -1)

@@ -1,0 +1,132 @@
+"""Masked sentences and their candidates, retrieved one step ahead of training."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import nn
+
+from index.interface import Index
+from pretrain.collate import MaskedCollator
+from pretrain.masking import MaskedSentence, SpanSampler
+from pretrain.search import embed_masked
+from pretrain.selection import choose_candidates
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.substitution import span_pool
+from realm.models.batches import RealmBatch
+from realm.models.precision import Precision
+from realm.runtime.distributed import rank, world_size
+from realm.text.inputs import epoch_rows
+from realm.training.sections import PretrainConfig
+from realm.training.streams import RunStream, StepStream, run_seed, step_generator
+
+
+class IndexSource(Protocol):
+    """Where the index of each step comes from: `index.live.LiveIndex`."""
+
+    @property
+    def index(self) -> Index:
+        """The index in use."""
+
+    def swap(self, step: int) -> None:
+        """Take a newer index, if one is ready, before step `step`."""
+
+
+class Candidates:
+    """The batches of REALM pretraining.
+
+    While step t trains, the candidates of step t + 1 are searched on a thread; their queries are
+    embedded before that, on the main thread, with the weights of step t. Pending candidates are part of a
+    checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        seed: int,
+        collator: MaskedCollator,
+        statements: PreparedCorpus,
+        precision: Precision,
+        source: IndexSource,
+        query_tower: Callable[[], nn.Module],
+    ) -> None:
+        """`query_tower()` returns the tower with its current weights."""
+        self.config, self.seed, self.collator, self.statements = config, seed, collator, statements
+        self.precision, self.source, self.query_tower = precision, source, query_tower
+        self.sampler = SpanSampler(statements, config.max_span_tokens, collator.inputs.limits.query - 2)
+        corpora = [statements, collator.inputs.passages]
+        self.pool = span_pool(corpora, config.max_span_tokens) if config.substitution_prob else None
+        self.timing: dict[str, float] = {}
+        """Seconds by phase and reader tokens of the newest batch."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
+        self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None
+
+    def examples(self, step: int, size: int) -> list[MaskedSentence]:
+        """Masked sentences of a step on this rank."""
+        order_seed = run_seed(self.seed, RunStream.PRETRAIN)
+        places = epoch_rows(len(self.sampler.rows), size * world_size(), step, order_seed)[rank() :: world_size()]
+        rng = step_generator(self.seed, StepStream.MASKED_SENTENCES, step)
+        return [self.sampler.draw(int(self.sampler.rows[place]), rng) for place in places]
+
+    def batch(self, step: int, size: int) -> RealmBatch:
+        """The batch of `step`; starts the search for the next one."""
+        began = time.monotonic()
+        if self._pending is not None:
+            self._pending[2].result()  # a swap closes the index that is being searched
+        self.source.swap(step)
+        if self._pending is None or (self._pending[0], len(self._pending[1])) != (step, size):
+            self._search_ahead(step, size)
+        assert self._pending is not None
+        _, examples, future = self._pending
+        candidates = future.result()
+        found = time.monotonic()
+        self._search_ahead(step + 1, size)
+        embedded = time.monotonic()
+        rng = step_generator(self.seed, StepStream.PRETRAIN_SUBSTITUTION, step)
+        batch = self.collator.realm(examples, candidates, self.pool, self.config.substitution_prob, rng)
+        tokens = sum(int(joint.mask_RL.sum()) for joint in batch.masked.joint)
+        self.timing = {
+            "seconds/wait_search": found - began,
+            "seconds/embed_queries": embedded - found,
+            "seconds/collate": time.monotonic() - embedded,
+            "reader_tokens": float(tokens),
+        }
+        return batch
+
+    def search(self, index: Index, examples: list[MaskedSentence], query_emb_BD: np.ndarray) -> np.ndarray:
+        """Candidates that are not trivial, (B, candidates − 1) passage rows, EMPTY if there are too few."""
+        count, inputs = self.config.candidates - 1, self.collator.inputs
+        _, retrieved = index.search(query_emb_BD, min(count + self.config.extra_retrieved, len(index)))
+        chosen = [
+            choose_candidates(rows[rows >= 0], example, count, inputs.contexts, self.statements, inputs.wordpieces)
+            for example, rows in zip(examples, retrieved, strict=True)
+        ]
+        return np.array(chosen, dtype=np.int64)
+
+    def _search_ahead(self, step: int, size: int) -> None:
+        examples = self.examples(step, size)
+        query_emb_BD = embed_masked(self.query_tower(), examples, self.collator, self.precision)
+        future = self._thread.submit(self.search, self.source.index, examples, query_emb_BD)
+        self._pending = (step, examples, future)
+
+    def save(self, checkpoint: Path) -> None:
+        """Add this rank's pending candidates to a checkpoint."""
+        assert self._pending is not None
+        np.save(self._file(checkpoint), self._pending[2].result())
+
+    def restore(self, checkpoint: Path, step: int) -> None:
+        """Take over the candidates that were pending on this rank."""
+        done: Future[np.ndarray] = Future()
+        done.set_result(np.load(self._file(checkpoint)))
+        self._pending = (step, self.examples(step, self.config.batch_size), done)
+
+    @staticmethod
+    def _file(checkpoint: Path) -> Path:
+        return checkpoint / f"candidates-{rank():03d}.npy"
+
+    def close(self) -> None:
+        """End the search thread."""
+        self._thread.shutdown()

@@ -1,0 +1,64 @@
+"""The commands that answer questions with a trained run."""
+
+import argparse
+from pathlib import Path
+
+from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
+
+
+def add_question_commands(commands: Commands) -> None:
+    """The subcommands and their options."""
+    evaluate = add_command(commands, "evaluate", _evaluate, "answer questions and compute metrics", "run")
+    add_question_options(evaluate, "those of --split")
+    evaluate.add_argument(
+        "--name", help="name of the result in evaluations/ (default: that of the file or the split, and of the stage)"
+    )
+    evaluate.add_argument(
+        "--stage",
+        default="finetune",
+        help="stage whose models answer: initial, or a training stage (default: finetune)",
+    )
+    evaluate.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="RETRIEVER",
+        help="also evaluate other stages, bm25, or sentence-transformers models",
+    )
+    evaluate.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)"
+    )
+
+    about = "compare two evaluations of the same questions: differences with paired intervals"
+    compare = add_command(commands, "compare", _compare, about, None)
+    compare.add_argument("first", type=Path, help="…predictions.jsonl of one evaluation")
+    compare.add_argument("second", type=Path, help="…predictions.jsonl of another, of the same or another run")
+
+    ask = add_command(commands, "ask", _ask, "answer one question from the corpus", "run")
+    ask.add_argument("question", help="the question, in quotes")
+    ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from finetune.evaluate import evaluate, print_results
+    from finetune.train_reader import Finetuning
+
+    run = with_questions(open_run(options), options, options.split)
+    source = run.questions(options.split)
+    given = None if options.questions is None or source is None else Path(source.path).name.split(".")[0]
+    name = options.name or given or options.split
+    if options.name is None and options.stage != Finetuning.name:
+        name += f"-{options.stage}"
+    print_results(run, evaluate(run, options.split, options.stage, options.compare, name), name)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from finetune.compare import compare
+
+    compare(options.first, options.second)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from finetune.ask import ask
+
+    ask(open_run(options), options.question, options.passages)

@@ -1,0 +1,115 @@
+"""The commands that prepare and train a run."""
+
+import argparse
+from pathlib import Path
+
+from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
+from realm.errors import UserError
+
+_RESUME = "continue from the newest checkpoint"
+
+
+def add_training_commands(commands: Commands) -> None:
+    """The subcommands and their options."""
+    about = "all stages in order, then a table: prepare, ict, reader-pretraining, pretrain, finetune, evaluate"
+    everything = add_command(commands, "run", _run, about, "config")
+    everything.add_argument("--resume", action="store_true", help="continue a run that was begun before")
+
+    about = "forecast time, memory and disk of a run on this machine, from a short measurement"
+    plan = add_command(commands, "plan", _plan, about, "config")
+    plan.add_argument("--passages", type=int, metavar="N", help="blocks of the whole corpus, if it is not prepared yet")
+
+    about = "documents to token arrays and salient spans, once"
+    prepare = add_command(commands, "prepare", _prepare, about, "config")
+    prepare.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be used")
+
+    for name, command, about in (
+        ("ict", _train, "train the retriever on the inverse cloze task"),
+        ("reader-pretraining", _train, "train the reader to copy spans from retrieved passages"),
+        ("pretrain", _pretrain, "REALM pretraining with an index that a refresher keeps up to date"),
+    ):
+        stage = add_command(commands, name, command, about, "config")
+        stage.add_argument("--resume", action="store_true", help=_RESUME)
+        stage.set_defaults(stage=name.replace("-", "_"))
+        if name == "pretrain":
+            stage.add_argument("--with-refresher", action="store_true", help="also start a refresher process")
+            stage.add_argument(
+                "--replay",
+                type=Path,
+                metavar="RUN",
+                help="search at each step the index that this run, or an earlier attempt of the same run, searched",
+            )
+
+    about = "the asynchronous index refresher, a separate process; start, kill and restart it at any time"
+    refresh = add_command(commands, "refresh", _refresh, about, "run")
+    refresh.add_argument("--once", action="store_true", help="exit when there is nothing left to do")
+
+    for name, about in (
+        ("finetune-retriever", "finetune both towers of the retriever on questions with hard negatives"),
+        ("finetune", "finetune reader and query tower on questions"),
+    ):
+        finetune = add_command(commands, name, _finetune, about, "run")
+        add_question_options(finetune, "data.train of the run's config")
+        finetune.add_argument("--resume", action="store_true", help=_RESUME)
+        finetune.set_defaults(stage=name.replace("-", "_"))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from realm.app.pipeline import run_all
+    from realm.run.config_file import load_config
+
+    run_all(load_config(options.config, options.overrides), options.resume)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from realm.app.plan import plan
+    from realm.run.config_file import load_config
+
+    plan(load_config(options.config, options.overrides), options.passages)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from realm.app.corpus import prepare
+    from realm.run.config_file import load_config
+
+    prepare(load_config(options.config, options.overrides), options.skip_bad)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from realm.app.stages import STAGE_PROGRAMS
+    from realm.run.train import train_stage
+
+    train_stage(open_run(options), options.stage, STAGE_PROGRAMS[options.stage].open, options.resume)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from functools import partial
+
+    from pretrain.realm import LiveRealmPretraining
+    from realm.run.train import train_stage
+
+    open_stage = partial(LiveRealmPretraining.open, with_refresher=options.with_refresher, replay=options.replay)
+    train_stage(open_run(options), options.stage, open_stage, options.resume)
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from index.refresh import refresh
+    from index.workers import WorkerGroup
+    from realm.run.folder import Run
+
+    run, workers = Run.open(options.run, options.overrides), WorkerGroup.join()
+    refresh(run.folder, run.config.refresh, run.passages, once=options.once, workers=workers)
+    workers.leave()
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from realm.app.stages import STAGE_PROGRAMS
+    from realm.run.train import train_stage
+
+    run = with_questions(open_run(options), options, "train")
+    if options.questions is not None and run.finished(options.stage):
+        raise UserError(
+            f"run {run.folder} is finetuned already, so {options.questions} would not be used; remove "
+            f"{run.stage(options.stage)} or copy the run."
+        )
+    train_stage(run, options.stage, STAGE_PROGRAMS[options.stage].open, options.resume)

@@ -1,0 +1,101 @@
+"""`realm prepare` and `realm index add`: documents become a run's corpus."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from index.frozen import FROZEN
+from index.refresh import refresh
+from realm.corpus.documents import read_documents
+from realm.corpus.formats import count_ignored, format_of
+from realm.corpus.growth import grow_corpus
+from realm.corpus.prepare import prepare_corpus
+from realm.corpus.sources import SourceConfig
+from realm.run.config import RealmConfig
+from realm.run.folder import BUILTIN, Run, source_path
+from realm.runtime.telemetry import log_line, progress
+from realm.spans.tagger import SpanTagger
+from realm.text.tokenizer import obtain_tokenizer
+
+
+def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
+    """Prepare the passages and statements of a config; what is prepared already is kept.
+
+    `skip_bad`: skip and count records that cannot be used. Raises UserError as `prepare_corpus` does.
+    """
+    corpus, prepared = config.corpus, Path(config.corpus.prepared)
+    skip_bad = skip_bad or corpus.skip_bad
+    groups = {"passages": corpus.passages} | ({} if corpus.statements is None else {"statements": corpus.statements})
+    if any(source.path.startswith(BUILTIN) for sources in groups.values() for source in sources):
+        from realm.gazetteer import write_gazetteer
+
+        made = write_gazetteer(prepared / "gazetteer")
+        log_line(
+            f"built-in corpus: {made.entities} entities, {made.facts} facts, {made.passages} passages, "
+            f"{made.statements} statements"
+        )
+    resolved = {
+        kind: [replace(source, path=str(source_path(source.path, prepared))) for source in corpus.limited(sources)]
+        for kind, sources in groups.items()
+    }
+    for kind, sources in resolved.items():
+        for source in sources:
+            detected = ", auto-detected" if source.format == "auto" else ""
+            ignored = count_ignored(source)
+            others = f"; {ignored:,} other files ignored" if ignored else ""
+            log_line(f"{kind}: {source.path} ({format_of(source)}{detected}{others})")
+
+    def texts() -> list[str]:
+        documents = (document for sources in resolved.values() for document in read_documents(sources, skip_bad))
+        return [f"{document.title} {document.text}" for document in documents]
+
+    tokenizer = obtain_tokenizer(config.tokenizer, prepared / "tokenizer", texts)
+    tagger = SpanTagger.load(config.spans)
+    for kind, sources in resolved.items():
+        with progress(f"prepare {kind}", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
+            ready = prepare_corpus(
+                sources,
+                prepared / kind,
+                tokenizer,
+                corpus.block_tokens,
+                tagger,
+                corpus.num_workers,
+                skip_bad,
+                ticker.of,
+            )
+        manifest = ready.manifest
+        log_line(
+            f"{kind}: {len(ready):,} blocks of {manifest['documents']:,} documents, {manifest['spans']:,} salient spans "
+            f"({tagger.name}), {manifest['skipped']} records skipped"
+        )
+
+
+def add_documents(
+    run: Run, sources: Sequence[SourceConfig], delete: Sequence[str], replace_: bool, skip_bad: bool
+) -> None:
+    """Add and remove documents of the run's corpus, then update the newest indexes: only new documents are encoded.
+
+    `delete`: ids of documents to remove; `replace_`: added documents replace those with the same id. Raises
+    UserError as `grow_corpus` does.
+    """
+    before, config = run.passages, run.config
+    with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
+        corpus = grow_corpus(
+            run.prepared / "passages",
+            sources,
+            delete,
+            replace_,
+            run.tokenizer,
+            SpanTagger.load(config.spans),
+            config.corpus.num_workers,
+            skip_bad,
+            ticker.of,
+        )
+    added, removed = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
+    log_line(f"{added:,} blocks added, {removed:,} removed; {len(corpus.rows):,} can be retrieved now")
+    stores = [run.folder, *(encoders.parent for encoders in (run.folder / FROZEN).glob("*/encoders"))]
+    stores = [store for store in stores if (store / "encoders").is_dir()]
+    if not stores:
+        log_line("no encoder was exported yet; the index is built when the first one is")
+    for store in stores:
+        refresh(store, config.refresh, corpus, once=True, log=log_line)

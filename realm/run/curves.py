@@ -1,0 +1,79 @@
+"""`curves.png`: a run's losses, retrieval and staleness as curves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realm.run.folder import STAGES
+from realm.run.report import STAGE_TITLES
+from realm.runtime.telemetry import read_metrics
+
+_SMOOTH = 10
+"""Steps of the running mean."""
+_RETRIEVAL = {
+    "candidate_hit_rate": "candidates that contain the span",
+    "null_mass": "p(null|x)",
+    "accuracy": "span right",
+}
+_FINETUNING = {"accuracy": "span right", "retriever_rows": "answer retrieved"}
+_STATEMENTS = {"known": "fact in a passage", "unsupported": "fact in no passage"}
+
+
+def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
+    """Draw the loss of each stage, retrieval and staleness during REALM, finetuning, and p(null|x) of statements
+    (`null_masses`) whose fact is in a passage (`known`) or in none (`unsupported`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_metrics(folder / "metrics.jsonl")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    for stage in (stage for stage in STAGES if stage in metrics):
+        axes[0, 0].plot(*_series(metrics[stage], "loss", relative=True), label=STAGE_TITLES[stage])
+    axes[0, 0].set(title="Loss by stage", xlabel="fraction of the stage's steps", ylabel="loss (nats)", yscale="log")
+    axes[0, 0].legend()
+    if steps := metrics.get("pretrain", []):
+        _draw_shares(axes[0, 1], steps, _RETRIEVAL, "REALM: retrieval")
+        axes[0, 2].plot(*_series(steps, "utility"), color="tab:green")
+        axes[0, 2].axhline(0, color="grey", linewidth=0.5)
+        axes[0, 2].set(title="REALM: retrieval utility", xlabel="step", ylabel="log p(y|z,x) − log p(y|null,x)")
+        behind = [row["steps_behind"] for row in steps]
+        axes[1, 0].plot([row["step"] for row in steps], behind, drawstyle="steps-post")
+        axes[1, 0].set(title="Index: steps behind the trainer", xlabel="step", ylabel="steps")
+    if "finetune" in metrics:
+        _draw_shares(axes[1, 1], metrics["finetune"], _FINETUNING, "Finetuning")
+    _draw_null_masses(axes[1, 2], null_masses)
+    figure.savefig(folder / "curves.png", dpi=80)
+    plt.close(figure)
+
+
+def _draw_shares(axis: Any, steps: list[dict], names: dict[str, str], title: str) -> None:
+    """Figures between 0 and 1 over the steps."""
+    for name, label in names.items():
+        axis.plot(*_series(steps, name), label=label)
+    axis.set(title=title, xlabel="step", ylim=(0, 1))
+    axis.legend()
+
+
+def _draw_null_masses(axis: Any, null_masses: dict[str, list[float]]) -> None:
+    """Histograms of p(null|x)."""
+    for name, label in _STATEMENTS.items():
+        if values := null_masses.get(name):
+            clipped, weights = np.clip(values, 1e-5, 1.0), np.full(len(values), 1 / len(values))
+            legend = f"{label} (mean {np.mean(values):.3f})"
+            axis.hist(clipped, np.geomspace(1e-5, 1, 26), weights=weights, alpha=0.6, label=legend)
+    xlabel = "p(null|x); the first bar includes all below 1e-5"
+    axis.set(title="Probability of the null passage", xlabel=xlabel, ylabel="fraction of statements", xscale="log")
+    if null_masses:
+        axis.legend()
+
+
+def _series(steps: list[dict], name: str, relative: bool = False) -> tuple[list[float], list[float]]:
+    """Steps (`relative`: as fractions of the last) and running means of a figure."""
+    last = steps[-1]["step"]
+    places = [row["step"] / last if relative else float(row["step"]) for row in steps]
+    values = [row[name] for row in steps]
+    means = [float(np.mean(values[max(0, i - _SMOOTH + 1) : i + 1])) for i in range(len(values))]
+    return places, means

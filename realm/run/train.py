@@ -1,0 +1,55 @@
+"""The life of a stage in a run: begin, seed, open, train, publish its models."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from realm.models.reader import save_reader
+from realm.models.retriever import Retriever
+from realm.models.retriever_files import save_retriever
+from realm.run.folder import Run
+from realm.runtime.distributed import is_rank_zero
+from realm.runtime.publish import published
+from realm.runtime.threads import cpu_threads
+from realm.training.loop import train
+from realm.training.stage import Stage
+from realm.training.streams import RunStream, run_seed
+
+
+def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume: bool = False) -> None:
+    """Train the stage `name`, which `open_stage(run)` opens, and publish its models in `NAME/model`.
+
+    A finished stage is left as it is. Raises UserError if the stage was begun before, unless `resume`,
+    and Interrupted after Ctrl-C, when a checkpoint is written.
+    """
+    if not run.begin(name, resume):
+        return
+    torch.manual_seed(run_seed(run.config.seed, RunStream[name.upper()]))
+    config = replace(run.config.engine, threads=run.config.threads(name))
+    with cpu_threads(config.threads), open_stage(run) as stage:
+        seconds = train(stage, run.folder, config, run.config.seed)
+        _publish_models(run, stage, seconds)
+        stage.finish()
+
+
+def _publish_models(run: Run, stage: Stage, seconds: float) -> None:
+    """Publish the stage's models, all at once: the stage is finished."""
+    assert stage.engine is not None
+    models = [model for model in (stage.retriever, stage.reader) if model is not None]
+    with stage.engine.gathered(*models):
+        if not is_rank_zero():
+            return
+        with published(run.model(stage.name)) as folder:
+            if stage.retriever is not None:
+                export_retriever(run, stage.retriever, folder / "retriever")
+            if stage.reader is not None:
+                save_reader(stage.reader, run.tokenizer, folder / "reader")
+            (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+
+
+def export_retriever(run: Run, retriever: Retriever, folder: Path) -> None:
+    """Save a retriever with the run's tokenizer and maximal lengths."""
+    config = run.config.retriever
+    save_retriever(retriever, run.tokenizer, folder, config.max_query_tokens, config.max_passage_tokens)

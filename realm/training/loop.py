@@ -1,0 +1,75 @@
+"""The training loop that every stage shares: step, log, checkpoint, resume, interrupt."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from realm.runtime.distributed import any_rank, is_rank_zero, mean_over_ranks
+from realm.runtime.signals import Interrupted, stop_signals
+from realm.runtime.telemetry import Metrics, peak_memory, progress
+from realm.training.checkpoints import checkpoint_folder, checkpoints, newest_checkpoint
+from realm.training.engine import Engine
+from realm.training.sections import EngineConfig
+from realm.training.stage import Stage
+from realm.training.streams import seed_step
+
+
+def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> float:
+    """Train `stage` from its newest checkpoint in `run_folder` to its end.
+
+    Returns the seconds of training, including those before the checkpoint. After Ctrl-C or SIGTERM
+    the current step is finished, a checkpoint written, and Interrupted raised.
+    """
+    engine = Engine(stage.module, stage.config, config, stage.called_between_steps())
+    folder = run_folder / stage.name
+    start, seconds_before = 0, 0.0
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        state = engine.load(checkpoint)
+        start, seconds_before = state["step"], state.get("seconds", 0.0)
+    stage.begin(engine)
+    if checkpoint is not None:
+        stage.restore(checkpoint, start)
+    began = time.monotonic()
+
+    def seconds() -> float:
+        return seconds_before + time.monotonic() - began
+
+    metrics = Metrics(run_folder, stage.name, is_rank_zero())
+    steps, every_s = stage.config.steps, config.log_every_s
+    with stop_signals() as stop, progress(stage.name, steps, start, every_s=every_s) as ticker:
+        for step in range(start, steps):
+            values = _step(stage, engine, step, seed)
+            done = step + 1
+            metrics.log(done, values)
+            ticker.update(done, stage.progress_line(values))
+            interrupted = any_rank(stop.is_set())
+            if interrupted or (done % stage.config.checkpoint_every == 0 and done < steps):
+                state = {"step": done, "seconds": seconds(), **stage.state()}
+                engine.save(checkpoint_folder(folder, done), state, stage.save)
+                _remove_old_checkpoints(folder, config.keep_checkpoints)
+            if interrupted:
+                raise Interrupted(
+                    f"{stage.name} was interrupted at step {done} of {steps}; rerun with --resume to continue."
+                )
+    metrics.close()
+    return seconds()
+
+
+def _step(stage: Stage, engine: Engine, step: int, seed: int) -> dict[str, Any]:
+    """Train one step; returns its figures."""
+    seed_step(seed, step)
+    began = time.monotonic()
+    batch = stage.batch(step).to(engine.device)
+    drawn = time.monotonic()
+    values: dict[str, Any] = mean_over_ranks(engine.step(batch))
+    values |= {"seconds/batch": drawn - began, "seconds/update": time.monotonic() - drawn}
+    values |= stage.after_step(step + 1)
+    return values | {"seconds/step": time.monotonic() - began} | peak_memory()
+
+
+def _remove_old_checkpoints(folder: Path, keep: int) -> None:
+    if is_rank_zero():
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)

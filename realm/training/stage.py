@@ -1,0 +1,90 @@
+"""What a training stage is: the module it trains, its batches, and the state it keeps between steps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import nn
+
+from realm.models.batches import Batch
+from realm.models.reader import Reader
+from realm.models.retriever import Retriever
+from realm.training.engine import Engine
+from realm.training.sections import StageConfig
+
+
+class Stage(AbstractContextManager["Stage"], ABC):
+    """A training stage, run by `realm.training.loop.train`.
+
+    Batches must be a function of the seed and the step, and of what `restore` brings back, so that a
+    resumed stage sees the batches that it would have seen. A stage is used as a context manager:
+    leaving it releases what it opened (index, threads, processes).
+    """
+
+    name: ClassVar[str]
+    """Name of the stage's config section, folder and metrics."""
+
+    def __init__(
+        self, module: nn.Module, config: StageConfig, retriever: Retriever | None = None, reader: Reader | None = None
+    ) -> None:
+        """`module(batch)` returns scalars, `loss` among them; `retriever` and `reader` are the models in
+        it that are published when the stage ends."""
+        self.module, self.config, self.retriever, self.reader = module, config, retriever, reader
+        self.engine: Engine | None = None
+
+    @abstractmethod
+    def draw(self, step: int, size: int) -> Batch:
+        """The batch of step `step` on this rank, if batches have `size` examples."""
+
+    @abstractmethod
+    def progress_line(self, values: dict[str, Any]) -> str:
+        """The figures of a step that the progress line shows."""
+
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step` on this rank."""
+        return self.draw(step, self.config.batch_size)
+
+    def sample_batch(self, step: int, size: int) -> Batch:
+        """A batch of `size` examples like that of step `step`, from a stage that was opened to be timed
+        (see `realm.app.step_timing`)."""
+        return self.draw(step, size)
+
+    def called_between_steps(self) -> Sequence[nn.Module]:
+        """Parts of the module that `batch` and `after_step` call, through `current`."""
+        return ()
+
+    def current(self, part: nn.Module) -> nn.Module:
+        """One of `called_between_steps` with its current weights; all ranks must call this together."""
+        return part if self.engine is None else self.engine.gathered_copy(part)
+
+    def begin(self, engine: Engine) -> None:
+        """Called once before the first step, when `engine` holds the module and its weights are loaded."""
+        self.engine = engine
+
+    def after_step(self, step: int) -> dict[str, float | str]:
+        """Called after `step` steps are done; returns figures for the metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Values to add to a checkpoint's `state.json`."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Add this rank's files to a checkpoint."""
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Read back what `save` wrote; training continues from step `step`."""
+
+    def finish(self) -> None:
+        """Called when the models are published."""
+
+    def close(self) -> None:
+        """Release what the stage opened."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
