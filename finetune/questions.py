@@ -94,12 +94,12 @@ def load_questions(
     return questions
 
 
-def load_training_questions(run: Run) -> list[Question]:
-    """The questions of `data.train`. Raises UserError if it is not set."""
+def training_source(run: Run) -> QuestionSource:
+    """The source of the questions to finetune on. Raises UserError if `data.train` is not set."""
     source = run.questions("train")
     if source is None:
         raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
-    return load_questions(source, run.passages, run.tokenizer)
+    return source
 
 
 def sample_questions(run: Run, count: int = 512) -> list[Question]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_training_questions, sample_questions
+from finetune.questions import Question, load_questions, sample_questions, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.corpus.substitution import SpanPool, span_pool
@@ -70,18 +70,17 @@ class Finetuning(Stage):
 
         Raises UserError if the run has no trained retriever and reader, or no training questions.
         """
-        questions = load_training_questions(run)
+        source = training_source(run)
         path, reader = initial_retriever(run, cls.name, learned=True), initial_reader(run, cls.name, learned=True)
+        questions = load_questions(source, run.passages, run.tokenizer)
         index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
         return cls(run, load_retriever(path)[0], reader, index, questions)
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "Finetuning":
         """The stage to be timed."""
-        retriever, reader = (
-            build_retriever(run.config.retriever, run.tokenizer),
-            build_reader(run.config.reader, run.tokenizer)[0],
-        )
+        retriever = build_retriever(run.config.retriever, run.tokenizer)
+        reader, _ = build_reader(run.config.reader, run.tokenizer)
         return cls(run, retriever, reader, index, sample_questions(run))
 
     def called_between_steps(self) -> Sequence[nn.Module]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_training_questions, sample_questions
+from finetune.questions import Question, load_questions, sample_questions, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.errors import UserError
@@ -56,8 +56,9 @@ class RetrieverFinetuning(Stage):
             )
         if config.steps == 0:
             raise UserError("finetune_retriever.steps is 0; set it, for example with --finetune_retriever.steps 100.")
-        questions = load_training_questions(run)
+        source = training_source(run)
         path = initial_retriever(run, cls.name, learned=True)
+        questions = load_questions(source, run.passages, run.tokenizer)
         index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
         miner, _ = load_retriever(path)
         return cls._with(run, index, load_retriever(path)[0], miner, questions)

@@ -34,7 +34,7 @@ def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(
     first, second = warnings(result, config)
     assert "refresh.export_every" in first and "refresh.max_stale_steps = 3" in second
     said = capsys.readouterr().out
-    assert "passages encoded a second" in said and "optimiser" in said and "warning" in said
+    assert "passages encoded per second" in said and "optimizer" in said and "warning" in said
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("", "is empty; it must hold predictions"),
-        ("\n", "holds no predictions"),
+        ("\n", "contains no predictions"),
         ("{", r"b\.jsonl:1: broken JSON"),
-        ('{"id": "q0", "em": true, "retrieved": ["p"], "rank_of_document": 0}\n', r"b\.jsonl:1: no prediction"),
+        ('{"id": "q0", "em": true, "retrieved": ["p"], "rank_of_document": 0}\n', r"b\.jsonl:1: not a prediction"),
         ('{"id": "other", "em": true, "retrieved": []}\n', "different questions"),
     ],
 )

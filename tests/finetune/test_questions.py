@@ -200,7 +200,7 @@ def test_a_question_belongs_to_the_block_of_its_paragraph_that_holds_the_answer(
 def test_a_passage_that_the_corpus_has_not_is_refused(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
-    with pytest.raises(UserError, match=r"open.jsonl:1: the corpus has no document 'town-99'"):
+    with pytest.raises(UserError, match=r"open.jsonl:1: document 'town-99' is not in the corpus"):
         load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
 
 
@@ -246,9 +246,9 @@ def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, r
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ({"fields": {"qestion": "q"}}, "maps 'qestion'; a question has id, question, answers"),
+        ({"fields": {"qestion": "q"}}, "maps 'qestion'; the fields of a question are id, question, answers"),
         ({"limit": 0}, "`limit` of .* must be at least 1"),
-        ({"num_folds": 5}, "`use_folds` names none of them"),
+        ({"num_folds": 5}, "`use_folds` is empty"),
     ],
 )
 def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) -> None:

@@ -145,7 +145,7 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {steps: -5}", ["ict.steps", "at least 0", "-5"]),
         (BASE + "evaluate: {batch_size: 0}", ["evaluate.batch_size", "at least 1"]),
         (BASE + "ict: {null_prob: 7}", ["ict.null_prob", "between 0 and 1"]),
-        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "from 0 up", "nan"]),
+        (BASE + "ict: {optim: {lr: .nan}}", ["ict.optim.lr", "finite number", "nan"]),
         (BASE + "ict: {steps: 5}\nict: {batch_size: 3}", ["'ict' is given twice", "line"]),
         ("run: x\ncorpus: {passages: []}", ["corpus.passages names no source"]),
         (BASE + "data: {test: {path: q.json, articles: Oxygen}}", ["data.test.articles", "list", "'Oxygen'"]),
@@ -203,7 +203,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (["steps"], "unexpected argument 'steps'"),
         (["--"], "unexpected argument '--'"),
         (["--seed"], "--seed needs a value"),
-        (["--seed=["], "--seed: '\\[' is no YAML value"),
+        (["--seed=["], "--seed: '\\[' is not a YAML value"),
         (["--ict.nope", "3"], "`ict`.*`nope`"),
         (["--ict.steps", "many"], "`ict.steps`.*'many'"),
         (["--reader.attention.type", "spiral"], "reader.attention.*'spiral'"),
@@ -217,8 +217,8 @@ def test_mistaken_overrides_are_named(overrides, message, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (["--pretrain.threads", "-1"], r"pretrain.threads must be 0 \(torch's choice\) or more, got -1"),
-        (["--engine.threads", "-2"], "engine.threads must be 0"),
+        (["--pretrain.threads", "-1"], r"pretrain.threads must be at least 0, got -1"),
+        (["--engine.threads", "-2"], "engine.threads must be at least 0"),
         (["--refresh.threads", "0"], "refresh.threads must be at least 1, got 0"),
     ],
 )
@@ -241,3 +241,31 @@ def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
     path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, num_folds: {folds}, use_folds: {take}}}}}\n")
     with pytest.raises(UserError, match=r"`use_folds` of .* must be between 0 and"):
         load_config(path)
+
+
+def test_all_renamed_keys_are_named_at_once_with_their_new_names(tmp_path):
+    old = (
+        "start: {reader: x}\nreader_warmup: {topic_share: 0.2, steps: 5, optim: {clip: 1.0}}\n"
+        "reader: {context_tokens: 400}\nrefresh: {every_steps: 10}\ndata: {test: {path: q.json, folds: 5, take: [0]}}\n"
+    )
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, BASE + old))
+    for clause in (
+        "`start` is now `init_from`",
+        "`reader_warmup` is now `reader_pretraining`",
+        "`reader_warmup.topic_share` is now `reader_pretraining.title_span_prob`",
+        "`reader_warmup.optim.clip` is now `reader_pretraining.optim.max_grad_norm`",
+        "`reader.context_tokens` is now `corpus.context_tokens`",
+        "`refresh.every_steps` is now `refresh.export_every`",
+        "`data.test.folds` is now `data.test.num_folds`",
+        "`data.test.take` is now `data.test.use_folds`",
+    ):
+        assert clause in str(error.value)
+    assert "reader_warmup.steps" not in str(error.value)
+
+
+def test_all_invalid_values_are_named_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, BASE + "ict: {steps: -1, batch_size: 0}\nrefresh: {keep_last: 0}\n"))
+    for clause in ("ict.steps must be at least 0", "ict.batch_size must be at least 1", "refresh.keep_last must be"):
+        assert clause in str(error.value)
