@@ -17,7 +17,7 @@ from torch import nn
 from realm.errors import UserError
 from realm.runtime.telemetry import read_metrics
 from realm.training.engine import Engine
-from realm.training.sections import EngineConfig, OptimConfig
+from realm.training.sections import EngineConfig, StageConfig
 from tests.tiny import write_config, write_sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,15 +140,13 @@ def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(
         and "gradient_accumulation_steps" in refused.stderr
         and "Traceback" not in refused.stderr
     )
-    with pytest.raises(UserError, match=r"engine.deepspeed.optimizer would not be followed; set optim of the stage"):
-        Engine(nn.Linear(2, 2), OptimConfig(), EngineConfig(deepspeed={"optimizer": {"type": "Lamb"}}), 1, 1)
+    with pytest.raises(UserError, match=r"engine.deepspeed.optimizer would be ignored; set optim of the stage"):
+        Engine(nn.Linear(2, 2), StageConfig(), EngineConfig(deepspeed={"optimizer": {"type": "Lamb"}}))
     given = {}
     monkeypatch.setattr("deepspeed.initialize", lambda **arguments: given.update(arguments["config"]) or (None,))
     Engine(
         nn.Linear(2, 2),
-        OptimConfig(),
+        StageConfig(),
         EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}),
-        1,
-        1,
     )
     assert given["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}

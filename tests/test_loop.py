@@ -154,7 +154,7 @@ def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: 
     (finished / "elsewhere").mkdir(exist_ok=True)
     shutil.copy(finished / "open.jsonl", finished / "elsewhere" / "open.jsonl")
     refused = realm("evaluate", "--run", run, "--questions", finished / "elsewhere" / "open.jsonl")
-    assert refused.returncode == 2 and "holds the figures of" in refused.stderr and "--name" in refused.stderr
+    assert refused.returncode == 2 and "contains the figures of" in refused.stderr and "--name" in refused.stderr
     refused = realm("evaluate", "--run", run, "--compare", "bm42")
     assert refused.returncode == 2 and "'bm42' is no retriever" in refused.stderr and "Traceback" not in refused.stderr
 
