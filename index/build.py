@@ -1,6 +1,6 @@
-"""From embeddings to a published index version.
+"""Build FAISS indexes from embeddings and publish them as versions.
 
-Shape legend: N passages, D dimension of the embeddings.
+Shape legend: N passages, D embedding dimension.
 """
 
 import re
@@ -19,80 +19,85 @@ from realm.runtime.versions import Version
 
 INDEX_FILE = "passages.index"
 DELETED_FILE = "deleted.npy"
-"""Rows that were taken away from the corpus; without the file none was."""
+"""Rows deleted from the corpus; the file is absent if there are none."""
 
 _ADD_ROWS = 65_536
 
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """What an index says of itself: `manifest.json`, beside `format` and sizes and checksums of
-    the files."""
+    """Contents of an index's `manifest.json`, besides `format` and the checksums of the files."""
 
     encoder: str
-    """Name of the encoder version."""
+    """Name of the encoder version the index was built from."""
     encoder_checksum: str
     """Checksum of the encoder's folder, see `realm.runtime.publish.checksum`."""
     corpus: str
-    """Fingerprint of the prepared corpus; row i of the index is passage i of it."""
+    """Fingerprint of the prepared corpus; row i of the index is passage i of the corpus."""
     tokenizer: str
     """Fingerprint of the tokenizer the corpus was prepared with."""
     dim: int
-    """Dimension of the embeddings."""
+    """Embedding dimension."""
     count: int
-    """Passages in the index."""
+    """Number of passages in the index."""
     factory: str
     """FAISS factory string."""
     seconds: dict[str, float]
-    """Time the refresher took, by phase."""
+    """Build time by phase."""
     created_at: str
-    """UTC, ISO 8601; for people, nothing is decided by it."""
+    """UTC, ISO 8601; informational only, no decision depends on it."""
     search_parameters: str = ""
-    """How it is searched, in FAISS's words: `nprobe=32`."""
+    """FAISS search parameters, such as `nprobe=32`."""
     drift: dict[str, Any] = field(default_factory=dict)
-    """How far the encoder has moved since the version named under `against` (see `index.drift`);
-    empty for the first."""
+    """Drift of the encoder since the version named under `against` (see `index.drift`); empty for
+    the first version."""
 
     @classmethod
     def read(cls, folder: Path) -> tuple["IndexManifest", dict[str, Any]]:
-        """The manifest of an index folder, and all of it as it stands there. PublishError where
-        missing, altered or of another format."""
+        """The manifest of an index folder, and its raw JSON.
+
+        Raises PublishError if it is missing, altered or of another format.
+        """
         manifest = read_manifest(folder)
         if manifest.get("format") != 1:
-            raise PublishError(
-                f"{folder} has index format {manifest.get('format')!r} where this program reads 1; build the index again"
-            )
-        return cls(**{entry.name: manifest[entry.name] for entry in fields(cls) if entry.name in manifest}), manifest
+            raise PublishError(f"{folder} has index format {manifest.get('format')!r}, expected 1; rebuild the index")
+        return cls(**{item.name: manifest[item.name] for item in fields(cls) if item.name in manifest}), manifest
 
 
 def empty_index(dim: int, factory: str) -> faiss.Index:
-    """An inner-product index from a FAISS factory string, without vectors. UserError where FAISS
-    cannot make it for `dim` dimensions."""
+    """Create an empty inner-product index from a FAISS factory string.
+
+    Raises UserError if FAISS cannot create it for `dim` dimensions, or if it cannot reconstruct
+    its vectors.
+    """
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
-            f'FAISS cannot make index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat"'
+            f'FAISS cannot create index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat"'
         ) from error
     inner = faiss.downcast_index(index)
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexFastScan | faiss.IndexIVFFastScan):
         raise UserError(
-            f'index factory "{factory}" cannot give its vectors back, which finetuning needs; add ",RFlat" to it'
+            f'index factory "{factory}" cannot reconstruct vectors, which finetuning requires; append ",RFlat" to it'
         )
     return index
 
 
 def set_search_parameters(index: faiss.Index, parameters: str) -> None:
-    """Set FAISS search parameters such as `nprobe=32` or `efSearch=128,k_factor_rf=4`. UserError
-    for what the index has not."""
+    """Set FAISS search parameters such as `nprobe=32` or `efSearch=128,k_factor_rf=4`.
+
+    Raises UserError if the index does not have such a parameter.
+    """
     try:
         if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]  # FAISS's stubs know one overload
+            faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]  # FAISS's stubs have one overload
     except RuntimeError as error:
         raise UserError(
-            f'search parameters "{parameters}" do not suit the index ({_reason(error)}); mend refresh.search_parameters'
+            f'search parameters "{parameters}" are invalid for this index ({_reason(error)}); '
+            "fix refresh.search_parameters"
         ) from error
 
 
@@ -103,12 +108,12 @@ def build_index(
     training_rows: int = 500_000,
     parameters: str = "",
 ) -> faiss.Index:
-    """Build an inner-product index over (N, D) embeddings, given whole or as shards in row order;
-    row numbers are the ids.
+    """Build an inner-product index over (N, D) embeddings; the ids are the row numbers.
 
-    What needs training gets at most `training_rows` rows, drawn with `seed`. `parameters`: see
-    `set_search_parameters`. UserError as from `empty_index`, where the parameters do not suit,
-    where the N vectors are too few to train it, and where it could not give them back.
+    `embeddings`: one array, or shards in row order. An index that needs training is trained on at
+    most `training_rows` rows, sampled with `seed`. `parameters`: see `set_search_parameters`.
+    Raises UserError if FAISS cannot create the index or reconstruct its vectors (see
+    `empty_index`), if the parameters are invalid, or if N vectors are too few to train it.
     """
     shards = [embeddings] if isinstance(embeddings, np.ndarray) else list(embeddings)
     count, dim = sum(len(shard) for shard in shards), shards[0].shape[1]
@@ -119,36 +124,38 @@ def build_index(
                 index.train(_sample(shards, min(count, training_rows), seed))
         set_search_parameters(index, parameters)
         inverted = faiss.try_extract_index_ivf(index)
-        if inverted is not None:  # otherwise its vectors cannot be read back by their numbers
+        if inverted is not None:  # otherwise vectors cannot be reconstructed by row number
             inverted.set_direct_map_type(faiss.DirectMap.Array)  # type: ignore[attr-defined]
         add_rows(index, shards)
     except RuntimeError as error:
         raise UserError(
-            f'index factory "{factory}" cannot take {count} passages ({_reason(error)}); try "Flat"'
+            f'index factory "{factory}" cannot be built from {count} passages ({_reason(error)}); try "Flat"'
         ) from error
     return index
 
 
 def add_rows(index: faiss.Index, shards: Sequence[np.ndarray]) -> None:
-    """Add embeddings behind those the index has."""
+    """Append embeddings to the index."""
     for shard in shards:
         for start in range(0, len(shard), _ADD_ROWS):
             index.add(np.ascontiguousarray(shard[start : start + _ADD_ROWS], dtype=np.float32))
 
 
 def index_bytes(index: faiss.Index) -> int:
-    """Bytes of the index as it is written and mapped."""
+    """Size of the serialized index in bytes."""
     return len(faiss.serialize_index(index))
 
 
 def _reason(error: RuntimeError) -> str:
-    """FAISS's own words: its messages open with a C++ signature and a source line."""
+    """FAISS's message without its prefix, a C++ signature and source line."""
     return re.sub(r"^.*?\.(?:cpp|h):[0-9]+: (?:Error: '.*' failed:)?", "", str(error), count=1, flags=re.DOTALL).strip()
 
 
 def _sample(shards: list[np.ndarray], num_rows: int, seed: int) -> np.ndarray:
-    """`num_rows` rows in ascending order, the same for the same seed and count however the rows
-    are cut into shards."""
+    """Sample `num_rows` rows in ascending order.
+
+    The sample depends on the seed and the total count, not on how the rows are split into shards.
+    """
     count = sum(len(shard) for shard in shards)
     chosen = np.sort(np.random.default_rng(seed).choice(count, num_rows, replace=False))
     parts, start = [], 0
@@ -167,11 +174,10 @@ def write_version(
     before_publish: Callable[[], None] | None = None,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Publish `index` as `indexes/<version>`, `arrays` by file name beside it, and return that
-    folder.
+    """Publish `index`, and `arrays` by file name, as `indexes/<version>`; returns that folder.
 
-    `before_publish` is called when all is written, just before the version appears; what it raises
-    stops the publishing and leaves nothing behind.
+    `before_publish` is called after all files are written, just before the version becomes visible.
+    If it raises, nothing is published and the files are removed.
     """
     final = indexes / version.name
     with published(final) as folder:

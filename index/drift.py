@@ -1,7 +1,7 @@
-"""How far embeddings have moved: a fixed set of probe passages, embedded now and before, and what
-stale and fresh indexes find for them.
+"""Embedding drift: how far the embeddings of a fixed set of reference passages have moved, and how
+much the search results of a stale and a fresh index overlap.
 
-Shape legend: P probe passages, K results, D dimension of the embeddings.
+Shape legend: P drift reference passages, K results, D embedding dimension.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus
 
 DRIFT_FILE = "probe.npy"
-"""Embeddings of the probe passages, exact whatever the index does to its own, in every index
-version."""
+"""File in every index version with the embeddings of the drift reference passages, uncompressed."""
 OVERLAP_AT = 8
-"""Results per probe query that are compared."""
+"""Search results compared per reference query."""
 _QUERY_WORDPIECES = 32
 
 
 def drift_rows(num_passages: int, count: int) -> np.ndarray:
-    """Rows of the probe passages, (P,) ascending: the same for the same numbers."""
+    """Rows of the drift reference passages, (P,) ascending; deterministic in both arguments."""
     return np.sort(np.random.default_rng(0).choice(num_passages, min(count, num_passages), replace=False))
 
 
@@ -41,7 +40,7 @@ def cosine_change(before_PD: np.ndarray, now_PD: np.ndarray) -> float:
 
 
 def overlap(stale_PK: np.ndarray, fresh_PK: np.ndarray) -> float:
-    """Share of what the fresh index finds that the stale one finds too."""
+    """Fraction of the fresh index's results that the stale index finds too."""
     return float(
         np.mean(
             [
@@ -60,40 +59,44 @@ def measure_drift(
     encoder: Encoder,
     corpus: "PreparedCorpus",
 ) -> dict[str, Any]:
-    """`cosine_change` of the probe passages since `stale`, and `overlap@8` of what the two
-    indexes find for the first words of each, embedded by the query tower of today."""
+    """Compare the fresh index with a stale one.
+
+    Returns `against` (name of the stale version), `cosine_change` of the reference passages, and
+    `overlap@8` of the search results for the first words of each passage, embedded by the current
+    query tower.
+    """
     rows_P = drift_rows(corpus.base_rows, len(reference_PD))
-    words = encoder.wordpieces
-    queries = [words.query(corpus.text_ids(row), _QUERY_WORDPIECES) for row in rows_P.tolist()]
-    ids_PL, mask_PL = pad_batch(queries, words.pad)
+    wordpieces = encoder.wordpieces
+    queries = [wordpieces.query(corpus.text_ids(row), _QUERY_WORDPIECES) for row in rows_P.tolist()]
+    ids_PL, mask_PL = pad_batch(queries, wordpieces.pad)
     device = next(encoder.retriever.parameters()).device
     encoder.retriever.eval()
     with torch.inference_mode():
         query_emb_PD = encoder.retriever.embed_queries(ids_PL.to(device), mask_PL.to(device)).float().cpu().numpy()
-    depth = min(OVERLAP_AT, len(corpus))
-    found = overlap(stale.search(query_emb_PD, depth)[1], fresh.search(query_emb_PD, depth)[1])
+    k = min(OVERLAP_AT, len(corpus))
+    stale_PK, fresh_PK = stale.search(query_emb_PD, k)[1], fresh.search(query_emb_PD, k)[1]
     return {
         "against": stale.version.name,
         "cosine_change": cosine_change(stale_reference_PD, reference_PD),
-        f"overlap@{OVERLAP_AT}": found,
+        f"overlap@{OVERLAP_AT}": overlap(stale_PK, fresh_PK),
     }
 
 
 class DriftReference:
-    """The trainer's view: the probe passages' inputs, and how far a tower has moved from where
-    it was marked last."""
+    """The drift reference passages as the trainer sees them: measures the drift of a tower since
+    its last snapshot."""
 
     def __init__(
-        self, corpus: "PreparedCorpus", words: Wordpieces, count: int, max_tokens: int, precision: Precision
+        self, corpus: "PreparedCorpus", wordpieces: Wordpieces, count: int, max_tokens: int, precision: Precision
     ) -> None:
         rows = drift_rows(corpus.base_rows, count).tolist()
-        self.inputs = [words.passage(corpus.title_ids(row), corpus.text_ids(row), max_tokens) for row in rows]
-        self.pad, self.precision = words.pad, precision
+        self.inputs = [wordpieces.passage(corpus.title_ids(row), corpus.text_ids(row), max_tokens) for row in rows]
+        self.pad, self.precision = wordpieces.pad, precision
         self.snapshot_PD = np.zeros((0, 0), np.float32)
-        """Embeddings at the last mark."""
+        """Embeddings of the reference passages at the last snapshot."""
 
     def embed(self, tower: nn.Module) -> np.ndarray:
-        """(P, D)."""
+        """Embed the reference passages, (P, D)."""
         parts: dict[int, np.ndarray] = {}
         for batch in token_budget_batches([len(ids) for ids in self.inputs], 4096):
             embeddings = embed_no_grad(
@@ -103,18 +106,18 @@ class DriftReference:
         return np.stack([parts[number] for number in range(len(self.inputs))])
 
     def snapshot(self, tower: nn.Module) -> None:
-        """Measure from here on."""
+        """Store the current embeddings; `drift` is measured from them."""
         self.snapshot_PD = self.embed(tower)
 
     def drift(self, tower: nn.Module) -> float:
-        """Mean of 1 − cosine since the last mark."""
+        """Mean of 1 − cosine between the embeddings at the last snapshot and now."""
         return cosine_change(self.snapshot_PD, self.embed(tower))
 
 
 def gather_rows(shards: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Rows of a matrix that lies in shards, (len(rows), D) float32."""
+    """Gather rows of a sharded matrix, (len(rows), D) float32."""
     ends = np.cumsum([len(shard) for shard in shards])
-    number = np.searchsorted(ends, rows, side="right")
+    shard_ids = np.searchsorted(ends, rows, side="right")
     return np.stack(
-        [shards[n][row - (ends[n] - len(shards[n]))] for n, row in zip(number.tolist(), rows.tolist(), strict=True)]
+        [shards[i][row - (ends[i] - len(shards[i]))] for i, row in zip(shard_ids.tolist(), rows.tolist(), strict=True)]
     ).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Passage embeddings for the index: tokens from the prepared corpus, sorted by length, no gradient.
+"""Encode the passages of a prepared corpus for the index, sorted by length, without gradient.
 
-Shape legend: R rows asked for, D dimension of the embeddings.
+Shape legend: R requested rows, B batch, L padded length, D embedding dimension.
 """
 
 import copy
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from realm.models.retriever import Retriever, Tower
 
 SINGLE_PROCESS = WorkerGroup()
-_ALIGNED_FROM, _ALIGNED = 64, 16
-"""Passages from so many tokens on are padded to a multiple of so many: matrix tiles of a CPU
-take odd lengths at half the speed."""
+_ALIGN_FROM_TOKENS, _ALIGN_TOKENS = 64, 16
+"""Passages of 64 tokens or more are padded to a multiple of 16: on a CPU, matrix tiles of odd
+lengths run at half the speed."""
 
 
 class NonFiniteEmbeddings(UserError):
-    """An exported retriever whose embeddings are of no use; a newer one may be sound."""
+    """An exported retriever produces NaN or infinite embeddings; a newer export may not."""
 
 
 class Encoder(NamedTuple):
-    """An exported retriever, ready to encode."""
+    """A loaded export of the retriever, ready to encode."""
 
     retriever: "Retriever"
     wordpieces: Wordpieces
@@ -47,7 +47,7 @@ class Encoder(NamedTuple):
 
 
 def load_encoder(folder: Path) -> Encoder:
-    """Read an exported retriever; UserError where `folder` is none."""
+    """Load an exported retriever. Raises UserError if `folder` does not contain one."""
     from realm.models.retriever_files import load_retriever, read_retriever_settings
     from realm.text.tokenizer import tokenizer_fingerprint
 
@@ -59,11 +59,11 @@ def load_encoder(folder: Path) -> Encoder:
 
 
 def encoding_tower(retriever: "Retriever", precision: Precision, compiled: bool = False) -> "Tower | CompiledTower":
-    """The passage tower of a retriever in evaluation mode, as it encodes: for bf16 a copy whose
-    weights are cast once, not at every product.
+    """The passage tower of a retriever in evaluation mode, prepared for encoding.
 
-    `compiled`: by torch.compile, weights as constants, for any number and length of passages; one
-    such tower at a time in a process. Raises UserError where that does not work here.
+    For bf16 it is a copy whose weights are cast once, not at every product. `compiled`: use
+    torch.compile with the weights as constants and dynamic shapes; a process can use one such tower
+    at a time. Raises UserError if compilation fails on this machine.
     """
     tower = retriever.passage_tower
     if precision == "bf16":
@@ -73,14 +73,18 @@ def encoding_tower(retriever: "Retriever", precision: Precision, compiled: bool 
 
 
 class CompiledTower(nn.Module):
-    """A tower compiled with its weights as constants, which inductor packs; what was compiled
-    before is let go."""
+    """A tower compiled with its weights as constants, which inductor packs.
+
+    Discards everything compiled before.
+    """
 
     def __init__(self, tower: "Tower") -> None:
         super().__init__()
-        torch._dynamo.reset()  # otherwise the towers of earlier versions stay, and after eight of them nothing is compiled any more
+        # Without the reset the towers of earlier versions stay in the cache, and after eight of
+        # them nothing more is compiled.
+        torch._dynamo.reset()
         self.tower, self.dim = tower, tower.dim
-        ids_BL = torch.ones((2, _ALIGNED), dtype=torch.int64, device=next(tower.parameters()).device)
+        ids_BL = torch.ones((2, _ALIGN_TOKENS), dtype=torch.int64, device=next(tower.parameters()).device)
         try:
             self.compiled = torch.compile(tower, dynamic=True)
             with torch.inference_mode():
@@ -88,11 +92,12 @@ class CompiledTower(nn.Module):
         except RuntimeError as error:
             reason = first_line(error)[:200]
             raise UserError(
-                f"refresh.compile: torch cannot compile the encoder here ({reason}); install a C++ compiler or set it to false."
+                f"refresh.compile: torch cannot compile the encoder on this machine ({reason}); "
+                "install a C++ compiler, or set it to false."
             ) from error
 
     def forward(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-        with inductor_config.patch(freezing=True):  # looked at with every new shape
+        with inductor_config.patch(freezing=True):  # read again for every new shape
             return self.compiled(ids_BL, mask_BL)
 
 
@@ -108,16 +113,17 @@ def encode_passages(
     """Embed `[CLS] title [SEP] text [SEP]` of the given corpus rows; returns (R, D) float32 in the
     order of `rows`.
 
-    `tower`: in evaluation mode (`encoding_tower`), used on its own device. `max_tokens`: wordpieces
-    of a passage, special tokens included; `token_budget`: padded tokens of a batch; `progress` is
-    called after each batch with the count of rows done. Raises NonFiniteEmbeddings where an embedding is not
-    finite.
+    `tower`: in evaluation mode (see `encoding_tower`), used on its own device. `max_tokens`:
+    maximum wordpieces of a passage, special tokens included. `token_budget`: padded tokens per
+    batch. `progress(num_done)` is called after each batch. Raises NonFiniteEmbeddings if an
+    embedding is not finite.
     """
     device = next(tower.parameters()).device
     width_R = np.minimum(np.asarray(corpus.lengths)[rows] + 3, max_tokens)
-    width_R = np.where(width_R < _ALIGNED_FROM, width_R, np.minimum(-(-width_R // _ALIGNED) * _ALIGNED, max_tokens))
+    aligned_R = np.minimum(-(-width_R // _ALIGN_TOKENS) * _ALIGN_TOKENS, max_tokens)
+    width_R = np.where(width_R < _ALIGN_FROM_TOKENS, width_R, aligned_R)
     embeddings_RD = np.empty((len(rows), tower.dim), dtype=np.float32)
-    done = 0
+    num_done = 0
     with torch.inference_mode():
         for batch in token_budget_batches(width_R, token_budget):
             sequences = [
@@ -126,14 +132,14 @@ def encode_passages(
             ]
             ids_BL, mask_BL = pad_batch(sequences, wordpieces.pad, int(width_R[batch].max()))
             embeddings_RD[batch] = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
-            done += len(batch)
+            num_done += len(batch)
             if progress is not None:
-                progress(done)
+                progress(num_done)
     finite_R = np.isfinite(embeddings_RD).all(axis=1)
     if not finite_R.all():
         row = int(np.asarray(rows)[~finite_R][0])
         raise NonFiniteEmbeddings(
-            f"the encoder embeds passage {row} as a vector that is not finite: it diverged, go back to an earlier checkpoint"
+            f"the embedding of passage {row} is not finite: the encoder diverged; resume from an earlier checkpoint"
         )
     return embeddings_RD
 
@@ -144,20 +150,20 @@ def encode_in_shards(
     shard_rows: int,
     plan: dict[str, Any],
     encode: Callable[[np.ndarray], np.ndarray],
-    before_shard: Callable[[float], None],
+    before_round: Callable[[float], None],
     workers: WorkerGroup = SINGLE_PROCESS,
 ) -> tuple[list[np.ndarray], int]:
-    """Embed consecutive rows of the corpus shard by shard into files of the folder `work`; those an
-    earlier process finished there are kept.
+    """Embed consecutive corpus rows shard by shard into files of the folder `work`, keeping shards
+    that an earlier process finished.
 
-    `plan`: all that decides the embeddings; shards made by another plan are thrown away.
-    `encode(rows)` gives (R, D) embeddings; `before_shard` is called, by the first of `workers`,
-    before each round of one shard a worker, with the share of shards that are done, and may raise.
-    Returns the shards, mapped, and how many were kept.
+    `plan`: everything that determines the embeddings; shards of a different plan are deleted.
+    `encode(rows)` returns (R, D) embeddings. A round is one shard per worker; before each round the
+    first worker calls `before_round` with the fraction of shards done, which may raise. Returns the
+    shards, memory-mapped, and the number of shards kept.
     """
     plan = {**plan, "rows": [rows.start, rows.stop], "shard_rows": shard_rows}
-    count = -(-len(rows) // shard_rows)
-    path = [work / f"shard-{number:05d}.npy" for number in range(count)]
+    num_shards = -(-len(rows) // shard_rows)
+    path = [work / f"shard-{number:05d}.npy" for number in range(num_shards)]
 
     def find_missing() -> list[int]:
         plan_file = work / "plan.json"
@@ -166,7 +172,7 @@ def encode_in_shards(
                 shutil.rmtree(work)
             work.mkdir(parents=True)
             write_json_atomic(plan_file, plan)
-        return [number for number in range(count) if not path[number].exists()]
+        return [number for number in range(num_shards) if not path[number].exists()]
 
     def encode_shard(number: int) -> None:
         part = rows[number * shard_rows : (number + 1) * shard_rows]
@@ -176,8 +182,8 @@ def encode_in_shards(
 
     missing = workers.run_on_first(find_missing)
     for start in range(0, len(missing), workers.size):
-        share_done = (count - len(missing) + start) / count
-        workers.run_on_first(partial(before_shard, share_done))
+        fraction_done = (num_shards - len(missing) + start) / num_shards
+        workers.run_on_first(partial(before_round, fraction_done))
         mine = start + workers.rank
         workers.run_on_all(partial(encode_shard, missing[mine]) if mine < len(missing) else lambda: None)
-    return [np.load(file, mmap_mode="r", allow_pickle=False) for file in path], count - len(missing)
+    return [np.load(file, mmap_mode="r", allow_pickle=False) for file in path], num_shards - len(missing)

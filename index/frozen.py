@@ -1,8 +1,8 @@
-"""The index of a retriever that stands still: found among the published ones, or built now, store
-from those that a trainer follows.
+"""The index of a frozen retriever: reuse a published one, or build one in a store under `frozen/`,
+separate from the store that the trainer follows.
 
-Warm-up, probes, finetuning and evaluation all search through it, so the passages are encoded once
-for each retriever.
+Reader pretraining, masked-span evaluation, finetuning and evaluation all search this index, so the
+passages are encoded once per retriever.
 """
 
 import os
@@ -26,23 +26,25 @@ from realm.runtime.versions import Lineage, Version, newest, start_attempt, vers
 from realm.training.sections import RefreshConfig
 
 FROZEN = "frozen"
-"""Folder of a run with the indexes that are built here, one store for each retriever."""
+"""Folder of a run with the stores of frozen indexes, one per retriever."""
 
 
 def frozen_index(
     run: Path, retriever: Path, passages: PreparedCorpus, config: RefreshConfig, log: Callable[[str], None] = print
 ) -> PassageIndex:
-    """Open the index built from the retriever saved in `retriever`; where the run has published
-    none, build one under `run/frozen/`.
+    """Open the index of the retriever saved in `retriever`; build one under `run/frozen/` if the
+    run has not published one.
 
-    Building goes on where it was killed. Raises UserError where the index cannot be built as
-    configured.
+    A build that was killed resumes from its finished shards. Raises UserError if the index cannot
+    be built as configured.
     """
-    wanted = checksum(retriever)
-    store = _store(run, wanted)
+    retriever_checksum = checksum(retriever)
+    store = _store_folder(run, retriever_checksum)
 
     def find() -> PassageIndex | None:
-        return _find(run, wanted, passages, config, log) or _find(store, wanted, passages, config, log)
+        return _find(run, retriever_checksum, passages, config, log) or _find(
+            store, retriever_checksum, passages, config, log
+        )
 
     def build() -> None:
         if find() is not None:
@@ -56,55 +58,56 @@ def frozen_index(
 
     on_rank_zero(build)
     index = find()
-    assert index is not None, "the refresher returned without the index it was asked for"
+    assert index is not None, "the refresher returned without building the index"
     return index
 
 
 def publish_frozen(
     run: Path, retriever: Path, passages: PreparedCorpus, config: RefreshConfig, encoder: Version
 ) -> bool:
-    """Publish the frozen index of `retriever` as that of the run's export `encoder`, a copy of it,
-    under epoch 0; whether there was one.
+    """Publish the frozen index of `retriever` under epoch 0 as the index of the run's export
+    `encoder`, which is a copy of `retriever`. Returns False if there is no such index.
 
-    A trainer then starts with the index that its warm-up searched, instead of waiting for a
-    refresher to build the same again.
+    A trainer then starts with the index that reader pretraining searched, instead of waiting for
+    the refresher to build the same index again.
     """
-    wanted = checksum(retriever)
-    index = _find(_store(run, wanted), wanted, passages, config, lambda line: None)
+    retriever_checksum = checksum(retriever)
+    store = _store_folder(run, retriever_checksum)
+    index = _find(store, retriever_checksum, passages, config, lambda line: None)
     if index is None:
         return False
-    source = _store(run, wanted) / "indexes" / index.version.name
+    source = store / "indexes" / index.version.name
     manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
     with published(run / "indexes" / encoder.with_epoch(0).name) as folder:
         for file in (name for name in (INDEX_FILE, DRIFT_FILE, DELETED_FILE) if (source / name).exists()):
             try:
-                os.link(source / file, folder / file)  # published files never change, so two names may share one
+                os.link(source / file, folder / file)  # published files never change, so a hard link is safe
             except OSError:
                 shutil.copyfile(source / file, folder / file)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
     return True
 
 
-def _store(run: Path, retriever_checksum: str) -> Path:
+def _store_folder(run: Path, retriever_checksum: str) -> Path:
     return run / FROZEN / retriever_checksum[:12]
 
 
 def _find(
-    folder: Path, wanted: str, passages: PreparedCorpus, config: RefreshConfig, log: Callable[[str], None]
+    store: Path, retriever_checksum: str, passages: PreparedCorpus, config: RefreshConfig, log: Callable[[str], None]
 ) -> PassageIndex | None:
-    lineage = Lineage.load(folder)
+    """Open the newest valid index of the retriever in `store`, pinned, or return None."""
+    lineage = Lineage.load(store)
     if lineage.current is None:
         return None
-    for version in newest(folder / "indexes", lineage, lineage.current):
-        hold = ReaderPin(folder, version)  # before the look: a refresher at work may be collecting
+    for version in newest(store / "indexes", lineage, lineage.current):
+        pin = ReaderPin(store, version)  # before reading: a running refresher may collect the version
         try:
-            if IndexManifest.read(folder / "indexes" / version.name)[0].encoder_checksum == wanted:
-                index = PassageIndex.open(
-                    folder / "indexes" / version.name, passages.fingerprint, search_on=config.search_on
-                )
-                index.keep(hold)
+            folder = store / "indexes" / version.name
+            if IndexManifest.read(folder)[0].encoder_checksum == retriever_checksum:
+                index = PassageIndex.open(folder, passages.fingerprint, search_on=config.search_on)
+                index.attach_pin(pin)
                 return index
         except (IndexRefused, PublishError) as error:
             log(str(error))
-        hold.release()
+        pin.release()
     return None

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of an index, so that a random one can replace it when steps are timed."""
+"""The index interface that training and evaluation use; step timing substitutes a random index."""
 
 from typing import Protocol
 
@@ -6,13 +6,14 @@ import numpy as np
 
 
 class Index(Protocol):
-    """Passages by row, searched by maximum inner product. `index.search.PassageIndex` is the real one."""
+    """Passages by row, searched by maximum inner product; implemented by
+    `index.search.PassageIndex`."""
 
     def __len__(self) -> int:
         """Number of passages."""
 
     def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the `k` best passages per query, each (B, k), best first; row -1: none."""
+        """Scores and rows of the top k passages per query, (B, k), best first; row -1: none."""
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the passages in `rows`, (len(rows), D) float32."""

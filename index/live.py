@@ -1,5 +1,5 @@
-"""The trainer's side of the asynchronous index: exports, swaps between two steps, staleness, and
-a refresher beside if asked for."""
+"""The trainer's side of the asynchronous index: exports, swaps between steps, the staleness policy,
+and an optional refresher process."""
 
 import shutil
 import subprocess
@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from index.refresh import TRAINING_ENDED, start_refresher
+from index.refresh import TRAINING_ENDED
+from index.refresher_process import start_refresher
 from index.replay import clear_requested_exports, request_exports
-from index.search import IndexWatcher, PassageIndex
+from index.search import PassageIndex
+from index.swap import IndexSlot
+from index.watcher import IndexWatcher
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.runtime.distributed import all_ranks, any_rank, is_rank_zero, on_rank_zero, world_size
+from realm.runtime.distributed import is_rank_zero, on_rank_zero
 from realm.runtime.publish import TEMPORARY, published
 from realm.runtime.telemetry import console, format_seconds
 from realm.runtime.versions import Lineage, Version, newest, start_attempt
@@ -25,15 +28,13 @@ if TYPE_CHECKING:
 
 
 def remove_export_leftovers(folder: Path) -> None:
-    """Remove exports that a killed trainer left half-written. Only the run's one trainer may
-    call it."""
+    """Remove exports that a killed trainer left incomplete; only the run's trainer may call it."""
     for path in (folder / "encoders").glob(f"{TEMPORARY}*"):
         shutil.rmtree(path)
 
 
 class LiveIndex:
-    """The index in use, and how it follows the refresher. One a trainer; use it as a context
-    manager."""
+    """The index in use, which follows the refresher; one per trainer, used as a context manager."""
 
     def __init__(
         self,
@@ -43,18 +44,14 @@ class LiveIndex:
         watcher: IndexWatcher,
         replay: dict[int, int] | None = None,
     ) -> None:
-        self.folder, self.config, self.attempt, self.watcher, self.replay = (
-            folder,
-            config,
-            attempt,
-            watcher,
-            replay or {},
-        )
-        self.swaps = 0
+        self.folder = folder
+        self.config = config
+        self.attempt = attempt
+        self.watcher = watcher
+        self.replay = replay or {}
         self.refresher: subprocess.Popen[bytes] | None = None
-        self._index: PassageIndex | None = None
-        self._next: PassageIndex | None = None
-        self._warned_at: Version | None = None
+        self._slot = IndexSlot(watcher)
+        self._warned_version: Version | None = None
 
     @classmethod
     def begin(
@@ -72,9 +69,8 @@ class LiveIndex:
         """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from
         `step`.
 
-        `replay`: for each step, the export whose index it must search (see `index.replay`); steps
-        it does not name take what is newest. `threads`: what the index is searched with; 0: FAISS's
-        choice.
+        `replay`: maps a step to the export whose index it must search (see `index.replay`); other
+        steps use the newest index. `threads`: threads per search; 0: FAISS's default.
         """
         replay = {at: export for at, export in (replay or {}).items() if at >= step}
 
@@ -103,24 +99,23 @@ class LiveIndex:
     @property
     def index(self) -> PassageIndex:
         """The index of this step."""
-        assert self._index is not None, "wait_for_first comes before the first search"
-        return self._index
+        assert self._slot.index is not None, "call wait_for_first before the first search"
+        return self._slot.index
 
     def needs_export(self) -> bool:
-        """Whether this lineage has no encoder yet that a refresher could build an index from."""
+        """Whether this lineage has no encoder yet from which a refresher could build an index."""
         return on_rank_zero(lambda: not newest(self.folder / "encoders", Lineage.load(self.folder), self.attempt))
 
     def export(self, step: int, write: Callable[[Path], object]) -> None:
-        """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` fills it, on rank
-        0 alone."""
+        """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` saves it, on rank 0
+        only."""
         if not is_rank_zero():
             return
         with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
             write(folder)
 
     def start_refresher(self) -> None:
-        """Start a refresher beside the trainer: its own process, one for all ranks, its output
-        in `refresher/output.log`."""
+        """Start one refresher process for all ranks; its output goes to `refresher/output.log`."""
         if not is_rank_zero():
             return
         log = self.folder / "refresher" / "output.log"
@@ -129,18 +124,19 @@ class LiveIndex:
         console.print(f"  refresher started (process {self.refresher.pid}, output in {log})")
 
     def wait_for_first(self, step: int = 0) -> None:
-        """Wait for the index that step `step` begins with, at most `refresh.wait_timeout_s`.
-        Raises UserError naming the remedy when there is none by then."""
+        """Wait for the index of `step`, the first step, at most `refresh.wait_timeout_s`.
+
+        Raises UserError with the remedy if it is not available by then.
+        """
         if step in self.replay:
             self._wait_for_export(self.replay[step])
         else:
-            self._wait(0, "the first index")
+            self._wait_for_step(0, "the first index")
 
     def swap(self, step: int) -> None:
-        """Between two steps: take a newer index if one is ready; apply the staleness policy if it
-        lags too far behind.
+        """Swap in a newer index before `step` if one is ready, then apply the staleness policy.
 
-        A step that a replay names takes exactly the index it names, and waits for it.
+        A replayed step waits for exactly the index that it searched before.
         """
         if step in self.replay:
             self._wait_for_export(self.replay[step])
@@ -150,57 +146,53 @@ class LiveIndex:
             if is_rank_zero():
                 clear_requested_exports(self.folder)
                 self.watcher.follow = True
-            console.print(f"  the log is followed up to step {step}; from here on the newest index counts")
-        self._take()
+            console.print(f"  replayed the log up to step {step}; from now on the newest index is used")
+        self._slot.swap_if_ready()
         limit = self.config.max_stale_steps
         behind = step - self.index.step
         if limit is None or behind <= limit:
             return
+        excess = f"{behind} steps behind (refresh.max_stale_steps = {limit})"
         if self.config.stale_policy == "stop":
-            raise UserError(
-                f"the index is {behind} steps behind, more than refresh.max_stale_steps = {limit}; is the refresher running?"
-            )
+            raise UserError(f"index {self.index.version} is {excess}; check that the refresher is running.")
         if self.config.stale_policy == "wait":
-            self._wait(step - limit, f"an index at most {limit} steps old (this one is {behind} behind)")
-        elif self._warned_at != self.index.version:
-            self._warned_at = self.index.version
-            console.print(
-                f"  warning: index {self.index.version} is {behind} steps behind (refresh.max_stale_steps = {limit}); is the refresher running?"
-            )
+            self._wait_for_step(step - limit, f"an index at most {limit} steps behind (this one is {behind} behind)")
+        elif self._warned_version != self.index.version:
+            self._warned_version = self.index.version
+            console.print(f"  warning: index {self.index.version} is {excess}; check that the refresher is running")
 
     def telemetry(self, step: int) -> dict[str, float | str]:
-        """Index version in use after `step` steps (the next step searches it one step ahead),
-        steps it is behind, swaps so far."""
+        """Index version in use after `step` steps (searched for the next step), the number of steps
+        it is behind, and the number of swaps so far."""
         return {
             "index": self.index.version.name,
             "steps_behind": float(step - self.index.step),
-            "swaps": float(self.swaps),
+            "swaps": float(self._slot.swaps),
         }
 
     def end_training(self) -> None:
-        """Tell the refresher that no export will follow, and wait until the last index stands
-        (if a refresher runs beside)."""
+        """Signal to the refresher that no export will follow, and wait until a refresher started by
+        this trainer has built the last index."""
         if not is_rank_zero():
             return
         (self.folder / TRAINING_ENDED).touch()
         if self.refresher is not None:
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 self.refresher.wait(self.config.wait_timeout_s)
             except subprocess.TimeoutExpired:
                 console.print(
-                    f"  the refresher is still at the last index after {format_seconds(self.config.wait_timeout_s)} (refresh.wait_timeout_s); "
-                    f"it is stopped, and goes on with `realm refresh --run {self.folder}`"
+                    f"  stopping the refresher: it has not finished the last index after "
+                    f"{format_seconds(self.config.wait_timeout_s)} (refresh.wait_timeout_s); "
+                    f"run `realm refresh --run {self.folder}` to finish it"
                 )
                 return
-            console.print(f"  waited {format_seconds(time.monotonic() - began)} for the refresher's last index")
+            console.print(f"  waited {format_seconds(time.monotonic() - start)} for the refresher's last index")
 
     def close(self) -> None:
-        """Give back the index and end the refresher started beside."""
+        """Close the index, and stop the refresher process if this trainer started one."""
         self.watcher.stop()
-        for index in (self._index, self._next):
-            if index is not None:
-                index.close()
+        self._slot.close()
         if self.refresher is not None and self.refresher.poll() is None:
             self.refresher.terminate()
             self.refresher.wait(30)
@@ -211,82 +203,56 @@ class LiveIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> None:
-        """Swap in the newest version that rank 0 has opened, on all ranks at once: when the last
-        of them has opened it too."""
-        if self._next is None:
-            self._next = self.watcher.take()
-        if world_size() > 1:
-            chosen = on_rank_zero(lambda: None if self._next is None else self._next.version)
-            if chosen is None:
-                return
-            if not is_rank_zero():
-                self.watcher.request(chosen)
-            if any_rank(chosen.name in self.watcher.refused):
-                self._drop_next()
-                return
-            if not all_ranks(self._next is not None and self._next.version == chosen):
-                if not is_rank_zero() and self._next is not None and self._next.version != chosen:
-                    self._drop_next()
-                return
-        if self._next is None:
-            return
-        if self._index is not None:
-            self.swaps += 1
-            self._index.close()
-        self._index, self._next = self._next, None
+    def _wait_for_step(self, min_step: int, what: str) -> None:
+        """Swap until an index of step `min_step` or later is in use.
 
-    def _drop_next(self) -> None:
-        if self._next is not None:
-            self._next.close()
-            self._next = None
-
-    def _wait(self, min_step: int, what: str) -> None:
-        """Take versions until one of at least `min_step` is in use; raises UserError, on all
-        ranks, when the time is up."""
-        began = told = time.monotonic()
+        Raises UserError, on all ranks, on timeout.
+        """
+        start = last_logged = time.monotonic()
         while True:
-            self._take()
-            if self._index is not None and self._index.step >= min_step:
+            self._slot.swap_if_ready()
+            if self._slot.index is not None and self._slot.index.step >= min_step:
                 break
-            on_rank_zero(lambda: self._check_wait(time.monotonic() - began, what))
-            if time.monotonic() - told >= 10.0:
-                told = time.monotonic()
-                console.print(
-                    f"  waiting for {what}: {format_seconds(told - began)} of at most {format_seconds(self.config.wait_timeout_s)}"
-                )
+            on_rank_zero(lambda: self._check_wait(time.monotonic() - start, what))
+            if time.monotonic() - last_logged >= 10.0:
+                last_logged = time.monotonic()
+                waited, timeout = last_logged - start, self.config.wait_timeout_s
+                console.print(f"  waiting for {what}: {format_seconds(waited)} of at most {format_seconds(timeout)}")
             if self.watcher.wait_for(min_step, 1.0):
-                time.sleep(0.02)  # opened here, and soon on the other ranks
-        if time.monotonic() - began > 0.5:
-            console.print(f"  waited {format_seconds(time.monotonic() - began)} for {what}")
+                time.sleep(0.02)  # it is opened on this rank, and soon on the others
+        if time.monotonic() - start > 0.5:
+            console.print(f"  waited {format_seconds(time.monotonic() - start)} for {what}")
 
     def _wait_for_export(self, export: int) -> None:
-        """Take the index of the export at step `export`; raises UserError, on all ranks, when
-        the time is up."""
-        began = time.monotonic()
-        what = f"the index of step {export}, which the log names"
-        while self._index is None or self._index.step != export:
-            chosen = on_rank_zero(lambda: self._indexed(export))
+        """Swap in the index of the export at step `export`; raises UserError, on all ranks, on
+        timeout."""
+        start = time.monotonic()
+        what = f"the index of the export at step {export}, required by the replayed log"
+        while self._slot.index is None or self._slot.index.step != export:
+            chosen = on_rank_zero(lambda: self._find_index(export))
             if chosen is not None:
                 self.watcher.request(chosen)
-                self._take()
-            if self._index is None or self._index.step != export:
-                on_rank_zero(lambda: self._check_wait(time.monotonic() - began, what))
+                self._slot.swap_if_ready()
+            if self._slot.index is None or self._slot.index.step != export:
+                on_rank_zero(lambda: self._check_wait(time.monotonic() - start, what))
                 time.sleep(min(0.02, self.config.poll_s))
 
-    def _indexed(self, export: int) -> Version | None:
+    def _find_index(self, export: int) -> Version | None:
+        """The newest usable index of the export at step `export`."""
         usable = newest(self.folder / "indexes", Lineage.load(self.folder), self.attempt)
         return next(
             (version for version in usable if version.step == export and version.name not in self.watcher.refused), None
         )
 
-    def _check_wait(self, waited: float, what: str) -> None:
+    def _check_wait(self, waited_s: float, what: str) -> None:
+        """Raise UserError if the refresher process has ended, or on timeout."""
         if self.refresher is not None and self.refresher.poll() is not None and self.watcher.ready is None:
             raise UserError(
-                f"the refresher ended with status {self.refresher.returncode} before {what} stood; see {self.folder}/refresher/output.log."
+                f"the refresher exited with status {self.refresher.returncode} before it built {what}; "
+                f"see {self.folder}/refresher/output.log."
             )
-        if waited >= self.config.wait_timeout_s:
+        if waited_s >= self.config.wait_timeout_s:
             raise UserError(
-                f"waited {format_seconds(waited)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "
+                f"waited {format_seconds(waited_s)} for {what} in {self.folder / 'indexes'} (refresh.wait_timeout_s); "
                 f"start `realm refresh --run {self.folder}` or pass --with-refresher."
             )

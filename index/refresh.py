@@ -1,15 +1,13 @@
-"""The refresher: exported encoders in, published index versions out, through the file system alone.
+"""The refresher: builds an index for exported encoders and publishes it, through the file system
+only.
 
-It may be started, killed and restarted at any time: finished shards are kept, and one lease decides
-who writes.
+It can be started, killed and restarted at any time: finished shards are kept, and a lease ensures
+that only one refresher writes.
 """
 
 import errno
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from index.encode import SINGLE_PROCESS, Encoder, NonFiniteEmbeddings, load_enco
 from index.lease import Lease
 from index.replay import requested_exports
 from index.retention import GarbageCollector, process_name, remove_leftovers
-from index.version_build import Stopped, Superseded, VersionBuild, is_current
+from index.version_build import Stopped, Superseded, VersionBuild, matches_config
 from index.workers import WorkerGroup
 from realm.errors import UserError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
@@ -33,22 +31,17 @@ if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus
 
 TRAINING_ENDED = "training-ended"
-"""File the trainer writes into the run folder when it will export nothing more."""
+"""File that the trainer creates in the run folder after its last export."""
 
-# What launchers tell their workers; a refresher that inherited it would join the trainer's process
-# group.
-_LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "NODE_RANK"}
-_LAUNCHER_PREFIXES = ("MASTER_", "LOCAL_", "GROUP_", "ROLE_", "CROSS_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_")
+_RETRY_S = 1.0
+"""Seconds between attempts after an error of the file system."""
 
 
-_TRY_AGAIN_S = 1.0
-
-
-def _say(line: str) -> None:
+def _print_and_flush(line: str) -> None:
     print(line, flush=True)
 
 
-def _say_nothing(line: str) -> None:
+def _discard(line: str) -> None:
     pass
 
 
@@ -57,28 +50,28 @@ def refresh(
     config: RefreshConfig,
     corpus: "PreparedCorpus",
     once: bool = False,
-    log: Callable[[str], None] = _say,
+    log: Callable[[str], None] = _print_and_flush,
     load: Callable[[Path], Encoder] = load_encoder,
     stop: threading.Event | None = None,
     workers: WorkerGroup = SINGLE_PROCESS,
 ) -> None:
-    """Build an index for the newest exported encoder, again and again, until training has ended and
-    nothing is left to do.
+    """Build an index for the newest exported encoder, repeatedly, until training has ended and no
+    work is left.
 
-    `once`: end as soon as nothing is left to do. `stop`: set it to end early; SIGTERM and SIGINT do
-    the same, when called from the main thread. Waits for its turn while another refresher holds the
-    lease. `workers`: where several processes encode together, this one's place; all call this
-    function with the same arguments, and the first of them holds the lease, builds and publishes.
+    `once`: return as soon as no work is left. `stop`: set it to return early; SIGTERM and SIGINT do
+    the same if called from the main thread. Waits while another refresher holds the lease.
+    `workers`: the group of processes that encode together; all call this function with the same
+    arguments, and the first of them holds the lease, builds and publishes.
 
-    Raises UserError where no index can be built as configured (factory string, tokenizer), and
-    LeaseLost where another refresher took over. An encoder that gives no usable embeddings is
-    reported and passed over; with `once` it raises NonFiniteEmbeddings.
+    Raises UserError if no index can be built as configured (factory string, tokenizer), and
+    LeaseLost if another refresher took over. An encoder with non-finite embeddings is logged and
+    skipped; with `once` it raises NonFiniteEmbeddings.
     """
     torch.set_num_threads(config.threads)
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
-    refresher = _Refresher(run, config, corpus, log if workers.is_first else _say_nothing, load, stop, workers)
-    with _stopping_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
+    refresher = _Refresher(run, config, corpus, log if workers.is_first else _discard, load, stop, workers)
+    with _stop_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
         if workers.run_on_first(lambda: refresher.acquire(lease, once)):
             refresher.run_loop(lease, once)
 
@@ -104,22 +97,24 @@ class _Refresher:
         self.stop = stop
         self.workers = workers
         self.collector = GarbageCollector(run, config.keep_last, config.grace_s)
-        self.refused: set[Version] = set()
-        self.dropped_last = False
-        self.trouble = ""
-        """What the file system answered last; said once."""
+        self.skipped: set[Version] = set()
+        """Encoders with non-finite embeddings."""
+        self.last_superseded = False
+        """Whether the last build was dropped for a newer export."""
+        self.last_error = ""
+        """Last error of the file system; repeated errors are logged once."""
 
     def acquire(self, lease: Lease, once: bool) -> bool:
-        """Wait for the lease; False where there is nothing left to hold it for."""
+        """Wait for the lease; returns False if no work is left to acquire it for."""
         waiting = False
         while not self._try_acquire(lease, once):
-            if self.stop.is_set() or (self.is_over(once) and self.next_version() is None):
+            if self.stop.is_set() or (self._no_more_exports(once) and self._next_version() is None):
                 return False
             if not waiting:
                 waiting = True
-                holder, expiry = lease.current_holder(), self.config.lease_expiry_s
                 self.log(
-                    f"refresher {holder} holds the lease; waiting until it ends, or for {expiry:g} s without a sign of life"
+                    f"refresher {lease.current_holder()} holds the lease; waiting until it ends, "
+                    f"or for {self.config.lease_expiry_s:g} s without a heartbeat"
                 )
             self.stop.wait(min(self.config.poll_s, self.config.lease_expiry_s / 4))
         for path in remove_leftovers(self.run):
@@ -132,99 +127,103 @@ class _Refresher:
         except OSError as error:
             if once or error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise UserError(
-                    f"no lease in {lease.folder}: {error}; mend that and give the command again."
+                    f"cannot acquire the lease in {lease.folder}: {error}; fix this and rerun the command."
                 ) from error
-            if str(error) != self.trouble:
-                self.trouble = str(error)
-                self.log(f"no lease yet, trying again: {error}")
+            if str(error) != self.last_error:
+                self.last_error = str(error)
+                self.log(f"cannot acquire the lease, retrying: {error}")
             return False
 
     def run_loop(self, lease: Lease, once: bool) -> None:
-        """What the first worker decides, all do: encode for a version, or end."""
+        """Build versions until none is left; the first worker decides for all."""
         while True:
-            going_on, version = self.workers.run_on_first(lambda: self._look(lease, once))
-            if not going_on:
+            running, version = self.workers.run_on_first(lambda: self._wait_for_work(lease, once))
+            if not running:
                 return
             if version is not None:
-                self._try_cycle(version, lease, once)
+                self._build(version, lease, once)
 
-    def _look(self, lease: Lease, once: bool) -> tuple[bool, Version | None]:
-        """The next version to build, waiting for one; (False, None) when there will be none."""
+    def _wait_for_work(self, lease: Lease, once: bool) -> tuple[bool, Version | None]:
+        """Wait for the next version to build; returns (False, None) if there will be none."""
         while not self.stop.is_set():
             lease.check()
-            over = self.is_over(once)  # before the look for work: what was exported before training ended is still done
+            # Checked before looking for work, so that exports from before the end are still built.
+            ended = self._no_more_exports(once)
             self._collect()
-            version = self.next_version()
-            self._remove_work(except_for=version)
+            version = self._next_version()
+            self._remove_shards(except_for=version)
             if version is not None:
                 return True, version
-            if over:
+            if ended:
                 break
             self.stop.wait(self.config.poll_s)
         return False, None
 
-    def is_over(self, once: bool) -> bool:
+    def _no_more_exports(self, once: bool) -> bool:
         return once or (self.run / TRAINING_ENDED).exists()
 
-    def next_version(self) -> Version | None:
-        """The newest encoder of the newest attempt's lineage, if it has no index of this corpus
-        and factory yet; before it, in their order, those that a trainer which follows a log is
-        waiting for."""
+    def _next_version(self) -> Version | None:
+        """The encoder to build next, or None.
+
+        Exports requested by a replay come first, in their order, then the newest encoder in the
+        lineage of the newest attempt, if it has no index of this corpus and factory yet.
+        """
         lineage = Lineage.load(self.run)
         if lineage.current is None:
             return None
         usable = newest(self.run / "encoders", lineage, lineage.current)
         for step in requested_exports(self.run):
             version = next((version for version in usable if version.step == step), None)
-            if version is not None and version not in self.refused and not self._has_index(version):
+            if version is not None and version not in self.skipped and not self._has_index(version):
                 return version
         for version in usable:
-            if version not in self.refused:
+            if version not in self.skipped:
                 return None if self._has_index(version) else version
         return None
 
     def _has_index(self, encoder: Version) -> bool:
         return any(
-            version.encoder == encoder and self._is_current(version) for version in versions_in(self.run / "indexes")
+            version.encoder == encoder and self._matches_config(version)
+            for version in versions_in(self.run / "indexes")
         )
 
-    def _is_current(self, version: Version) -> bool:
-        return is_current(self.run / "indexes" / version.name, self.corpus, self.config)
+    def _matches_config(self, version: Version) -> bool:
+        return matches_config(self.run / "indexes" / version.name, self.corpus, self.config)
 
-    def _try_cycle(self, version: Version, lease: Lease, once: bool) -> None:
+    def _build(self, version: Version, lease: Lease, once: bool) -> None:
+        """Build and publish the index of an encoder; log what prevents it and can be retried."""
         try:
             build = VersionBuild(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
-            build.build(self.load, lambda share_done: self._check_superseded(version, share_done))
-            self.dropped_last, self.trouble = False, ""
+            build.build(self.load, lambda fraction_done: self._check_superseded(version, fraction_done))
+            self.last_superseded, self.last_error = False, ""
         except Superseded as reason:
-            self.dropped_last = True
+            self.last_superseded = True
             self.log(f"index of {version} dropped: {reason}")
         except Stopped:
             self.log(f"stopped while building the index of {version}; finished shards are kept")
         except NonFiniteEmbeddings as error:
             if once:
                 raise
-            self.refused.add(version)
-            self.log(f"no index of {version}: {error}")
-        except (
-            OSError
-        ) as error:  # a full disk, a file server that hiccups: what is finished stays, and the rest is tried again
+            self.skipped.add(version)
+            self.log(f"skipped encoder {version}: {error}")
+        except OSError as error:  # such as a full disk: finished shards are kept, the rest is retried
             if once:
                 raise UserError(
-                    f"no index of {version}: {error}; finished shards are kept, so give the command again when that is mended."
+                    f"cannot build the index of {version}: {error}; fix this and rerun the command "
+                    "(finished shards are kept)."
                 ) from error
-            if str(error) != self.trouble:
-                self.trouble = str(error)
-                self.log(f"no index of {version} yet, trying again every {_TRY_AGAIN_S:g} s: {error}")
-            self.workers.run_on_first(lambda: self.stop.wait(_TRY_AGAIN_S))
+            if str(error) != self.last_error:
+                self.last_error = str(error)
+                self.log(f"cannot build the index of {version}, retrying every {_RETRY_S:g} s: {error}")
+            self.workers.run_on_first(lambda: self.stop.wait(_RETRY_S))
 
-    def _check_superseded(self, version: Version, share_done: float) -> None:
-        """Newest wins, unless the trainer has no index at all, more than half is done, or the last
-        cycle was dropped too.
+    def _check_superseded(self, version: Version, fraction_done: float) -> None:
+        """Raise Superseded if a newer export should be built instead.
 
-        Without the last condition exports that come faster than an index is built would starve the
-        trainer. When training has ended there is no trainer left to starve: the last export alone
-        counts.
+        A build continues in spite of a newer export if the trainer has no index at all, if half of
+        the shards are done, or if the last build was dropped too: otherwise exports that arrive
+        faster than an index is built would starve the trainer. After training has ended there is no
+        trainer to starve, and only the last export matters.
         """
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
@@ -233,13 +232,13 @@ class _Refresher:
         if version.step in requested_exports(self.run):
             return
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)
-        if latest in (version, *self.refused):
+        if latest in (version, *self.skipped):
             return
         if (self.run / TRAINING_ENDED).exists():
             raise Superseded(f"training has ended with {latest}")
-        if self.dropped_last or share_done >= 0.5:
+        if self.last_superseded or fraction_done >= 0.5:
             return
-        if any(self._is_current(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
+        if any(self._matches_config(index) for index in newest(self.run / "indexes", lineage, lineage.current)):
             raise Superseded(f"{latest} is newer")
 
     def _collect(self) -> None:
@@ -248,15 +247,16 @@ class _Refresher:
             for version in self.collector.collect(lineage, lineage.current):
                 self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
 
-    def _remove_work(self, except_for: Version | None) -> None:
+    def _remove_shards(self, except_for: Version | None) -> None:
+        """Remove the shards of all versions but one."""
         for version in versions_in(self.run / "refresher"):
             if version != except_for:
                 shutil.rmtree(self.run / "refresher" / version.name)
 
 
 @contextmanager
-def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop`; only the main thread can ask for that."""
+def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` on SIGTERM and SIGINT; no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -266,19 +266,3 @@ def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def start_refresher(run: Path, log_path: Path) -> subprocess.Popen[bytes]:
-    """Start `realm refresh --run RUN` as a fresh process with its output in `log_path` and
-    without the launcher's variables."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHER_NAMES and not name.startswith(_LAUNCHER_PREFIXES)
-    }
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
-        command = [sys.executable, "-m", "realm", "refresh", "--run", str(run)]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-        )

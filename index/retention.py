@@ -1,8 +1,12 @@
-"""Who still needs an index version, and removing those nobody does.
+"""Retention of index versions: which versions are needed, and garbage collection of the others.
 
-A reader takes a hold, then looks again that the version exists; the collector moves a version
-aside, then looks again for holds and puts it back if there is one. Whichever comes second sees the
-other, so no version disappears under a reader that looked.
+Besides the newest versions, two kinds are kept. A version is *pinned* by a reader that has it open:
+a `ReaderPin`, a file under `refresher/holds/`. A version is *referenced* by a checkpoint that needs
+it to resume exactly: the checkpoint names it in its file `index_version`.
+
+A reader takes a pin and then checks that the version still exists. The collector moves a version
+aside, then checks for pins and moves it back if there is one. The second of the two always sees the
+first, so no version disappears after a reader has checked it.
 """
 
 import os
@@ -24,8 +28,7 @@ def process_name() -> str:
 
 
 class ReaderPin:
-    """Keeps `run/indexes/<version>` from being collected until `release`, or until this process
-    is gone."""
+    """Protects `run/indexes/<version>` from collection until `release` or this process ends."""
 
     def __init__(self, run: Path, version: Version) -> None:
         folder = _pin_folder(run, version)
@@ -38,26 +41,29 @@ class ReaderPin:
 
 
 def pinning_readers(run: Path, version: Version) -> list[str]:
-    """`host.pid` of every hold of a reader. One of a dead process of this host is removed; one
-    of another host counts while it stands."""
+    """`host.pid` of every reader pin of a version.
+
+    Removes pins of dead processes of this host; a pin of another host counts as long as its file
+    exists.
+    """
     folder = _pin_folder(run, version)
     found = []
-    for hold in folder.iterdir() if folder.is_dir() else ():
-        host, pid, _ = hold.name.rsplit(".", 2)
+    for pin in folder.iterdir() if folder.is_dir() else ():
+        host, pid, _ = pin.name.rsplit(".", 2)
         if host == socket.gethostname() and not _is_alive(int(pid)):
-            hold.unlink(missing_ok=True)
+            pin.unlink(missing_ok=True)
         else:
             found.append(f"{host}.{pid}")
     return found
 
 
 def is_pinned(run: Path, version: Version) -> bool:
-    """Whether a reader holds the version."""
+    """Whether a reader pins the version."""
     return bool(pinning_readers(run, version))
 
 
 def referenced_by_checkpoints(run: Path) -> set[str]:
-    """Names of the index versions that checkpoints need to resume exactly: the contents of
+    """Names of the index versions that checkpoints reference, read from
     `STAGE/checkpoints/step-*/index_version`."""
     names = set()
     for file in run.glob("*/checkpoints/step-*/index_version"):
@@ -67,12 +73,14 @@ def referenced_by_checkpoints(run: Path) -> set[str]:
 
 
 class GarbageCollector:
-    """Removes versions that are not among the newest `keep_last`, are neither held nor pinned, and
-    have been so for `grace_s` seconds; then the exported encoders of versions that are gone.
+    """Removes index versions that have been unneeded for `grace_s` seconds, then the exported
+    encoders of removed versions.
 
-    The grace period spares readers on other NFS hosts, where an unlinked file that is still mapped
-    is a bus error. It runs by this process's monotonic clock and starts anew with each process.
-    Only the holder of the lease may collect.
+    A version is unneeded if it is not among the newest `keep_last`, no reader pins it, no
+    checkpoint references it and no replay requests it. The grace period protects readers on other
+    NFS hosts, where access to a mapped file that was unlinked is a bus error. It is measured by
+    this process's monotonic clock and restarts with each process. Only the lease holder may
+    collect.
     """
 
     def __init__(self, run: Path, keep_last: int, grace_s: float) -> None:
@@ -82,58 +90,57 @@ class GarbageCollector:
         self._unneeded_since: dict[Version, float] = {}
 
     def collect(self, lineage: Lineage, attempt: int) -> list[Version]:
-        """Remove what may go now; returns the index versions removed, then the encoders."""
+        """Remove unneeded versions; returns the removed indexes, then the removed encoders."""
         return self._collect_indexes(lineage, attempt) + self._collect_encoders(lineage, attempt)
 
     def in_grace_period(self) -> list[Version]:
-        """Index versions that nobody needed when `collect` looked last, and whose grace period
-        was not over yet."""
+        """Index versions that were unneeded at the last `collect` but not yet removed."""
         return sorted(self._unneeded_since)
 
     def _collect_indexes(self, lineage: Lineage, attempt: int) -> list[Version]:
         indexes = self.run / "indexes"
-        usable, replayed = newest(indexes, lineage, attempt), requested_exports(self.run)
-        kept = {*usable[: self.keep_last], *(version for version in usable if version.step in replayed)}
+        usable, requested = newest(indexes, lineage, attempt), requested_exports(self.run)
+        kept = {*usable[: self.keep_last], *(version for version in usable if version.step in requested)}
         others = [version for version in versions_in(indexes) if version not in kept]
-        pins = referenced_by_checkpoints(self.run) if others else set()
+        referenced = referenced_by_checkpoints(self.run) if others else set()
         now = time.monotonic()
         self._unneeded_since = {
             version: self._unneeded_since.get(version, now)
             for version in others
-            if version.name not in pins and not is_pinned(self.run, version)
+            if version.name not in referenced and not is_pinned(self.run, version)
         }
-        gone = [
+        removed = [
             version
             for version, since in self._unneeded_since.items()
             if now - since >= self.grace_s and self._remove(version)
         ]
-        for version in gone:
+        for version in removed:
             del self._unneeded_since[version]
-        return gone
+        return removed
 
     def _collect_encoders(self, lineage: Lineage, attempt: int) -> list[Version]:
-        """An encoder is needed while an index of it stands, and while it is newer than every
-        index: one of it may yet be built."""
+        """Remove encoders without an index, except those newer than every index: the refresher may
+        still build theirs."""
         encoders = self.run / "encoders"
         indexed = {version.encoder for version in versions_in(self.run / "indexes")}
         usable = [version.encoder for version in newest(self.run / "indexes", lineage, attempt)]
         if not usable:
             return []
-        removed, replayed = [], requested_exports(self.run)
+        removed, requested = [], requested_exports(self.run)
         for version in versions_in(encoders):
-            if version.step in replayed and lineage.allows(version, attempt):
+            if version.step in requested and lineage.allows(version, attempt):
                 continue
             abandoned = not lineage.allows(version, attempt)
             if version not in indexed and (
                 abandoned or (version.step, version.attempt) < (usable[0].step, usable[0].attempt)
             ):
-                shutil.rmtree(
-                    encoders / version.name
-                )  # nobody opens it any more; a kill halfway leaves it to the next look
+                # No process opens it any more. After a kill, the next call finishes.
+                shutil.rmtree(encoders / version.name)
                 removed.append(version)
         return removed
 
     def _remove(self, version: Version) -> bool:
+        """Remove an index version; returns False if a reader has pinned it meanwhile."""
         folder = self.run / "indexes" / version.name
         aside = folder.parent / f"{TEMPORARY}{version.name}-{uuid.uuid4().hex}"
         folder.rename(aside)
@@ -146,10 +153,10 @@ class GarbageCollector:
 
 
 def remove_leftovers(run: Path) -> list[Path]:
-    """Remove what crashes left half-done in the run's index store; returns the paths. Only the
-    holder of the lease may call it.
+    """Remove temporary files that crashes left in the run's index store; returns their paths.
 
-    A version that a collector had moved aside when it was killed is put back if a reader holds it.
+    A version that a killed collector had moved aside is moved back if a reader pins it. Only the
+    lease holder may call it.
     """
     removed = []
     for path in (*run.glob(f"indexes/{TEMPORARY}*"), *run.glob(f"refresher/{TEMPORARY}*")):
@@ -166,7 +173,7 @@ def remove_leftovers(run: Path) -> list[Path]:
 
 
 def _moved_aside(path: Path) -> Version | None:
-    """The version that a temporary folder is the whole of, if it is."""
+    """The version that a collector moved to a temporary folder, or None for any other path."""
     with suppress(PublishError):
         if (path / MANIFEST).exists():
             return Version.parse(path.name.removeprefix(TEMPORARY).rsplit("-", 1)[0])

@@ -1,5 +1,4 @@
-"""One index version, from an exported encoder to its published index: encode, build, measure the
-drift, publish."""
+"""Build one index version from an exported encoder: encode, build, measure the drift, publish."""
 
 import json
 import threading
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
 
 
 class Superseded(Exception):
-    """A newer export, or a new attempt, makes the running work pointless."""
+    """A newer export or a new attempt makes the running build obsolete."""
 
 
 class Stopped(Exception):
-    """Someone asked the refresher to end."""
+    """The refresher was asked to stop."""
 
 
-def is_current(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig) -> bool:
-    """Whether an index folder is of this corpus, factory and search parameters."""
+def matches_config(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig) -> bool:
+    """Whether an index has this corpus, factory and search parameters."""
     try:
         manifest, _ = IndexManifest.read(folder)
     except PublishError:
@@ -55,60 +54,58 @@ def is_current(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig) ->
 
 @dataclass
 class VersionBuild:
-    """The work on one version; every worker runs it, and the first builds and publishes."""
+    """The build of one version; every worker runs it, the first one builds and publishes."""
 
     run: Path
     config: RefreshConfig
     corpus: "PreparedCorpus"
     version: Version
-    """The encoder."""
+    """The encoder version."""
     lease: Lease
     workers: WorkerGroup
     stop: threading.Event
     log: Callable[[str], None]
 
     def build(self, load: Callable[[Path], Encoder], check_superseded: Callable[[float], None]) -> None:
-        """Build and publish; `check_superseded(share_done)` is called before each round of shards.
+        """Build and publish; calls `check_superseded(fraction_done)` before each round of shards.
 
-        Raises Superseded, Stopped, NonFiniteEmbeddings for embeddings of no use, LeaseLost, OSError from the
-        file system, and UserError where no index can be built as configured.
+        Raises Superseded, Stopped, NonFiniteEmbeddings, LeaseLost, OSError from the file system,
+        and UserError if no index can be built as configured.
         """
         folder = self.run / "encoders" / self.version.name
-        clock = _Clock()
+        timer = _PhaseTimer()
         encoder = load(folder)
         if encoder.tokenizer_fingerprint != self.corpus.manifest["tokenizer"]:
             raise UserError(
-                f"{folder} has another tokenizer than the corpus; prepare the corpus with the encoder's tokenizer"
+                f"{folder} was trained with another tokenizer than the corpus was prepared with; "
+                "prepare the corpus with the encoder's tokenizer"
             )
-        empty_index(
-            encoder.retriever.dim, self.config.factory
-        )  # a factory string that cannot work is found out before encoding
+        empty_index(encoder.retriever.dim, self.config.factory)  # fail before encoding if the factory is invalid
         encoder_checksum = checksum(folder)
-        clock.phase("load")
-        ancestor = self.workers.run_on_first(lambda: self._ancestor(encoder_checksum))
-        shards, num_kept = self._encode(
-            encoder, encoder_checksum, 0 if ancestor is None else ancestor[1], check_superseded
-        )
-        clock.phase("encode")
+        timer.end_phase("load")
+        ancestor = self.workers.run_on_first(lambda: self._find_ancestor(encoder_checksum))
+        first_row = 0 if ancestor is None else ancestor[1]
+        shards, num_kept = self._encode(encoder, encoder_checksum, first_row, check_superseded)
+        timer.end_phase("encode")
         self.workers.run_on_first(
-            lambda: self._build_and_publish(encoder, encoder_checksum, ancestor, shards, num_kept, clock)
+            lambda: self._build_and_publish(encoder, encoder_checksum, ancestor, shards, num_kept, timer)
         )
 
-    def _ancestor(self, encoder_checksum: str) -> tuple[Path, int] | None:
-        """An index of the same encoder over what the corpus was before it grew, and the number
-        of its rows; None where there is none."""
+    def _find_ancestor(self, encoder_checksum: str) -> tuple[Path, int] | None:
+        """The folder and row count of an index of the same encoder over an earlier state of the
+        corpus, or None."""
         for older in reversed(versions_in(self.run / "indexes")):
             folder = self.run / "indexes" / older.name
             with suppress(PublishError, IndexRefused):
                 manifest = IndexManifest.read(folder)[0]
-                same = (manifest.encoder_checksum, manifest.factory) == (encoder_checksum, self.config.factory)
+                same_build = (manifest.encoder_checksum, manifest.factory) == (encoder_checksum, self.config.factory)
                 if (
                     older.encoder == self.version
-                    and same
+                    and same_build
                     and manifest.corpus in self.corpus.ancestors
                     and (folder / DRIFT_FILE).exists()
                 ):
-                    PassageIndex.open(folder, manifest.corpus)  # checked before anything is built on it
+                    PassageIndex.open(folder, manifest.corpus)  # verify before building on it
                     return folder, manifest.count
         return None
 
@@ -119,7 +116,7 @@ class VersionBuild:
         ancestor: tuple[Path, int] | None,
         shards: list[np.ndarray],
         num_kept: int,
-        clock: "_Clock",
+        timer: "_PhaseTimer",
     ) -> None:
         if ancestor is None:
             index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
@@ -128,9 +125,9 @@ class VersionBuild:
             index = faiss.read_index(str(ancestor[0] / INDEX_FILE))
             add_rows(index, shards)
             reference_PD = np.load(ancestor[0] / DRIFT_FILE, allow_pickle=False)
-        clock.phase("build")
+        timer.end_phase("build")
         drift = self._drift(encoder, index, reference_PD)
-        clock.phase("drift")
+        timer.end_phase("drift")
         manifest = IndexManifest(
             encoder=self.version.name,
             encoder_checksum=encoder_checksum,
@@ -139,7 +136,7 @@ class VersionBuild:
             dim=index.d,
             count=index.ntotal,
             factory=self.config.factory,
-            seconds=dict(clock.seconds),
+            seconds=dict(timer.seconds),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             search_parameters=self.config.search_parameters,
             drift=drift,
@@ -155,19 +152,18 @@ class VersionBuild:
         if self.corpus.deleted:
             arrays[DELETED_FILE] = np.array(sorted(self.corpus.deleted), dtype=np.int64)
         write_version(self.run / "indexes", final, index, manifest, before_publish, arrays)
-        clock.phase("publish")
-        self._report(final.name, index.ntotal, num_kept, clock.seconds, drift)
+        timer.end_phase("publish")
+        self._log_published(final.name, index.ntotal, num_kept, timer.seconds, drift)
 
     def _drift(self, encoder: Encoder, fresh: faiss.Index, reference_PD: np.ndarray) -> dict[str, Any]:
-        """How far the encoder has moved since the newest index before this one; empty where
-        there is none that tells."""
+        """Drift of the encoder since the newest earlier index; empty if no index is comparable."""
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
         for older in newest(self.run / "indexes", lineage, lineage.current):
             folder = self.run / "indexes" / older.name
             if (
                 older.step < self.version.step
-                and is_current(folder, self.corpus, self.config)
+                and matches_config(folder, self.corpus, self.config)
                 and (folder / DRIFT_FILE).exists()
             ):
                 with suppress(IndexRefused):
@@ -178,33 +174,29 @@ class VersionBuild:
         return {}
 
     def _encode(
-        self, encoder: Encoder, encoder_checksum: str, first: int, check_superseded: Callable[[float], None]
+        self, encoder: Encoder, encoder_checksum: str, first_row: int, check_superseded: Callable[[float], None]
     ) -> tuple[list[np.ndarray], int]:
-        """All passages from row `first` on in shards, mapped from disk, and how many shards an
-        earlier refresher had finished."""
-
-        def stop_if_asked() -> None:
-            if self.stop.is_set():
-                raise Stopped
+        """Encode all passages from `first_row` on; returns the shards, memory-mapped, and how many
+        of them an earlier refresher had finished."""
 
         @cache
-        def tower() -> "Tower | CompiledTower":  # compiled when the first shard needs it
+        def tower() -> "Tower | CompiledTower":  # built and compiled only if a shard is missing
             return encoding_tower(encoder.retriever, self.config.precision, self.config.compile)
 
         def encode(rows: np.ndarray) -> np.ndarray:
-
-            def after_batch(done: int) -> None:
-                stop_if_asked()
-                ticker.update(int(rows[0]) + done)
+            def after_batch(num_done: int) -> None:
+                if self.stop.is_set():
+                    raise Stopped
+                ticker.update(int(rows[0]) + num_done)
 
             budget = self.config.token_budget
             return encode_passages(
                 tower(), self.corpus, rows, encoder.wordpieces, encoder.max_passage_tokens, budget, after_batch
             )
 
-        def before_shard(share_done: float) -> None:
+        def before_round(fraction_done: float) -> None:
             self.lease.check()
-            check_superseded(share_done)
+            check_superseded(fraction_done)
 
         plan = {
             "encoder": encoder_checksum,
@@ -220,15 +212,22 @@ class VersionBuild:
             every_s=10.0 if self.workers.is_first else float("inf"),
         ) as ticker:
             return encode_in_shards(
-                work, range(first, len(self.corpus)), self.config.shard_rows, plan, encode, before_shard, self.workers
+                work,
+                range(first_row, len(self.corpus)),
+                self.config.shard_rows,
+                plan,
+                encode,
+                before_round,
+                self.workers,
             )
 
-    def _report(self, name: str, rows: int, num_kept: int, seconds: dict[str, float], drift: dict[str, Any]) -> None:
+    def _log_published(
+        self, name: str, rows: int, num_kept: int, seconds: dict[str, float], drift: dict[str, Any]
+    ) -> None:
+        """Log the version as a line of text, and append it to `refresher/log.jsonl`."""
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
-        kept = f" ({num_kept} shards kept from before)" if num_kept else ""
-        moved = (
-            f"; since {drift['against']} embeddings moved by {drift['cosine_change']:.4f} (1 - cosine)" if drift else ""
-        )
+        kept = f" ({num_kept} shards kept)" if num_kept else ""
+        moved = f"; drift since {drift['against']}: {drift['cosine_change']:.4f} (1 - cosine)" if drift else ""
         self.log(f"index {name} published: {rows} passages, {phases}{kept}{moved}")
         entry: dict[str, Any] = {
             "version": name,
@@ -237,20 +236,20 @@ class VersionBuild:
             "seconds": seconds,
             "time": time.time(),
             **peak_memory(),
+            "drift": drift,
         }
-        entry |= {"drift": drift}
         with (self.run / "refresher" / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
-class _Clock:
-    """Seconds by phase, each since the one before."""
+class _PhaseTimer:
+    """Seconds per phase, each measured from the end of the previous one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
-    def phase(self, name: str) -> None:
+    def end_phase(self, name: str) -> None:
         now = time.monotonic()
         self.seconds[name] = round(now - self._last, 3)
         self._last = now

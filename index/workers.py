@@ -1,9 +1,9 @@
-"""The refresher's processes, under `torchrun` on one host or many: who encodes which shard, and how
-all learn what the first one decides.
+"""The refresher's worker processes, under `torchrun` on one host or many: which worker encodes
+which shard, and how the first worker's decisions reach the others.
 
-They share nothing with the trainer's processes. Starting them, finding each other and restarting
-all when one dies is torchrun's work; what was finished lies in the file system. Alone, everything
-here is a plain call.
+They are independent of the trainer's processes. torchrun starts them, connects them, and restarts
+all when one dies; finished work is kept in the file system. With a single process every method is
+a plain call.
 """
 
 import os
@@ -19,59 +19,59 @@ from realm.runtime.distributed import local_device
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=7)
+_TIMEOUT = timedelta(days=7)
 """How long a worker waits for the first one, which may be polling for the next export."""
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """This process's place among the refresher's."""
+    """The refresher's group of processes, and this process's rank in it."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def join(cls) -> "WorkerGroup":
-        """Meet the others as the launcher's variables say; without a launcher this process is
-        alone."""
+        """Join the group described by the launcher's environment variables; without a launcher the
+        group is this process."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
         if torch.cuda.is_available():
             torch.cuda.set_device(local_device())
-        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-        # torchrun may keep one store over its restarts, and with it the addresses of the dead.
+        store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        # torchrun may keep its store across restarts, including the addresses of dead processes.
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
         return cls(rank, size)
 
     def leave(self) -> None:
-        """End the group."""
+        """Leave the group."""
         if self.size > 1:
             dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
-        """Whether this one holds the lease, decides, builds and publishes."""
+        """Whether this worker holds the lease, decides, builds and publishes."""
         return self.rank == 0
 
-    def run_on_first(self, decide: Callable[[], T]) -> T:
-        """Call `decide` in the first process; all return what it returned, or raise what it raised."""
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """Call `work` in the first process; all processes return its result or raise its error."""
         if self.size == 1:
-            return decide()
-        box: list[Any] = [None, None]
+            return work()
+        outcome: list[Any] = [None, None]  # result, error
         if self.is_first:
             try:
-                box[0] = decide()
+                outcome[0] = work()
             except Exception as error:
-                box[1] = error
-        dist.broadcast_object_list(box, src=0)
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def run_on_all(self, work: Callable[[], object]) -> None:
-        """Call `work` in every process and wait for all; what any of them raised, all raise."""
+        """Call `work` in every process and wait for all; an error in one is raised in all."""
         if self.size == 1:
             work()
             return

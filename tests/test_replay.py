@@ -119,10 +119,10 @@ def test_a_resumed_run_follows_its_own_log_and_then_the_newest_index(original: P
     assert result.returncode == 0, result.stderr
     after = losses(folder / "run")
     assert after[: len(before)] == before and len(after) == 60
-    assert f"the log is followed up to step {len(before)}" in result.stdout
+    assert f"replayed the log up to step {len(before)}" in result.stdout
     assert not (folder / "run" / "refresher" / "wanted.json").exists()
 
 
 def test_a_log_that_tells_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no pretraining step to follow"):
+    with pytest.raises(UserError, match="no pretraining step to replay"):
         read_replay(tmp_path)

@@ -1,5 +1,5 @@
-"""The tiny run that faults are tried on, and its two processes: a trainer that exports and
-follows, a refresher that builds."""
+"""The tiny run of the fault benchmark, and its two processes: a trainer that exports encoders and
+follows the index, and a refresher that builds it."""
 
 import json
 import multiprocessing
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-import index.version_build as cycle
+from index import version_build
 from index.live import remove_export_leftovers
 from index.refresh import refresh
 from index.retention import GarbageCollector
-from index.search import IndexWatcher, PassageIndex
+from index.search import PassageIndex
+from index.watcher import IndexWatcher
 from realm.corpus.prepare import prepare_corpus
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
@@ -33,162 +34,174 @@ from realm.text.tokenizer import TokenizerConfig, train_wordpiece
 from realm.training.sections import RefreshConfig
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}
-"""Moments at which each process is killed."""
+"""Phases in which each process is killed."""
 PHASE_NUMBERS = {
     phase: number for number, phase in enumerate([phase for phases in PHASES.values() for phase in phases], 1)
 }
 CONFIG = RefreshConfig(
     shard_rows=40, token_budget=512, poll_s=0.01, keep_last=2, grace_s=0.0, lease_expiry_s=0.3, drift_passages=16
 )
-PASSAGES = 200
-_LONGEST = 32
+NUM_PASSAGES = 200
+_MAX_TOKENS = 32
 
 
 @dataclass
-class Scene:
-    """A tiny run: corpus, untrained retriever, and the phase each process is in."""
+class FaultSetup:
+    """A tiny run to inject faults into: corpus, untrained retriever, and the processes' phases."""
 
     run: Path
-    notes: Path
-    """Folder of what the processes tell; never on the disk that runs full."""
+    records: Path
+    """Folder of the files that the processes write for the benchmark; never on the full disk."""
     corpus: PreparedCorpus
     retriever: Retriever
     tokenizer: Any
     phase: dict[str, Any]
-    """Shared with the processes: number of the phase, by kind of process."""
+    """Number of the current phase by kind of process; shared memory."""
 
     @classmethod
-    def build(cls, folder: Path) -> "Scene":
+    def build(cls, folder: Path) -> "FaultSetup":
+        """Create the run and its corpus of random words in `folder`."""
         rng = random.Random(0)
         syllables = ("ba", "ke", "li", "mo", "nu", "ra", "so", "ti")
         words = [first + second for first in syllables for second in syllables]
-        texts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) + "." for _ in range(PASSAGES)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(5, 20))) + "." for _ in range(NUM_PASSAGES)]
         lines = [{"id": str(number), "title": rng.choice(words), "text": text} for number, text in enumerate(texts)]
         (folder / "passages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         tokenizer = train_wordpiece(texts, TokenizerConfig(vocab_size=200))
         source = SourceConfig(str(folder / "passages.jsonl"))
-        corpus = prepare_corpus([source], folder / "passages", tokenizer, _LONGEST, SpanTagger.load(SpanConfig()), 1)
-        bert = BertSource(layers=1, hidden=16, heads=2, intermediate=16, dropout=0.0, max_positions=_LONGEST)
-        config = RetrieverConfig(bert, "mean", "none", max_query_tokens=_LONGEST, max_passage_tokens=_LONGEST)
+        corpus = prepare_corpus([source], folder / "passages", tokenizer, _MAX_TOKENS, SpanTagger.load(SpanConfig()), 1)
+        bert = BertSource(layers=1, hidden=16, heads=2, intermediate=16, dropout=0.0, max_positions=_MAX_TOKENS)
+        config = RetrieverConfig(bert, "mean", "none", max_query_tokens=_MAX_TOKENS, max_passage_tokens=_MAX_TOKENS)
         phase = {kind: multiprocessing.get_context("fork").Value("i", 0) for kind in PHASES}
         return cls(folder / "run", folder, corpus, build_retriever(config, tokenizer), tokenizer, phase)
 
-    def note(self, name: str, line: object) -> None:
-        """Append a line to a file of the scene; short appends are whole whatever kills the writer."""
-        with (self.notes / name).open("a") as file:
+    def record(self, name: str, line: object) -> None:
+        """Append a line to the record `name`; short appends are atomic even if the process is
+        killed."""
+        with (self.records / name).open("a") as file:
             file.write(f"{line}\n")
 
-    def noted(self, name: str) -> list[str]:
-        path = self.notes / name
+    def recorded(self, name: str) -> list[str]:
+        """The lines of the record `name`; empty if there is none."""
+        path = self.records / name
         return path.read_text().splitlines() if path.exists() else []
 
-    def truth(self, version: Version) -> Path:
-        """Embeddings of every passage by the encoder of a version, written before it is exported."""
-        return self.notes / "truth" / f"{version.encoder.name}.npy"
+    def expected_embeddings(self, version: Version) -> Path:
+        """File with all passages' embeddings by a version's encoder, written before its export."""
+        return self.records / "truth" / f"{version.encoder.name}.npy"
 
 
-def export(scene: Scene, version: Version) -> None:
-    """What a trainer does at an export; the weights are a function of the version."""
+def export(setup: FaultSetup, version: Version) -> None:
+    """Export an encoder as a trainer does; its weights are a function of the version."""
     generator = torch.Generator().manual_seed(version.attempt * 100_003 + version.step)
     with torch.no_grad():
-        weight = scene.retriever.query_tower.bert.embeddings.word_embeddings.weight
+        weight = setup.retriever.query_tower.bert.embeddings.word_embeddings.weight
         weight.copy_(torch.randn(weight.shape, generator=generator))
-    words, corpus = Wordpieces.of(scene.tokenizer), scene.corpus
-    inputs = [words.passage(corpus.title_ids(row), corpus.text_ids(row), _LONGEST) for row in range(len(corpus))]
-    truth = scene.truth(version)
-    truth.parent.mkdir(exist_ok=True)
-    np.save(truth, embed_no_grad(scene.retriever.passage_tower, *pad_batch(inputs, words.pad)))
-    with published(scene.run / "encoders" / version.name) as folder:
-        save_retriever(scene.retriever, scene.tokenizer, folder, _LONGEST, _LONGEST)
+    wordpieces, corpus = Wordpieces.of(setup.tokenizer), setup.corpus
+    inputs = [
+        wordpieces.passage(corpus.title_ids(row), corpus.text_ids(row), _MAX_TOKENS) for row in range(len(corpus))
+    ]
+    path = setup.expected_embeddings(version)
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, embed_no_grad(setup.retriever.passage_tower, *pad_batch(inputs, wordpieces.pad)))
+    with published(setup.run / "encoders" / version.name) as folder:
+        save_retriever(setup.retriever, setup.tokenizer, folder, _MAX_TOKENS, _MAX_TOKENS)
 
 
-def _marked(
-    scene: Scene, kind: str, phase: str, call: Callable[..., Any], pause_s: float = 0.005
+def _with_phase(
+    setup: FaultSetup, kind: str, phase: str, call: Callable[..., Any], pause_s: float = 0.005
 ) -> Callable[..., Any]:
-    """`call`, with the phase told to whoever waits to kill, and long enough to be hit."""
+    """Wrap `call` to show its phase to the supervisor, with a pause so that a kill can hit it."""
 
-    def marked(*arguments: Any, **options: Any) -> Any:
-        scene.phase[kind].value = PHASE_NUMBERS[phase]
+    def call_in_phase(*arguments: Any, **options: Any) -> Any:
+        setup.phase[kind].value = PHASE_NUMBERS[phase]
         time.sleep(pause_s)
         try:
             return call(*arguments, **options)
         finally:
-            scene.phase[kind].value = 0
+            setup.phase[kind].value = 0
 
-    return marked
+    return call_in_phase
 
 
-def run_refresher(scene: Scene, config: RefreshConfig = CONFIG, once: bool = False) -> None:
-    """A refresher whose phases can be seen; it notes each shard it begins."""
-    encode_in_shards = cycle.encode_in_shards
+def run_refresher(setup: FaultSetup, config: RefreshConfig = CONFIG, once: bool = False) -> None:
+    """Run a refresher that publishes its phases and records each shard that it starts."""
+    encode_in_shards = version_build.encode_in_shards
 
-    def noting(
-        work: Path, rows: range, shard_rows: int, plan: Any, encode: Any, before_shard: Any, workers: Any
+    def encode_in_shards_recorded(
+        work: Path, rows: range, shard_rows: int, plan: Any, encode: Any, before_round: Any, workers: Any
     ) -> Any:
-        def encode_noted(part: np.ndarray) -> np.ndarray:
-            scene.note("shards", f"{work.name}/{part[0]}")
+        def encode_recorded(part: np.ndarray) -> np.ndarray:
+            setup.record("shards", f"{work.name}/{part[0]}")
             return encode(part)
 
         return encode_in_shards(
-            work, rows, shard_rows, plan, _marked(scene, "refresher", "encode", encode_noted), before_shard, workers
+            work,
+            rows,
+            shard_rows,
+            plan,
+            _with_phase(setup, "refresher", "encode", encode_recorded),
+            before_round,
+            workers,
         )
 
-    # In this process alone: the program that is tested is the one that ships.
-    cycle.encode_in_shards = noting  # type: ignore[assignment]
-    cycle.build_index = _marked(scene, "refresher", "build", cycle.build_index)
-    cycle.write_version = _marked(scene, "refresher", "publish", cycle.write_version)
-    GarbageCollector.collect = _marked(scene, "refresher", "collect", GarbageCollector.collect, 0.001)  # type: ignore[method-assign]
+    # Patched in this process only: the tested program is the one that is shipped.
+    version_build.encode_in_shards = encode_in_shards_recorded  # type: ignore[assignment]
+    version_build.build_index = _with_phase(setup, "refresher", "build", version_build.build_index)
+    version_build.write_version = _with_phase(setup, "refresher", "publish", version_build.write_version)
+    GarbageCollector.collect = _with_phase(setup, "refresher", "collect", GarbageCollector.collect, 0.001)  # type: ignore[method-assign]
     try:
-        refresh(scene.run, config, scene.corpus, once=once, log=lambda line: scene.note("log", line))
+        refresh(setup.run, config, setup.corpus, once=once, log=lambda line: setup.record("log", line))
     except BaseException as error:
-        scene.note("ended", f"{type(error).__name__}: {error}")
+        setup.record("ended", f"{type(error).__name__}: {error}")
         raise
 
 
-def run_trainer(scene: Scene, seed: int) -> None:
-    """Resume from a recent export, export further, and check every index that the watcher serves."""
+def run_trainer(setup: FaultSetup, seed: int) -> None:
+    """Resume from a recent export, keep exporting, and check every index that the watcher opens."""
     rng = random.Random(seed)
-    remove_export_leftovers(scene.run)
-    lineage = Lineage.load(scene.run)
-    exported = [] if lineage.current is None else newest(scene.run / "encoders", lineage, lineage.current)
+    remove_export_leftovers(setup.run)
+    lineage = Lineage.load(setup.run)
+    exported = [] if lineage.current is None else newest(setup.run / "encoders", lineage, lineage.current)
     step, parent = 0, lineage.current
     if exported and parent is not None:
-        step = rng.choice(exported[:3]).step  # going back behind the newest abandons a future
-    attempt = start_attempt(scene.run, parent if exported else None, step if exported else None)
-    export_marked = _marked(scene, "trainer", "export", export)
-    IndexWatcher._open = _marked(scene, "trainer", "open", IndexWatcher._open)  # type: ignore[method-assign]
-    held: PassageIndex | None = None
+        step = rng.choice(exported[:3]).step  # resuming from an older export abandons the newer ones
+    attempt = start_attempt(setup.run, parent if exported else None, step if exported else None)
+    export_in_phase = _with_phase(setup, "trainer", "export", export)
+    IndexWatcher._open = _with_phase(setup, "trainer", "open", IndexWatcher._open)  # type: ignore[method-assign]
+    current: PassageIndex | None = None
     with IndexWatcher(
-        scene.run, attempt, scene.corpus.fingerprint, poll_s=0.01, log=lambda line: scene.note("watcher", line)
+        setup.run, attempt, setup.corpus.fingerprint, poll_s=0.01, log=lambda line: setup.record("watcher", line)
     ) as watcher:
         while True:
             step += 1
-            export_marked(scene, Version(attempt, step))
+            export_in_phase(setup, Version(attempt, step))
             for _ in range(20):
                 taken = watcher.take()
                 if taken is not None:
-                    scene.phase["trainer"].value = PHASE_NUMBERS["swap"]
-                    check_served(scene, taken, attempt)
-                    if held is not None:
-                        held.close()
-                    held = taken
-                    scene.phase["trainer"].value = 0
+                    setup.phase["trainer"].value = PHASE_NUMBERS["swap"]
+                    check_served(setup, taken, attempt)
+                    if current is not None:
+                        current.close()
+                    current = taken
+                    setup.phase["trainer"].value = 0
                 time.sleep(0.01)
 
 
-def check_served(scene: Scene, index: PassageIndex, attempt: int) -> None:
-    """An index that is served holds what its encoder gives, and is not of an abandoned future."""
-    truth = np.load(scene.truth(index.version))
-    found = index.embeddings(np.arange(len(truth)))
-    if not np.allclose(found, truth, rtol=1e-4, atol=1e-5):
-        scene.note("violations", f"{index.version} was served with other embeddings than its encoder gives")
-    if not Lineage.load(scene.run).allows(index.version, attempt):
-        scene.note("violations", f"{index.version} was served to attempt {attempt}, which abandoned it")
-    scene.note("served", index.version)
+def check_served(setup: FaultSetup, index: PassageIndex, attempt: int) -> None:
+    """Record a violation unless a served index contains its encoder's embeddings and belongs to the
+    lineage of `attempt`."""
+    expected = np.load(setup.expected_embeddings(index.version))
+    found = index.embeddings(np.arange(len(expected)))
+    if not np.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        setup.record("violations", f"{index.version} was served with embeddings that differ from its encoder's")
+    if not Lineage.load(setup.run).allows(index.version, attempt):
+        setup.record("violations", f"{index.version} was served to attempt {attempt}, which abandoned it")
+    setup.record("served", index.version)
 
 
-def silently(target: Callable[..., None], *arguments: Any, **options: Any) -> None:
-    """In a child: its progress would be torn by the kill."""
+def run_silently(target: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Run `target` in a child process without output: a kill would leave partial progress lines."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

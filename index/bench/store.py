@@ -1,7 +1,6 @@
-"""`realm bench index`: encoding, searching and opening, each beside what it is measured against, in
-one run on a run's own index.
+"""`realm bench index`: benchmark encoding, opening and searching on a run's own index.
 
-Shape legend: N passages, Q queries, K results a query, D dimension of the embeddings.
+Shape legend: N passages, Q queries, D embedding dimension.
 """
 
 import json
@@ -13,7 +12,7 @@ import torch
 
 from index.admin import list_versions
 from index.bench.encoding import bench_encoding, bench_opening
-from index.bench.searching import bench_search, bench_synthetic, draw, jittered, sample_queries
+from index.bench.searching import bench_search, bench_synthetic, jittered_copies, plot_recall, sample_queries
 from index.search import PassageIndex
 from realm.errors import UserError
 from realm.run.folder import Run
@@ -29,12 +28,12 @@ def bench_index(
     json_file: Path | None,
     picture: Path | None,
 ) -> dict[str, Any]:
-    """Measure and print tables; the figures also go to `json_file`, the recall/speed curves to
-    `picture`.
+    """Run the benchmarks and print tables; writes the figures to `json_file` and the recall/speed
+    curves to `picture`.
 
-    `passages`: to encode; `queries`: to search; `scale`: rows that the embeddings are repeated to,
-    with jitter; `synthetic`: `NxD` random vectors to build and search an index of. Raises UserError
-    where the run has no index, or its encoder is gone.
+    `passages`: number to encode. `queries`: number to search. `scale`: rows of the jittered copies.
+    `synthetic`: `NxD` of the random vectors to build and search an index of. Raises UserError if
+    the run has no index, or if its encoder was removed.
     """
     usable = [
         info
@@ -44,7 +43,8 @@ def bench_index(
     usable = [info for info in usable if (info.store / "encoders" / info.version.encoder.name).is_dir()]
     if not usable:
         raise UserError(
-            f"run {run.folder} has no index of its corpus whose encoder is still there; train it, or let a refresher build one."
+            f"run {run.folder} has no index of its corpus with an existing encoder; "
+            f"train it, or build an index with `realm refresh --run {run.folder}`."
         )
     info = usable[-1]
     index = PassageIndex.open(info.path, run.passages.fingerprint)
@@ -56,13 +56,13 @@ def bench_index(
     query_emb_QD = sample_queries(run.passages, info, queries)
     curves = {}
     for count in sorted({len(real_ND), max(scale, len(real_ND))}):
-        embeddings_ND = real_ND if count == len(real_ND) else jittered(real_ND, count)
+        embeddings_ND = real_ND if count == len(real_ND) else jittered_copies(real_ND, count)
         curves[count] = bench_search(embeddings_ND, query_emb_QD)
     figures["search"] = {str(count): rows for count, rows in curves.items()}
     if synthetic is not None:
         figures["synthetic"] = bench_synthetic(synthetic)
     if picture is not None:
-        draw(curves, picture)
+        plot_recall(curves, picture)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
     return figures

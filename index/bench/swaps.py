@@ -1,9 +1,9 @@
-"""`realm bench swaps`: does a step take longer when the index is swapped under it?
+"""`realm bench swaps`: does swapping the index slow down training steps?
 
-A scripted trainer (matrix products, and a search of the index in use on a thread behind them, as in
-REALM's step) runs in turns with and without a scripted refresher, which takes no cores: its
-versions lie ready and are renamed into place. What is left is what the trainer's side costs:
-looking, reading and checking a version on a thread, and the swap.
+A scripted trainer (matrix products, with a search of the index in use on a background thread, as in
+a REALM step) alternates between rounds with and without a scripted refresher. The refresher uses no
+cores: its versions are prepared in advance and renamed into place. The difference is the cost on
+the trainer's side: polling, reading and verifying a version on a thread, and the swap.
 """
 
 import os
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from index.build import INDEX_FILE, IndexManifest, build_index, write_version
-from index.search import IndexWatcher, PassageIndex
+from index.search import PassageIndex
+from index.watcher import IndexWatcher
 from realm.runtime.publish import write_json_atomic, write_manifest
 from realm.runtime.telemetry import console, print_table, progress
 from realm.runtime.versions import Version, start_attempt
@@ -29,8 +30,10 @@ _WIDTH = 1024
 
 
 def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | None) -> dict[str, Any]:
-    """Run `steps` with and as many without swaps, in turns; a swap every `every` steps. Prints
-    and returns times in milliseconds."""
+    """Alternate between rounds with a swap every `every` steps and rounds without, `steps` each.
+
+    Prints and returns step times in milliseconds.
+    """
     times: dict[str, list[float]] = {"without swaps": [], "with swaps": []}
     calls: list[float] = []
     swaps = 0
@@ -51,14 +54,14 @@ def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | 
                             if kind == "with swaps" and step % every == 0 and ready:
                                 path = ready.pop(0)
                                 path.rename(run / "indexes" / path.name)
-                            began = time.perf_counter()
+                            start = time.perf_counter()
                             newer = watcher.take()
                             if newer is not None:
                                 index.close()
                                 index, swaps = newer, swaps + 1
-                            calls.append(time.perf_counter() - began)
+                            calls.append(time.perf_counter() - start)
                             trainer.step(index)
-                            times[kind].append(time.perf_counter() - began)
+                            times[kind].append(time.perf_counter() - start)
                             ticker.update(sum(map(len, times.values())))
                         drain(watcher)
             index.close()
@@ -66,16 +69,16 @@ def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | 
     result: dict[str, Any] = {"rows": count, "dim": dim, "swaps": swaps, "slowest swap call, ms": 1000 * max(calls)}
     rows = []
     for kind, values in times.items():
-        result[kind] = {f"p{share}": 1000 * float(np.percentile(values, share)) for share in (50, 90, 99)} | {
-            "steps": len(values)
-        }
-        rows.append([kind, len(values), *(result[kind][f"p{share}"] for share in (50, 90, 99))])
+        percentiles = {f"p{q}": 1000 * float(np.percentile(values, q)) for q in (50, 90, 99)}
+        result[kind] = percentiles | {"steps": len(values)}
+        rows.append([kind, len(values), *percentiles.values()])
     result["p99 with / without"] = result["with swaps"]["p99"] / result["without swaps"]["p99"]
     print_table(
         f"Step times in ms, {swaps} swaps of an index of {count:,} x {dim}", ["", "steps", "p50", "p90", "p99"], rows
     )
     console.print(
-        f"  p99 with swaps / without: {result['p99 with / without']:.3f}; slowest swap call {result['slowest swap call, ms']:.2f} ms"
+        f"  p99 with swaps / without: {result['p99 with / without']:.3f}; "
+        f"slowest swap call: {result['slowest swap call, ms']:.2f} ms"
     )
     if json_file is not None:
         write_json_atomic(json_file, result)
@@ -83,8 +86,8 @@ def bench_swaps(count: int, dim: int, steps: int, every: int, json_file: Path | 
 
 
 def prepare_versions(run: Path, count: int, dim: int, number: int) -> list[Path]:
-    """Publish the first version, and lay `number` others ready beside the store, their index
-    files one file."""
+    """Publish the first version, and prepare `number` others outside the store; their index files
+    are hard links to the first."""
     vectors = np.random.default_rng(0).standard_normal((count, dim), dtype=np.float32)
     index = build_index(vectors)
     manifest = IndexManifest(Version(1, 0).name, "", CORPUS, "", dim, count, "Flat", {}, "")
@@ -100,8 +103,8 @@ def prepare_versions(run: Path, count: int, dim: int, number: int) -> list[Path]
 
 
 def drain(watcher: IndexWatcher) -> None:
-    """Let what the watcher is still at come to its end, so that it does not fall into the other
-    kind of steps."""
+    """Wait until the watcher has opened pending versions, so that this does not slow down steps of
+    the other kind."""
     time.sleep(2.0)
     left = watcher.take()
     if left is not None:
@@ -109,8 +112,8 @@ def drain(watcher: IndexWatcher) -> None:
 
 
 class ScriptedTrainer:
-    """A step of fixed work: matrix products with gradient, and behind them a search whose result
-    the next step waits for."""
+    """Runs steps of constant work: matrix products with gradient, and a background search whose
+    result the next step waits for."""
 
     def __init__(self, dim: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -121,7 +124,7 @@ class ScriptedTrainer:
         self.pending = None
 
     def step(self, index: PassageIndex) -> None:
-        """One update, and the search for the next."""
+        """Run one update, and start the search for the next one."""
         if self.pending is not None:
             self.pending.result()
         self.pending = self.thread.submit(index.search, self.queries, _RESULTS)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Wall time of a call."""
+"""Measure the wall time of a call."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds, and the result."""
-    began = time.perf_counter()
+    """Call `work`; returns the seconds and the result."""
+    start = time.perf_counter()
     result = work()
-    return time.perf_counter() - began, result
+    return time.perf_counter() - start, result

@@ -3,9 +3,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(
-    0, str(Path(__file__).parent)
-)  # fake_refresher.py is imported by the tests and run by them as a program
+# fake_refresher.py is both imported by the tests and run as a program.
+sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_refresher import FakeCorpus, export
 
@@ -19,7 +18,7 @@ def corpus() -> FakeCorpus:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder whose first attempt has begun and exported step 500."""
+    """A run folder whose first attempt has exported step 500."""
     folder = tmp_path / "run"
     folder.mkdir()
     start_attempt(folder)

@@ -1,4 +1,4 @@
-"""A corpus and an encoder small enough for tests, and a refresher over them as a program:
+"""A tiny corpus and encoder for tests, and a program that runs a refresher on them:
 fake_refresher.py RUN SECONDS_PER_BATCH."""
 
 import hashlib
@@ -6,15 +6,17 @@ import sys
 import time
 from pathlib import Path
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from index.encode import Encoder, encode_passages
 from index.refresh import refresh
+from index.search import PassageIndex
 from index.workers import WorkerGroup
 from realm.runtime.publish import published
-from realm.runtime.versions import Version
+from realm.runtime.versions import Version, versions_in
 from realm.text.inputs import Wordpieces
 from realm.training.sections import RefreshConfig
 
@@ -26,7 +28,7 @@ CONFIG = RefreshConfig(shard_rows=10, token_budget=64, poll_s=0.05, keep_last=2,
 
 
 class FakeCorpus:
-    """Sixty passages of random wordpieces."""
+    """Passages of random wordpieces, 60 by default."""
 
     def __init__(self, num_rows: int = 60, seed: int = 0) -> None:
         self.manifest = {"tokenizer": TOKENIZER}
@@ -49,7 +51,7 @@ class FakeCorpus:
 
 
 class FakeRetriever(nn.Module):
-    """Sum of token vectors, weighted by position so that order and padding count."""
+    """Sum of token vectors, weighted by position so that order and padding matter."""
 
     dim = DIM
 
@@ -67,7 +69,7 @@ class FakeRetriever(nn.Module):
 
     @property
     def bert(self) -> nn.Module:
-        """What is cast to lower precision."""
+        """The module that is cast to lower precision."""
         return self.table
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class FakeRetriever(nn.Module):
 
 
 def export(run: Path, attempt: int, step: int) -> Path:
-    """What the trainer does: publish an encoder, here only the seed of its weights."""
+    """Publish an encoder as the trainer does; it consists of the seed of its weights only."""
     folder = run / "encoders" / Version(attempt, step).name
     with published(folder) as temporary:
         (temporary / "seed").write_text(f"{attempt}{step}")
@@ -100,16 +102,39 @@ def direct_embeddings(folder: Path, corpus: FakeCorpus) -> np.ndarray:
     )  # type: ignore[arg-type]
 
 
+def indexes(run: Path) -> list[str]:
+    """Names of the published index versions."""
+    return [version.name for version in versions_in(run / "indexes")]
+
+
+def refresh_once(run: Path, corpus: FakeCorpus, config: RefreshConfig = CONFIG, **more: object) -> list[str]:
+    """Refresh until no work is left; returns the log lines."""
+    lines: list[str] = []
+    refresh(run, config, corpus, **{"once": True, "log": lines.append, "load": load, **more})  # type: ignore[arg-type]
+    return lines
+
+
+def assert_equals_direct_encoding(run: Path, name: str, corpus: FakeCorpus) -> None:
+    """Assert that an index version is valid and contains the embeddings of its encoder."""
+    version = name.rsplit("-e", 1)[0]
+    encoder = run / "encoders" / version
+    PassageIndex.open(run / "indexes" / name, corpus.fingerprint, dim=8, encoder=encoder)
+    index = faiss.read_index(str(run / "indexes" / name / "passages.index"))
+    np.testing.assert_allclose(
+        index.reconstruct_n(0, index.ntotal), direct_embeddings(encoder, corpus), rtol=1e-5, atol=1e-6
+    )
+
+
 def program(run: Path, seconds_per_batch: float) -> None:
-    """Refresh until training ends; each worker leaves `batches-RANK`, how many batches it has
-    encoded."""
+    """Refresh until training ends; each worker writes its number of encoded batches to
+    `batches-RANK`."""
     workers, encoders = WorkerGroup.join(), []
 
-    def load_and_remember(folder: Path) -> Encoder:
+    def load_and_record(folder: Path) -> Encoder:
         encoders.append(load(folder, seconds_per_batch))
         return encoders[-1]
 
-    refresh(run, CONFIG, FakeCorpus(), load=load_and_remember, workers=workers)  # type: ignore[arg-type]
+    refresh(run, CONFIG, FakeCorpus(), load=load_and_record, workers=workers)  # type: ignore[arg-type]
     (run / f"batches-{workers.rank}").write_text(str(sum(len(encoder.retriever.batch_shapes) for encoder in encoders)))  # type: ignore[arg-type]
     workers.leave()
 

@@ -1,4 +1,4 @@
-"""What people see of an index store, and what `gc` may take."""
+"""Listing, verifying and garbage-collecting the versions of an index store."""
 
 import json
 import threading
@@ -28,8 +28,7 @@ def build(run: Path, corpus: FakeCorpus, *steps: int, attempt: int = 1) -> None:
 
 @pytest.fixture
 def store(run: Path, corpus: FakeCorpus) -> Path:
-    """A run with an index of each of the steps 500 (exported by the fixture below), 600, 700 and
-    800."""
+    """A run with an index of each of the steps 600, 700 and 800."""
     build(run, corpus, 600, 700, 800)
     refresh(run, KEEP_ALL, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
     return run
@@ -39,35 +38,39 @@ def steps(run: Path, folder: str = "indexes") -> list[int]:
     return [version.step for version in versions_in(run / folder)]
 
 
-def test_every_version_is_listed_with_who_needs_it(store: Path) -> None:
+def test_versions_are_listed_with_their_pins_and_references(store: Path) -> None:
     checkpoint = store / "pretrain" / "checkpoints" / "step-000600"
     checkpoint.mkdir(parents=True)
     (checkpoint / "index_version").write_text(list_versions(store)[0].version.name)
-    hold = ReaderPin(store, list_versions(store)[1].version)
+    pin = ReaderPin(store, list_versions(store)[1].version)
     start_attempt(store, parent=1, parent_step=700)
     states = {info.version.step: info.state for info in list_versions(store)}
-    assert states == {600: "pinned by a checkpoint", 700: "newest, held by 1", 800: "of an abandoned future"}
-    hold.release()
+    assert states == {
+        600: "referenced by a checkpoint",
+        700: "newest, pinned by 1",
+        800: "abandoned by a resume",
+    }
+    pin.release()
     assert all(
         info.bytes > 60 * 8 * 4 and info.manifest is not None and info.manifest.count == 60
         for info in list_versions(store)
     )
 
 
-def test_versions_are_found_by_name_and_others_are_named(store: Path) -> None:
+def test_versions_are_found_by_name_or_the_candidates_are_listed(store: Path) -> None:
     first = list_versions(store)[0]
     assert find_version(store, first.version.name) == first == find_version(store, f"indexes/{first.version.name}")
     with pytest.raises(UserError, match=first.version.name):
         find_version(store, "a01-step-000001-e1")
     with pytest.raises(UserError, match="no index yet"):
-        list_versions(store / "nowhere")
+        list_versions(store / "missing")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "missing", "encoder"])
-def test_verify_tells_what_a_reader_would_refuse(store: Path, damage: str) -> None:
+def test_verify_reports_what_a_reader_would_refuse(store: Path, damage: str) -> None:
     info = list_versions(store)[0]
     lines: list[str] = []
-    assert verify(info, lines.append) is None and "sound, 60 passages" in lines[0]
+    assert verify(info, lines.append) is None and "valid, 60 passages" in lines[0]
     file = info.path / ("manifest.json" if damage == "manifest" else "passages.index")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -80,14 +83,14 @@ def test_verify_tells_what_a_reader_would_refuse(store: Path, damage: str) -> No
     assert verify(info, lines.append) is not None and "REFUSED" in lines[1]
 
 
-def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
-    hold = ReaderPin(store, list_versions(store)[0].version)
+def test_gc_removes_unneeded_versions_and_their_encoders(store: Path) -> None:
+    pin = ReaderPin(store, list_versions(store)[0].version)
     lines: list[str] = []
-    would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
-    assert [path.name[:15] for path in would] == []
-    hold.release()
-    would = collect_garbage(store, CONFIG, 0.0, True, lines.append)
-    assert [path.name[:15] for path in would] == ["a01-step-000600"] and steps(store) == [600, 700, 800]
+    would_remove = collect_garbage(store, CONFIG, 0.0, True, lines.append)
+    assert [path.name[:15] for path in would_remove] == []
+    pin.release()
+    would_remove = collect_garbage(store, CONFIG, 0.0, True, lines.append)
+    assert [path.name[:15] for path in would_remove] == ["a01-step-000600"] and steps(store) == [600, 700, 800]
     removed = collect_garbage(store, CONFIG, 0.0, False, lines.append)
     assert sorted(f"{path.parent.name}/{path.name[:15]}" for path in removed) == [
         "encoders/a01-step-000600",
@@ -97,7 +100,7 @@ def test_gc_takes_what_nobody_needs_and_its_encoders(store: Path) -> None:
     assert collect_garbage(store, CONFIG, 0.0, False, lines.append) == []
 
 
-def test_a_version_taken_during_the_grace_period_stays(store: Path) -> None:
+def test_a_version_pinned_during_the_grace_period_is_kept(store: Path) -> None:
     version = list_versions(store)[0].version
     timer = threading.Timer(0.2, lambda: ReaderPin(store, version))
     timer.start()
@@ -105,29 +108,29 @@ def test_a_version_taken_during_the_grace_period_stays(store: Path) -> None:
     assert steps(store) == steps(store, "encoders") == [600, 700, 800]
 
 
-def test_gc_leaves_a_working_refresher_alone_and_takes_over_from_a_dead_one(store: Path) -> None:
+def test_gc_refuses_while_a_refresher_runs_and_takes_over_from_a_dead_one(store: Path) -> None:
     with Lease(store / "refresher" / "lease", "other.1", CONFIG.lease_expiry_s) as lease:
         assert lease.try_acquire()
-        with pytest.raises(UserError, match=r"other\.1 is at work"):
+        with pytest.raises(UserError, match=r"other\.1 is running"):
             collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
         assert steps(store) == [600, 700, 800]
-        lease._stop.set()  # no more signs of life
+        lease._stop.set()  # no more heartbeats
         collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
     assert steps(store) == [700, 800]
 
 
-def test_a_version_moved_aside_by_a_collector_that_was_killed_is_put_back_for_its_reader(store: Path) -> None:
-    held, free = (info.version for info in list_versions(store)[:2])
-    for version in (held, free):
+def test_a_pinned_version_moved_aside_by_a_killed_collector_is_moved_back(store: Path) -> None:
+    pinned, unpinned = (info.version for info in list_versions(store)[:2])
+    for version in (pinned, unpinned):
         path = store / "indexes" / version.name
         path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
     (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
-    ReaderPin(store, held)
+    ReaderPin(store, pinned)
     assert [path.name for path in remove_leftovers(store)] != []
-    assert steps(store) == [held.step, 800]
+    assert steps(store) == [pinned.step, 800]
 
 
-def test_an_encoder_that_may_yet_be_indexed_stays(store: Path, corpus: FakeCorpus) -> None:
+def test_an_encoder_that_may_still_be_indexed_is_kept(store: Path, corpus: FakeCorpus) -> None:
     export(store, 1, 900)
     refresh(store, replace(CONFIG, keep_last=1), corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
     assert steps(store, "encoders") == [900]
@@ -136,11 +139,11 @@ def test_an_encoder_that_may_yet_be_indexed_stays(store: Path, corpus: FakeCorpu
     export(store, 2, 930)
     collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
     assert [version.name for version in versions_in(store / "encoders")] == ["a01-step-000900", "a02-step-000930"], (
-        "950 is an abandoned future"
+        "step 950 was abandoned by the resume"
     )
 
 
-def test_the_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixture[str]) -> None:
     write_sources(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
@@ -158,10 +161,9 @@ def test_the_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.Capture
     file = run / "indexes" / name / "passages.index"
     file.write_bytes(file.read_bytes()[:-1])
     assert main(["index", "verify", "--run", str(run)]) == 2
-    said = capsys.readouterr()
-    assert (
-        "1 of 4 index versions would be refused" in said.err and "REFUSED" in said.out and "Traceback" not in said.err
-    )
+    output = capsys.readouterr()
+    assert "1 of 4 index versions would be refused" in output.err
+    assert "REFUSED" in output.out and "Traceback" not in output.err
     assert main(["index", "gc", "--run", str(run), "--dry-run"]) == 0 and "would remove" in capsys.readouterr().out
     assert main(["index", "gc", "--run", str(run), "--grace", "0"]) == 0 and "removed" in capsys.readouterr().out
     assert steps(run) == [200, 300, 400]

@@ -1,5 +1,4 @@
-"""The index benchmark, small: what it measures against, and that it prints and writes what it
-measured."""
+"""The index benchmarks at small scale: their reference values, printed tables and reports."""
 
 import json
 from pathlib import Path
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from index.bench.searching import TILES, bench_search, bench_synthetic, jittered
+from index.bench.searching import TORCH_FLAT, bench_search, bench_synthetic, jittered_copies
 from index.frozen import frozen_index
 from realm.app.cli import main
 from realm.errors import UserError
@@ -20,7 +19,7 @@ EMBEDDINGS_ND = RNG.standard_normal((2000, 16)).astype(np.float32)
 EMBEDDINGS_ND /= np.linalg.norm(EMBEDDINGS_ND, axis=1, keepdims=True)
 
 
-def test_the_benchmark_of_a_run(
+def test_benchmark_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_compiler(*_: object, **__: object) -> object:
@@ -65,12 +64,12 @@ def test_recall_is_measured_against_exact_search() -> None:
     assert by_name["IVF32,Flat", "nprobe=1"]["recall@8"] < 0.9 < by_name["SQ8", ""]["recall@8"]
     assert (
         sum(result.get("best", False) for result in results) == 1
-        and max(by_name[name, ""]["times exact"] for name in ("Flat", TILES)) == 1.0
+        and max(by_name[name, ""]["times exact"] for name in ("Flat", TORCH_FLAT)) == 1.0
     )
 
 
-def test_jittered_copies_keep_their_length_and_lie_as_far_as_neighbours() -> None:
-    grown = jittered(EMBEDDINGS_ND[:500], 1300)
+def test_jittered_copies_keep_their_norm_and_move_by_the_neighbour_distance() -> None:
+    grown = jittered_copies(EMBEDDINGS_ND[:500], 1300)
     assert grown.shape == (1300, 16) and np.array_equal(grown[:500], EMBEDDINGS_ND[:500])
     np.testing.assert_allclose(np.linalg.norm(grown, axis=1), 1.0, rtol=1e-5)
     nearest = [np.sort(np.linalg.norm(EMBEDDINGS_ND[:500] - row, axis=1))[1] for row in EMBEDDINGS_ND[:500]]
@@ -78,14 +77,14 @@ def test_jittered_copies_keep_their_length_and_lie_as_far_as_neighbours() -> Non
     assert 0.5 * np.median(nearest) < np.median(moved) < 1.2 * np.median(nearest)
 
 
-def test_random_vectors_are_built_written_mapped_and_found() -> None:
+def test_an_index_of_random_vectors_is_built_written_mapped_and_searched() -> None:
     result = bench_synthetic("5000x16")
     assert result["own row found first, %"] > 90 and result["GiB on disk"] > 0
     with pytest.raises(UserError, match="NxD"):
         bench_synthetic("many")
 
 
-def test_swaps_are_counted_and_paired(tmp_path: Path) -> None:
+def test_steps_with_and_without_swaps_are_measured(tmp_path: Path) -> None:
     report = tmp_path / "swaps.json"
     assert (
         main(["bench", "swaps", "--rows", "500", "--dim", "8", "--steps", "60", "--every", "10", "--json", str(report)])

@@ -29,7 +29,7 @@ def manifest(index: faiss.Index, **changes: object) -> IndexManifest:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF4,Flat", "PCA8,IVF4,PQ2x4"])
-def test_the_index_is_the_same_however_the_rows_are_cut_into_shards(factory: str) -> None:
+def test_the_index_does_not_depend_on_how_rows_are_split_into_shards(factory: str) -> None:
     whole = build_index(EMBEDDINGS_ND, factory, seed=3)
     shards = build_index([EMBEDDINGS_ND[:1], EMBEDDINGS_ND[1:401], EMBEDDINGS_ND[401:]], factory, seed=3)
     assert whole.ntotal == shards.ntotal == len(EMBEDDINGS_ND)
@@ -37,7 +37,7 @@ def test_the_index_is_the_same_however_the_rows_are_cut_into_shards(factory: str
     np.testing.assert_array_equal(whole.search(EMBEDDINGS_ND[:20], 5)[1], shards.search(EMBEDDINGS_ND[:20], 5)[1])
 
 
-def test_the_training_sample_depends_on_its_seed_alone() -> None:
+def test_the_training_sample_depends_only_on_the_seed() -> None:
     def centroids(seed: int) -> np.ndarray:
         index = build_index([EMBEDDINGS_ND[:77], EMBEDDINGS_ND[77:]], "IVF2,Flat", seed, training_rows=100)
         return faiss.downcast_index(index.quantizer).reconstruct_n(0, 2)
@@ -55,7 +55,7 @@ def test_the_training_sample_depends_on_its_seed_alone() -> None:
         ("IDMap,Flat", ['"IDMap,Flat"']),
     ],
 )
-def test_a_factory_that_does_not_suit_is_answered_in_one_sentence(factory: str, words: list[str]) -> None:
+def test_an_invalid_factory_is_refused_in_one_sentence(factory: str, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         build_index(EMBEDDINGS_ND, factory)
     assert all(word in str(caught.value) for word in [*words, 'try "Flat"'])
@@ -103,13 +103,13 @@ def test_embeddings_are_read_back_by_row_from_the_mapped_file(factory: str, tmp_
         assert np.abs(back - EMBEDDINGS_ND[rows]).max() < 0.05
 
 
-def test_what_cannot_give_its_vectors_back_is_refused_before_anything_is_encoded() -> None:
+def test_a_factory_that_cannot_reconstruct_vectors_is_refused() -> None:
     for factory in ("IVF4,PQ4x4fs", "PQ4x4fs", "PCA8,IVF4,PQ4x4fs"):
         with pytest.raises(UserError, match="RFlat"):
             empty_index(16, factory)
 
 
-def test_search_parameters_are_set_and_wrong_ones_refused() -> None:
+def test_search_parameters_are_set_and_invalid_ones_refused() -> None:
     def found(parameters: str) -> float:
         index = build_index(EMBEDDINGS_ND, "IVF20,Flat", parameters=parameters)
         exact = build_index(EMBEDDINGS_ND).search(EMBEDDINGS_ND[:50], 5)[1]

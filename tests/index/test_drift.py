@@ -1,4 +1,4 @@
-"""Drift: what each version says of the distance to the one before, and exports that wait for it."""
+"""Drift: its record in each index version, and exports triggered by it."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def refresh_once(run: Path, corpus: FakeCorpus, config=KEEP) -> None:
     refresh(run, config, corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
 
 
-def test_each_version_tells_how_far_it_is_from_the_one_before(run: Path, corpus: FakeCorpus) -> None:
+def test_each_version_records_its_drift_from_the_previous_one(run: Path, corpus: FakeCorpus) -> None:
     refresh_once(run, corpus)
     export(run, 1, 600)
     (run / "encoders" / "a01-step-000600" / "seed").write_text(
@@ -64,12 +64,14 @@ def test_each_version_tells_how_far_it_is_from_the_one_before(run: Path, corpus:
     assert [entry["drift"] for entry in log] == [first, same, other] and "drift" in log[0]["seconds"]
 
 
-def test_the_probe_is_exact_in_a_compressed_index_and_the_same_rows_for_all(run: Path, corpus: FakeCorpus) -> None:
+def test_reference_embeddings_are_exact_in_a_compressed_index_and_their_rows_deterministic(
+    run: Path, corpus: FakeCorpus
+) -> None:
     refresh_once(run, corpus, replace(KEEP, factory="SQ4"))
     folder = run / "indexes" / versions_in(run / "indexes")[0].name
-    probe = np.load(folder / DRIFT_FILE)
+    reference_PD = np.load(folder / DRIFT_FILE)
     direct = direct_embeddings(run / "encoders" / "a01-step-000500", corpus)
-    np.testing.assert_allclose(probe, direct[drift_rows(60, 20)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(reference_PD, direct[drift_rows(60, 20)], rtol=1e-5, atol=1e-6)
     assert len(drift_rows(10, 20)) == 10 and np.array_equal(drift_rows(1000, 20), drift_rows(1000, 20))
 
 
@@ -81,8 +83,8 @@ def test_overlap_and_rows_from_shards() -> None:
     assert cosine_change(matrix[1:], 2 * matrix[1:]) == pytest.approx(0, abs=1e-6)
 
 
-class Turning(nn.Module):
-    """Embeds every passage as one direction, turned by an angle."""
+class RotatingTower(nn.Module):
+    """Embeds every passage as the same direction, rotated by an angle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,8 +94,8 @@ class Turning(nn.Module):
         return torch.stack((self.angle.cos(), self.angle.sin())).expand(len(ids_BL), 2)
 
 
-def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
-    reference, tower = DriftReference(corpus, SPECIAL_IDS, 20, 16, "fp32"), Turning()  # type: ignore[arg-type]
+def test_drift_of_a_rotating_tower_is_one_minus_the_cosine_of_its_angle(corpus: FakeCorpus) -> None:
+    reference, tower = DriftReference(corpus, SPECIAL_IDS, 20, 16, "fp32"), RotatingTower()  # type: ignore[arg-type]
     reference.snapshot(tower)
     assert reference.drift(tower) == pytest.approx(0)
     tower.angle.data.fill_(0.5)
@@ -102,7 +104,7 @@ def test_a_tower_that_turns_has_moved_by_its_angle(corpus: FakeCorpus) -> None:
     assert reference.drift(tower) == pytest.approx(0)
 
 
-def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp_path: Path) -> None:
+def test_exports_are_triggered_by_drift_and_at_the_end(tmp_path: Path) -> None:
     write_sources(tmp_path)
     refresh_ = {"export_every": 0, "drift_every": 2, "max_drift": 1e-9, "keep_last": 20}
     config = write_config(tmp_path, pretrain={"steps": 7, "reader_check": 0}, refresh=refresh_)
@@ -110,7 +112,7 @@ def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp
         result = realm(command, "--config", config)
         assert result.returncode == 0, result.stderr
     exported = [version.step for version in versions_in(tmp_path / "run" / "encoders")]
-    assert exported == [0, 2, 4, 6, 7], "every look finds a little movement"
+    assert exported == [0, 2, 4, 6, 7], "every measurement finds some drift"
     drifts = {
         row["step"]: row["drift"]
         for row in read_metrics(tmp_path / "run" / "metrics.jsonl")["pretrain"]
@@ -120,17 +122,17 @@ def test_exports_come_whenever_the_probe_has_moved_far_enough_and_at_the_end(tmp
 
 
 def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
-    run, tower = prepared_run(tmp_path), Turning()
+    run, tower = prepared_run(tmp_path), RotatingTower()
 
     def schedule(config: RefreshConfig) -> ExportSchedule:
         return ExportSchedule(config, 12, drift_reference(config, run.collator, "fp32"), lambda: tower)
 
-    def steps(turn_at: int = 0, **changes: object) -> list[int]:
+    def steps(rotate_at: int = 0, **changes: object) -> list[int]:
         tower.angle.data.zero_()
         exports = schedule(replace(run.config.refresh, **changes))
         found = []
         for step in range(1, 13):
-            if step == turn_at:
+            if step == rotate_at:
                 tower.angle.data += 1.0
             if exports.due(step, exports.drift(step)):
                 found.append(step)
@@ -139,18 +141,18 @@ def test_exports_by_period_by_drift_or_both(tmp_path: Path) -> None:
 
     assert steps(export_every=5) == [5, 10, 12]
     assert steps(export_every=2, staleness_multiplier=4) == [8, 12]
-    assert steps(export_every=0, max_drift=0.2, drift_every=3) == [12], "nothing moves"
-    assert steps(export_every=0, max_drift=0.2, drift_every=3, turn_at=4) == [6, 12], (
-        "found at the next look, and not again"
+    assert steps(export_every=0, max_drift=0.2, drift_every=3) == [12], "no drift"
+    assert steps(export_every=0, max_drift=0.2, drift_every=3, rotate_at=4) == [6, 12], (
+        "found at the next measurement, and only once"
     )
-    assert steps(export_every=5, max_drift=0.2, drift_every=3, turn_at=4) == [5, 10, 12], (
-        "the period's export is measured from"
+    assert steps(export_every=5, max_drift=0.2, drift_every=3, rotate_at=4) == [5, 10, 12], (
+        "drift is measured from the periodic export"
     )
-    assert steps(export_every=5, max_drift=0.2, drift_every=3, turn_at=8) == [5, 9, 10, 12]
+    assert steps(export_every=5, max_drift=0.2, drift_every=3, rotate_at=8) == [5, 9, 10, 12]
 
 
-def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) -> None:
-    run, tower = prepared_run(tmp_path, refresh={"max_drift": 0.5}), Turning()
+def test_the_drift_snapshot_is_saved_in_the_checkpoint(tmp_path: Path) -> None:
+    run, tower = prepared_run(tmp_path, refresh={"max_drift": 0.5}), RotatingTower()
 
     def schedule() -> ExportSchedule:
         reference = drift_reference(run.config.refresh, run.collator, "fp32")
@@ -166,10 +168,10 @@ def test_what_drift_is_measured_from_goes_with_the_checkpoint(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"export_every": 0}, "nothing would be exported"), ({"staleness_multiplier": 0}, "at least 1")],
 )
-def test_settings_that_would_export_nothing_are_refused(tmp_path: Path, changes: dict, said: str) -> None:
+def test_settings_that_would_export_nothing_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
     write_sources(tmp_path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_config(write_config(tmp_path, refresh=changes))

@@ -1,3 +1,5 @@
+"""Encoding of passages: order, padding, precision, compilation, shards."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from realm.models.retriever import Retriever, Tower
 from realm.text.inputs import pad_batch
 
 
-def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: FakeCorpus) -> None:
+def test_embeddings_are_in_the_requested_order(corpus: FakeCorpus) -> None:
     tower = FakeRetriever(seed=1).eval()
     rows = np.random.default_rng(0).permutation(len(corpus))[:40]
     emb_RD = encode_passages(tower, corpus, rows, SPECIAL_IDS, MAX_TOKENS, token_budget=64)
@@ -22,7 +24,7 @@ def test_embeddings_come_in_the_order_asked_for_whatever_the_batches(corpus: Fak
         np.testing.assert_allclose(emb_D, alone_D, rtol=1e-5, atol=1e-6)
 
 
-def test_batches_stay_within_the_token_budget_and_waste_little(corpus: FakeCorpus) -> None:
+def test_batches_respect_the_token_budget_with_little_padding(corpus: FakeCorpus) -> None:
     tower = FakeRetriever(seed=1).eval()
     done: list[int] = []
     encode_passages(
@@ -44,8 +46,8 @@ def tiny_retriever() -> Retriever:
 
 
 @pytest.mark.parametrize("max_tokens", [100, 288])
-def test_long_passages_are_padded_to_whole_tiles_and_embedded_alike(max_tokens: int) -> None:
-    """Lengths are rounded up, but never beyond what the encoder takes."""
+def test_aligned_padding_of_long_passages_does_not_change_embeddings(max_tokens: int) -> None:
+    """Lengths are rounded up, but never beyond `max_tokens`."""
     torch.manual_seed(0)
     corpus, rows = FakeCorpus(12), np.arange(12)
     corpus._texts = [np.arange(3, 3 + length).astype(np.int32) % 97 + 3 for length in range(40, 160, 10)]
@@ -64,7 +66,7 @@ def test_long_passages_are_padded_to_whole_tiles_and_embedded_alike(max_tokens: 
             np.testing.assert_allclose(embeddings[row], tower(*pad_batch([sequence], 0))[0].numpy(), atol=2e-6)
 
 
-def test_half_precision_leaves_the_retriever_as_it_is_and_gives_nearly_the_same(corpus: FakeCorpus) -> None:
+def test_bf16_leaves_the_retriever_unchanged_and_is_close_to_fp32(corpus: FakeCorpus) -> None:
     torch.manual_seed(0)
     retriever, rows = tiny_retriever(), np.arange(len(corpus))
     exact = encode_passages(encoding_tower(retriever, "fp32"), corpus, rows, SPECIAL_IDS, MAX_TOKENS)
@@ -74,8 +76,8 @@ def test_half_precision_leaves_the_retriever_as_it_is_and_gives_nearly_the_same(
 
 
 @pytest.mark.slow
-def test_compiled_encoding_gives_the_same_for_every_length_and_encoder(corpus: FakeCorpus) -> None:
-    """Weights are constants of what is compiled; those of the next encoder must take their place."""
+def test_compiled_encoding_equals_eager_for_all_lengths_and_encoders(corpus: FakeCorpus) -> None:
+    """Weights are compiled as constants; those of the next encoder must replace them."""
     rows = np.arange(len(corpus))
     for seed in range(2):
         torch.manual_seed(seed)
@@ -87,7 +89,7 @@ def test_compiled_encoding_gives_the_same_for_every_length_and_encoder(corpus: F
         np.testing.assert_allclose(compiled, exact, atol=1e-5)
 
 
-def test_an_encoder_that_cannot_be_compiled_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_compilation_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> object:
         def call(*_: object) -> None:
             raise RuntimeError("No working C++ compiler found\nmore")
@@ -101,7 +103,7 @@ def test_an_encoder_that_cannot_be_compiled_is_refused_with_the_remedy(monkeypat
         encoding_tower(tiny_retriever(), "fp32", compiled=True)
 
 
-def test_a_diverged_encoder_is_named_with_the_passage(corpus: FakeCorpus) -> None:
+def test_non_finite_embeddings_are_reported(corpus: FakeCorpus) -> None:
     tower = FakeRetriever(seed=1).eval()
     with torch.no_grad():
         tower.table.weight[corpus.text_ids(7)[0]] = torch.nan
@@ -109,12 +111,12 @@ def test_a_diverged_encoder_is_named_with_the_passage(corpus: FakeCorpus) -> Non
         encode_passages(tower, corpus, np.array([7]), SPECIAL_IDS, MAX_TOKENS)
 
 
-def test_shards_of_another_plan_are_thrown_away(tmp_path: object) -> None:
+def test_shards_of_another_plan_are_deleted(tmp_path: object) -> None:
     work = tmp_path / "work"  # type: ignore[operator]
 
     def run(factor: float, plan: dict) -> tuple[np.ndarray, int]:
         shards, num_kept = encode_in_shards(
-            work, range(10), 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda share: None
+            work, range(10), 4, plan, lambda rows: factor * rows[:, None].astype(np.float32), lambda fraction_done: None
         )
         return np.concatenate(shards)[:, 0], num_kept
 

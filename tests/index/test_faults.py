@@ -1,4 +1,4 @@
-"""The fault benchmark, small: it finds nothing wrong here, and it does find what is wrong."""
+"""The fault benchmark at small scale: no violations here, and it detects an injected defect."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,15 @@ from pathlib import Path
 import pytest
 
 from index import search
-from index.bench.fault_processes import CONFIG, Scene, export
-from index.bench.faults import Supervisor
+from index.bench.fault_processes import CONFIG, FaultSetup, export
+from index.bench.fault_supervisor import Supervisor
+from index.bench.faults import corrupt_files
 from index.refresh import refresh
 from realm.app.cli import main
 from realm.runtime.versions import Version, start_attempt
 
 
-def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_cause_no_violations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "faults.json"
     assert main(["bench", "faults", "--kills", "12", "--flips", "60", "--json", str(report)]) == 0, (
         capsys.readouterr().out
@@ -30,15 +29,15 @@ def test_nothing_is_broken_by_kills_flips_freezes_rivals_and_a_full_disk(
     )
 
 
-def test_a_store_that_does_not_check_its_files_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene.build(tmp_path)
-    scene.run.mkdir()
-    start_attempt(scene.run)
-    export(scene, Version(1, 1))
-    refresh(scene.run, CONFIG, scene.corpus, once=True, log=lambda line: None)
-    supervisor = Supervisor(scene, 0)
-    supervisor.damage(40)
+def test_missing_checksum_verification_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = FaultSetup.build(tmp_path)
+    setup.run.mkdir()
+    start_attempt(setup.run)
+    export(setup, Version(1, 1))
+    refresh(setup.run, CONFIG, setup.corpus, once=True, log=lambda line: None)
+    supervisor = Supervisor(setup, 0)
+    corrupt_files(supervisor, 40)
     assert supervisor.report.violations == []
     monkeypatch.setattr(search, "check_files", lambda folder, manifest: None)
-    supervisor.damage(200)
-    assert supervisor.report.violations, "without checksums a flipped bit is served"
+    corrupt_files(supervisor, 200)
+    assert supervisor.report.violations, "without checksums, an index with a flipped bit is served"

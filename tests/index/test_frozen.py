@@ -1,5 +1,4 @@
-"""The index of a retriever that stands still: built once, found again, lent to a trainer, held
-while it is read."""
+"""The index of a frozen retriever: built once, reused, published for a trainer, pinned in use."""
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return prepared_run(tmp_path_factory.mktemp("frozen"))
 
 
-def test_built_once_found_again_and_held(run: Run) -> None:
+def test_it_is_built_once_reused_and_pinned(run: Run) -> None:
     retriever = build_initial_retriever(run)
     assert build_initial_retriever(run) == retriever and checksum(retriever) == checksum(build_initial_retriever(run))
     lines: list[str] = []
@@ -27,7 +26,7 @@ def test_built_once_found_again_and_held(run: Run) -> None:
     assert len(first) == len(run.passages) and any("published" in line for line in lines)
     lines.clear()
     again = frozen_index(run.folder, retriever, run.passages, run.config.refresh, lines.append)
-    assert again.version == first.version and lines == [], "nothing is built a second time"
+    assert again.version == first.version and lines == [], "it is not built a second time"
     store = run.folder / "frozen" / checksum(retriever)[:12]
     assert is_pinned(store, first.version)
     first.close()
@@ -35,18 +34,18 @@ def test_built_once_found_again_and_held(run: Run) -> None:
     assert not is_pinned(store, first.version)
 
 
-def test_a_trainer_starts_with_it_and_no_other_is_lent(run: Run) -> None:
+def test_it_is_published_for_a_trainer_with_the_same_retriever_only(run: Run) -> None:
     retriever = build_initial_retriever(run)
     frozen = frozen_index(run.folder, retriever, run.passages, run.config.refresh)
     attempt = start_attempt(run.folder)
     encoder = Version(attempt, 0)
     assert publish_frozen(run.folder, retriever, run.passages, run.config.refresh, encoder)
-    lent = PassageIndex.open(run.folder / "indexes" / encoder.with_epoch(0).name, run.passages.fingerprint)
-    np.testing.assert_array_equal(lent.embeddings(np.arange(5)), frozen.embeddings(np.arange(5)))
-    assert lent.manifest.encoder == encoder.name and lent.manifest.encoder_checksum == checksum(retriever)
+    first = PassageIndex.open(run.folder / "indexes" / encoder.with_epoch(0).name, run.passages.fingerprint)
+    np.testing.assert_array_equal(first.embeddings(np.arange(5)), frozen.embeddings(np.arange(5)))
+    assert first.manifest.encoder == encoder.name and first.manifest.encoder_checksum == checksum(retriever)
     other = run.folder / "other"
     other.mkdir()
     (other / "retriever.json").write_text("{}")
     assert not publish_frozen(run.folder, other, run.passages, run.config.refresh, Version(attempt, 1)), (
-        "another retriever's passages are embedded otherwise"
+        "another retriever has other embeddings"
     )

@@ -1,5 +1,4 @@
-"""`realm index add`: only what is new is encoded, and a later full refresh equals having had it
-from the start."""
+"""`realm index add`: only new passages are encoded, and the result equals a full rebuild."""
 
 import json
 import shutil
@@ -19,7 +18,7 @@ from tests.tiny import prepared_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run with the index of a retriever that stands still."""
+    """A run with the index of a frozen retriever."""
     from realm.run.initial import build_initial_retriever
 
     run = prepared_run(tmp_path, refresh={"shard_rows": 4, "poll_s": 0.05, "grace_s": 0.0, "lease_expiry_s": 1.0})
@@ -47,18 +46,18 @@ def add(run: Run, name: str, *arguments: str) -> int:
     return main(["index", "add", "--run", str(run.folder), str(path), *arguments])
 
 
-def test_only_what_is_new_is_encoded_and_a_full_refresh_gives_the_same(
+def test_only_new_passages_are_encoded_and_the_index_equals_a_full_rebuild(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = newest(run)
     assert add(run, "Xanth") == 0
-    said = capsys.readouterr().out
-    assert "1 blocks added" in said and "published: 13 passages" in said
+    output = capsys.readouterr().out
+    assert "1 blocks added" in output and "published: 13 passages" in output
     log = [json.loads(line) for line in (store(run) / "refresher" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["rows"] == 13
     grown = newest(run)
     np.testing.assert_array_equal(grown.embeddings(np.arange(12)), old.embeddings(np.arange(12)))
-    # From the start: the index is built anew, over the grown corpus.
+    # Full rebuild over the grown corpus.
     shutil.rmtree(store(run) / "indexes")
     assert main(["index", "add", "--run", str(run.folder), str(run.prepared.parent / "Xanth.jsonl")]) == 0
     np.testing.assert_allclose(
@@ -66,12 +65,12 @@ def test_only_what_is_new_is_encoded_and_a_full_refresh_gives_the_same(
     )
 
 
-def test_what_is_taken_away_is_never_found(run: Run, tmp_path: Path) -> None:
+def test_deleted_documents_are_never_retrieved(run: Run, tmp_path: Path) -> None:
     queries = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     scores, rows = newest(run).search(queries, 12)
-    gone = tmp_path / "gone"
-    gone.write_text("town-2\ntown-7\n\n")
-    assert main(["index", "add", "--run", str(run.folder), "--delete", str(gone)]) == 0
+    ids = tmp_path / "ids"
+    ids.write_text("town-2\ntown-7\n\n")
+    assert main(["index", "add", "--run", str(run.folder), "--delete", str(ids)]) == 0
     corpus, index = PreparedCorpus.open(run.prepared / "passages"), newest(run)
     assert corpus.deleted == {2, 7}
     for k in (1, 3, 10):
@@ -87,14 +86,14 @@ def test_what_is_taken_away_is_never_found(run: Run, tmp_path: Path) -> None:
     assert index.search(queries, 12)[1][:, 10:].tolist() == [[-1, -1]] * 5
 
 
-def test_replacing_and_mistakes(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replacement_and_invalid_arguments(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(run, "town-1") == 2
     assert "'town-1' already" in capsys.readouterr().err and len(versions_in(store(run) / "indexes")) == 1
     assert add(run, "town-1", "--replace") == 0
     corpus = PreparedCorpus.open(run.prepared / "passages")
     assert corpus.deleted == {1} and corpus.row_of_id("town-1") == 12
     assert main(["index", "add", "--run", str(run.folder)]) == 2 and "nothing to add" in capsys.readouterr().err
-    assert main(["index", "add", "--run", str(run.folder), str(tmp_path / "nowhere.jsonl")]) == 2
+    assert main(["index", "add", "--run", str(run.folder), str(tmp_path / "missing.jsonl")]) == 2
     empty = tmp_path / "empty"
     empty.touch()
     assert main(["index", "add", "--run", str(run.folder), "--delete", str(empty)]) == 2

@@ -1,3 +1,5 @@
+"""The lease: exclusion, takeover from dead and suspended holders, a full disk."""
+
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ def acquire(lease: Lease, timeout_s: float = 10.0) -> float:
     """Seconds until the lease was acquired."""
     started = time.monotonic()
     while not lease.try_acquire():
-        assert time.monotonic() - started < timeout_s, "the lease was never granted"
+        assert time.monotonic() - started < timeout_s, "the lease was not acquired in time"
         time.sleep(0.02)
     return time.monotonic() - started
 
@@ -42,7 +44,7 @@ def start_holder(folder: Path) -> subprocess.Popen[str]:
     return holder
 
 
-def test_a_living_holder_keeps_everyone_else_out_and_release_lets_them_in_at_once(tmp_path: Path) -> None:
+def test_a_live_holder_excludes_others_until_it_releases(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     with Lease(tmp_path, "me", EXPIRY_S) as lease:
         until = time.monotonic() + 3 * EXPIRY_S
@@ -55,7 +57,7 @@ def test_a_living_holder_keeps_everyone_else_out_and_release_lets_them_in_at_onc
         assert lease.epoch == 2 and lease.still_held()
 
 
-def test_a_killed_holder_is_followed_after_the_expiry_under_a_higher_epoch(tmp_path: Path) -> None:
+def test_the_lease_of_a_killed_holder_expires_and_the_epoch_rises(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     holder.kill()
     holder.communicate()
@@ -64,7 +66,7 @@ def test_a_killed_holder_is_followed_after_the_expiry_under_a_higher_epoch(tmp_p
         assert lease.epoch == 2
 
 
-def test_a_holder_frozen_and_woken_after_takeover_knows_that_it_lost(tmp_path: Path) -> None:
+def test_a_holder_suspended_until_takeover_detects_that_it_lost_the_lease(tmp_path: Path) -> None:
     holder = start_holder(tmp_path)
     os.kill(holder.pid, signal.SIGSTOP)
     with Lease(tmp_path, "me", EXPIRY_S) as lease:
@@ -72,10 +74,10 @@ def test_a_holder_frozen_and_woken_after_takeover_knows_that_it_lost(tmp_path: P
         os.kill(holder.pid, signal.SIGCONT)
         assert holder.communicate("go\n", timeout=10)[0] == "lost\n"
         lease.check()
-        assert lease.still_held(), "the release of a lost lease must not end ours"
+        assert lease.still_held(), "releasing a lost lease must not release ours"
 
 
-def test_the_one_who_lost_may_not_publish(tmp_path: Path) -> None:
+def test_check_raises_after_the_lease_is_lost(tmp_path: Path) -> None:
     with Lease(tmp_path, "slow", EXPIRY_S) as lease:
         acquire(lease)
         (tmp_path / "epoch-000002").mkdir()
@@ -83,16 +85,16 @@ def test_the_one_who_lost_may_not_publish(tmp_path: Path) -> None:
             lease.check()
 
 
-def test_of_many_who_rush_for_a_free_lease_one_gets_it(tmp_path: Path) -> None:
+def test_one_of_many_concurrent_threads_acquires_the_lease(tmp_path: Path) -> None:
     leases = [Lease(tmp_path, f"thread {i}", EXPIRY_S) for i in range(16)]
     start, granted = threading.Barrier(len(leases)), []
 
-    def rush(lease: Lease) -> None:
+    def acquire_at_once(lease: Lease) -> None:
         start.wait()
         if lease.try_acquire():
             granted.append(lease)
 
-    threads = [threading.Thread(target=rush, args=(lease,)) for lease in leases]
+    threads = [threading.Thread(target=acquire_at_once, args=(lease,)) for lease in leases]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -101,22 +103,20 @@ def test_of_many_who_rush_for_a_free_lease_one_gets_it(tmp_path: Path) -> None:
     granted[0].release()
 
 
-def test_a_crash_between_the_epoch_and_its_first_heartbeat_blocks_nobody_for_ever(tmp_path: Path) -> None:
+def test_an_epoch_without_a_heartbeat_expires(tmp_path: Path) -> None:
     (tmp_path / "epoch-000007").mkdir()
     with Lease(tmp_path, "me", EXPIRY_S) as lease:
         assert acquire(lease) >= EXPIRY_S
         assert lease.epoch == 8
 
 
-def test_a_full_disk_leaves_an_epoch_that_counts_as_a_dead_holders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_room(path: Path, text: str) -> int:
+def test_an_epoch_taken_on_a_full_disk_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, text: str) -> int:
         raise OSError(28, "No space left on device")
 
     first, second = Lease(tmp_path, "first", EXPIRY_S), Lease(tmp_path, "second", EXPIRY_S)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", no_room)
+        patch.setattr(Path, "write_text", fail)
         with pytest.raises(OSError, match="No space"):
             first.try_acquire()
         assert first.epoch == 0

@@ -1,5 +1,4 @@
-"""Several refresher processes under torchrun: one index between them, and a restart of all when
-one dies."""
+"""Several refresher processes under torchrun: they build one index, and restart when one dies."""
 
 import os
 import re
@@ -44,7 +43,7 @@ def embeddings(run: Path) -> np.ndarray:
     return index.reconstruct_n(0, index.ntotal)
 
 
-def test_two_workers_share_the_shards_of_one_index(run: Path, corpus: FakeCorpus) -> None:
+def test_two_workers_encode_the_shards_of_one_index(run: Path, corpus: FakeCorpus) -> None:
     (run / TRAINING_ENDED).touch()
     workers = launch(run, 0.0)
     output, _ = workers.communicate(timeout=120)
@@ -53,10 +52,10 @@ def test_two_workers_share_the_shards_of_one_index(run: Path, corpus: FakeCorpus
         embeddings(run), direct_embeddings(run / "encoders" / "a01-step-000500", corpus), rtol=1e-5, atol=1e-6
     )
     batches = [int((run / f"batches-{rank}").read_text()) for rank in range(2)]
-    assert min(batches) > 5, "six shards between the two of them"
+    assert min(batches) > 5, "the two workers share six shards"
 
 
-def test_when_one_dies_all_start_again_and_keep_the_finished_shards(run: Path, corpus: FakeCorpus) -> None:
+def test_when_one_worker_dies_all_restart_and_keep_the_finished_shards(run: Path, corpus: FakeCorpus) -> None:
     (run / TRAINING_ENDED).touch()
     workers, work = launch(run, 0.15), run / "refresher" / "a01-step-000500"
     until = time.monotonic() + 60
