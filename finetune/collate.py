@@ -105,7 +105,7 @@ class QuestionCollator:
         are not passages. `substitutes` are applied to what is read. For the reader, an answer in the title is
         as right as one in the text, as in evaluation.
         """
-        read_slot_BN = np.array([self.inputs.contexts.share(rows) for rows in read.tolist()], dtype=np.int64)
+        read_slot_BN = np.array([self.inputs.contexts.read_slots(rows) for rows in read.tolist()], dtype=np.int64)
         row_Q = np.flatnonzero(read_slot_BN == np.arange(read.shape[1]))
         joints, places = [], []
         for place in row_Q.tolist():

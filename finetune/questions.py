@@ -59,7 +59,7 @@ def load_questions(
     Prints, unless `quiet`, how many there are, in which format, and how many were skipped. Raises UserError
     naming the place of every invalid record or unknown passage, and for a source without usable questions.
     """
-    report, records = BadRecords(no_mistakes=(UNANSWERABLE,)), []
+    report, records = BadRecords(expected_kinds=(UNANSWERABLE,)), []
     for record in read_questions(source, report):
         records.append(record)
         if len(records) == source.limit:
@@ -86,7 +86,7 @@ def load_questions(
     if not quiet:
         known = sum(question.passage is not None for question in questions)
         how = f"{format_of(source)}{', auto-detected' if source.format == 'auto' else ''}"
-        skipped = ", ".join(f"{number:,} x {kind}" for kind, number in (report.left_out + report.counts).items())
+        skipped = ", ".join(f"{number:,} x {kind}" for kind, number in (report.expected + report.counts).items())
         console.print(
             f"  {len(questions):,} questions in {source.path} ({how}), {known:,} with a passage in the corpus"
             + (f"; skipped: {skipped}" if skipped else "")

@@ -55,7 +55,7 @@ def load_encoder(folder: Path) -> Encoder:
     if torch.cuda.is_available():
         retriever.to("cuda")
     max_tokens = read_retriever_settings(folder)["max_passage_tokens"]
-    return Encoder(retriever, Wordpieces.of(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
+    return Encoder(retriever, Wordpieces.from_tokenizer(tokenizer), max_tokens, tokenizer_fingerprint(tokenizer))
 
 
 def encoding_tower(retriever: "Retriever", precision: Precision, compiled: bool = False) -> "Tower | CompiledTower":

@@ -91,7 +91,7 @@ class MaskedCollator:
         read_slot_BN = np.zeros((len(examples), candidates.shape[1] + 1), dtype=np.int64)
         for b, (example, rows) in enumerate(zip(examples, candidates, strict=True)):
             # Slot 0 is the null passage; empty slots (-1 after sharing) are read with it.
-            read_slot_BN[b, 1:] = 1 + np.array(inputs.contexts.share(rows))
+            read_slot_BN[b, 1:] = 1 + np.array(inputs.contexts.read_slots(rows))
             slots = [inputs.in_context(NULL), *(inputs.in_context(int(row)) for row in rows)]
             contains_span.append([inputs.contains(parts, example.span_ids) for parts in slots])
             if pool is not None and rng.random() < substitution_prob:

@@ -1,4 +1,4 @@
-"""`python -m realm`."""
+"""Entry point of `python -m realm`."""
 
 from realm.app.cli import main
 

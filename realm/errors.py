@@ -1,9 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""Exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: its message is one sentence naming the file, line, field or
-    value, and the remedy.
+    """An error in the user's input.
 
-    The command line prints the message without a traceback and exits with status 2.
+    The message is one sentence that names the file, line, field or value, and the remedy. The
+    command line prints it without a traceback and exits with status 2.
     """

@@ -97,7 +97,7 @@ def export(setup: FaultSetup, version: Version) -> None:
     with torch.no_grad():
         weight = setup.retriever.query_tower.bert.embeddings.word_embeddings.weight
         weight.copy_(torch.randn(weight.shape, generator=generator))
-    wordpieces, corpus = Wordpieces.of(setup.tokenizer), setup.corpus
+    wordpieces, corpus = Wordpieces.from_tokenizer(setup.tokenizer), setup.corpus
     inputs = [
         wordpieces.passage(corpus.title_ids(row), corpus.text_ids(row), _MAX_TOKENS) for row in range(len(corpus))
     ]

@@ -61,7 +61,7 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
                 tagger,
                 corpus.num_workers,
                 skip_bad,
-                ticker.of,
+                ticker.set,
             )
         manifest = ready.manifest
         log_line(
@@ -89,7 +89,7 @@ def add_documents(
             SpanTagger.load(config.spans),
             config.corpus.num_workers,
             skip_bad,
-            ticker.of,
+            ticker.set,
         )
     added, removed = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
     log_line(f"{added:,} blocks added, {removed:,} removed; {len(corpus.rows):,} can be retrieved now")

@@ -1,1 +1,1 @@
-"""Documents to a prepared corpus, and what is read from it."""
+"""Reading documents, preparing a corpus from them, and reading the prepared corpus."""

@@ -45,7 +45,7 @@ class Collator:
         return self.passages.title_ids(row), self.passages.text_ids(row)
 
     def in_context(self, row: int) -> Parts:
-        """What the reader reads for a passage: its title, and its text with the blocks around it."""
+        """Title of a passage, and its text together with the blocks around it."""
         title, text = self.passage(row)
         return title, text if row < 0 else self.contexts.around(row).text_ids
 

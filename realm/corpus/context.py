@@ -1,9 +1,8 @@
-"""Retrieve small, read long: a block together with what stands around it in its document
-(`corpus.context_tokens`).
+"""Retrieve small, read long: a retrieved block with its neighbours (`corpus.context_tokens`).
 
-The index holds blocks; the reader may read whole neighbouring blocks before and behind the
-retrieved one. Retrieved blocks that stand in what is read for a better one of their document are
-read once, with it.
+The index contains blocks. The reader can read a context: the retrieved block together with whole
+neighbouring blocks of its document. If a retrieved block is already part of the context of a
+higher-ranked block, it is read once, as part of that context.
 """
 
 from collections.abc import Sequence
@@ -18,33 +17,34 @@ from realm.text.inputs import IntArray
 
 @dataclass(frozen=True)
 class Context:
-    """What is read for a block: consecutive blocks of one document."""
+    """Consecutive blocks of one document that the reader reads together."""
 
     rows: tuple[int, ...]
-    """Their rows, in the order of the document."""
+    """Rows of the blocks, in document order."""
     starts: tuple[int, ...]
-    """Where each of them begins in `text_ids`."""
+    """Offset of each block in `text_ids`."""
     text_ids: IntArray
-    """Their wordpieces, put together."""
+    """Concatenated wordpieces of the blocks."""
 
 
 class Contexts:
-    """Contexts of a corpus."""
+    """The contexts of the blocks of a corpus."""
 
     def __init__(self, corpus: PreparedCorpus, context_tokens: int) -> None:
-        """`context_tokens` bounds a context as `corpus.block_tokens` bounds a block, title and
-        special tokens included; 0: the block alone."""
+        """`context_tokens`: maximum number of wordpieces of a context; 0: the block alone.
+
+        Title and special tokens are included, as in `corpus.block_tokens` for a block.
+        """
         self.corpus, self.context_tokens = corpus, context_tokens
 
     def around(self, row: int) -> Context:
-        """The block of `row` and its neighbours, taken in turn from behind and from before while
-        they fit."""
-        rows = [row] if not self.context_tokens else self._neighbourhood(row)
+        """Context of `row`: its block and the neighbours that fit, alternately after and before."""
+        rows = [row] if not self.context_tokens else self._rows_around(row)
         texts = [self.corpus.text_ids(other) for other in rows]
         ends = np.cumsum([len(text) for text in texts]).tolist()
         return Context(tuple(rows), (0, *ends[:-1]), texts[0] if len(texts) == 1 else np.concatenate(texts))
 
-    def _neighbourhood(self, row: int) -> list[int]:
+    def _rows_around(self, row: int) -> list[int]:
         corpus, rows, last, growing = self.corpus, [row], {1: row, -1: row}, [1, -1]
         room = self.context_tokens - NUM_SPECIAL_TOKENS - len(corpus.title_ids(row)) - len(corpus.text_ids(row))
         while growing:
@@ -62,14 +62,17 @@ class Contexts:
                     growing.remove(step)
         return sorted(rows)
 
-    def share(self, rows: Sequence[int] | np.ndarray) -> list[int]:
-        """For each place in `rows`, best first, the first place whose context holds that row:
-        itself, or one it is read with; -1 for rows below 0."""
-        chosen: list[tuple[int, tuple[int, ...]]] = []
-        places = []
-        for place, row in enumerate(rows):
-            found = -1 if row < 0 else next((other for other, held in chosen if row in held), place)
-            if found == place:
-                chosen.append((place, self.around(row).rows))
-            places.append(found)
-        return places
+    def read_slots(self, rows: Sequence[int] | np.ndarray) -> list[int]:
+        """For each slot of `rows` (best first), the first slot whose context contains that row.
+
+        It is the slot itself unless the row is part of the context of a better one; -1 for negative
+        rows (empty slots).
+        """
+        contexts: list[tuple[int, tuple[int, ...]]] = []
+        slots = []
+        for slot, row in enumerate(rows):
+            found = -1 if row < 0 else next((other for other, context in contexts if row in context), slot)
+            if found == slot:
+                contexts.append((slot, self.around(row).rows))
+            slots.append(found)
+        return slots

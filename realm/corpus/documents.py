@@ -1,5 +1,4 @@
-"""Documents read from what people have, and every way in which a record can be wrong. The
-formats themselves are in `document_formats`."""
+"""Reading and validation of documents. The file formats are in `realm.corpus.formats`."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from realm.errors import UserError
 
 
 class Document(NamedTuple):
-    """One record of the input; `text` is not changed in any way."""
+    """One record of the input; `text` is unchanged."""
 
     id: str
     title: str
@@ -22,16 +21,17 @@ class Document(NamedTuple):
 def read_documents(
     sources: Sequence[SourceConfig], skip_bad: bool = False, report: BadRecords | None = None
 ) -> Iterator[Document]:
-    """Yields the documents of all sources one after the other, each in its order, one of each id.
+    """Yield the documents of all sources in order; ids are unique across the sources.
 
-    `id` (text, or a whole number, kept as its digits) and `text` are required, `title` is "" where
-    missing or null, other fields are ignored. Records that cannot be used (unreadable as their
-    format asks, a field missing or of the wrong type, no visible character, an id seen before or
-    confusable with the number of a block, the rest of a truncated file) are noted in `report`.
+    `id` (a string, or an integer, which is converted to a string) and `text` are required; `title`
+    is "" if missing or null; other fields are ignored. Records that cannot be used are added to
+    `report`: not valid in their format, a field missing or of the wrong type, no visible
+    characters, a duplicate id, an id that conflicts with the ids of blocks, or the rest of a
+    truncated file.
 
-    Raises UserError at once where a source cannot be read, and, *after the last record*, the whole
-    report unless `skip_bad`: who must not act on half a corpus reads to the end first. The ids are
-    held in memory.
+    Raises UserError immediately if a source cannot be read, and *after the last record* with the
+    whole report unless `skip_bad`. A caller that must not process an incomplete corpus therefore
+    has to read to the end first. All ids are kept in memory.
     """
     report = BadRecords() if report is None else report
     seen = _Ids()
@@ -51,14 +51,17 @@ def read_documents(
             if count == source.limit:
                 break
     if report.total and not skip_bad:
-        raise UserError(f"{report}\nMend them, or leave them out with --skip-bad.")
+        raise UserError(f"{report}\nFix these records, or skip them with --skip-bad.")
     if not seen.place_of:
         names = ", ".join(source.path for source in sources)
-        raise UserError(f"{names} holds no document" + (f" that can be used\n{report}" if report.total else ""))
+        raise UserError(f"no usable documents in {names}" + (f"\n{report}" if report.total else ""))
 
 
 class _Ids:
-    """Ids seen so far. `a#0` beside `a` is refused: blocks of the document `a` bear such ids."""
+    """Document ids seen so far.
+
+    The ids `a` and `a#0` conflict, because `a#0` is also the id of a block of document `a`.
+    """
 
     def __init__(self) -> None:
         self.place_of: dict[str, Place] = {}
@@ -66,14 +69,15 @@ class _Ids:
 
     def add(self, document_id: str, place: Place) -> None:
         if (first := self.place_of.get(document_id)) is not None:
-            raise BadRecord("duplicate id", f" {document_id!r}, first {first.seen_from(place)}")
+            raise BadRecord("duplicate id", f" {document_id!r}, first used {first.relative_to(place)}")
         base, separator, number = document_id.rpartition("#")
         is_numbered = bool(separator) and number.isdecimal()
         other = self.place_of.get(base) if is_numbered else self._numbered.get(document_id)
         if other is not None:
             raise BadRecord(
-                "id confusable with a block",
-                f" {document_id!r}: blocks of a document A are named A#0, A#1; the other is {other.seen_from(place)}",
+                "id conflicts with block ids",
+                f": {document_id!r} (blocks of a document A have the ids A#0, A#1, …; "
+                f"the conflicting document is {other.relative_to(place)})",
             )
         self.place_of[document_id] = place
         if is_numbered:
@@ -91,9 +95,9 @@ def _parse(record: dict[str, object]) -> Document:
             values.append("")
             continue
         if name not in record:
-            raise BadRecord(f'no field "{name}"', f"; the record has {', '.join(sorted(record)) or 'no fields'}")
+            raise BadRecord(f'missing field "{name}"', f"; the record has {', '.join(sorted(record)) or 'no fields'}")
         if not isinstance(value, str):
-            raise BadRecord(f'"{name}" is not text', f" but {json_type(value)}")
+            raise BadRecord(f'"{name}" is not a string', f" but {json_type(value)}")
         check_text(value, f' in "{name}"')
         values.append(value)
     document = Document(*values)
@@ -105,6 +109,8 @@ def _parse(record: dict[str, object]) -> Document:
 
 
 def _is_visible(character: str) -> bool:
-    """Letter, digit, punctuation or symbol: a tokenizer drops white space, control characters
-    and lone accents."""
+    """Whether it is a letter, digit, punctuation mark or symbol.
+
+    A tokenizer drops white space, control characters and lone accents.
+    """
     return unicodedata.category(character)[0] in "LNPS" and character != "\ufffd"

@@ -1,8 +1,7 @@
-"""The formats in which people have documents, each a function from a source to records; `FORMATS`
-is the registry.
+"""Document formats: one function per format yields the records of a source; see `FORMATS`.
 
-A format reads, names places, and puts fields under their names here; what makes a record a document
-is judged in `documents`.
+A format parses the records, gives their positions, and maps their fields to `id`, `title` and
+`text`. `realm.corpus.documents` validates the records.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -33,29 +32,30 @@ _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 class Record(NamedTuple):
-    """What a format hands over: a place to report, and the fields under their names here."""
+    """A parsed record: its position for messages, and its fields, mapped to our names."""
 
     place: Place
     fields: dict[str, object]
 
 
 def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The records of one source in its order; those that its format cannot take apart are noted in
-    `report`.
+    """Yield the records of one source in order; records that cannot be parsed go to `report`.
 
-    Raises UserError where the source cannot be read at all, or its format is not known.
+    Raises UserError if the source cannot be read or its format is unknown.
     """
     name = format_of(source)
     if source.fields and name in ("squad", "timeqa", "text"):
         raise UserError(
-            f"`fields` of {source.path} is for records with fields of their own, and this source is {name}; leave it out"
+            f"`fields` of {source.path} cannot be used: the format {name} has fixed fields; remove `fields`"
         )
     return FORMATS[name](source, report)
 
 
 def format_of(source: SourceConfig) -> str:
-    """The format by name. Raises UserError where it is unknown, or cannot be told from the path
-    and has to be named."""
+    """Name of the source's format, auto-detected if it is `auto`.
+
+    Raises UserError if the format is unknown or cannot be detected.
+    """
     if named := named_format(source.format, FORMATS, source.path):
         return named
     path = Path(source.path)
@@ -69,44 +69,45 @@ def format_of(source: SourceConfig) -> str:
         found = (
             f"{' and '.join(kinds)} files"
             if kinds
-            else f"neither a saved data set nor files ending in {', '.join(_SUFFIXES)}"
+            else f"neither a saved dataset nor files ending in {', '.join(_SUFFIXES)}"
         )
-        raise UserError(f"{path} is a folder of {found}; name its format, one of {', '.join(FORMATS)}")
+        raise UserError(f"{path} is a folder with {found}; set its `format` to one of {', '.join(FORMATS)}")
     if kind := _kind(path):
         return kind
     if not path.exists():
-        raise UserError(f"{path} does not exist; for a data set on the Hugging Face hub set `format: datasets`")
+        raise UserError(f"{path} does not exist; for a dataset on the Hugging Face hub set `format: datasets`")
     if stem(path)[1] == ".json" and (kind := detect_by_key(path, "documents", {"squad": "data", "timeqa": "paras"})):
         return kind
-    raise UserError(f"the format of {path} cannot be told from its name; name it, one of {', '.join(FORMATS)}")
+    raise UserError(f"the format of {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}")
 
 
 def _kind(file: Path) -> str | None:
-    """The format that a file's name tells."""
+    """Format by the suffix of a file, or None."""
     return _SUFFIXES.get(stem(file)[1])
 
 
 def files_of(source: SourceConfig, kind: str) -> list[Path]:
-    """The file of a source, or those of its format in its folder and the folders below, in the
-    order of their paths. Raises UserError for none."""
+    """The file of a source, or all files of format `kind` below its folder, sorted by path.
+
+    Raises UserError if the folder contains none.
+    """
     root = Path(source.path)
     files = (
         sorted(file for file in root.rglob("*") if file.is_file() and _kind(file) == kind) if root.is_dir() else [root]
     )
     if not files:
-        raise UserError(
-            f"{root} holds no file ending in {' or '.join(suffix for suffix, name in _SUFFIXES.items() if name == kind)}"
-        )
+        suffixes = " or ".join(suffix for suffix, name in _SUFFIXES.items() if name == kind)
+        raise UserError(f"{root} contains no files ending in {suffixes}")
     return files
 
 
 def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[str, object]:
-    """The record under our names: `fields` of the source moves some, the others stay."""
+    """Map the fields of a record by the `fields` of its source; other fields are unchanged."""
     if not source.fields:
         return record
-    taken = set(source.fields.values())
+    mapped_from = set(source.fields.values())
     mapped: dict[str, object] = {
-        name: value for name, value in record.items() if name not in taken and name not in source.fields
+        name: value for name, value in record.items() if name not in mapped_from and name not in source.fields
     }
     for name, theirs in source.fields.items():
         if name == "id" and source.id_template:
@@ -115,34 +116,35 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
             mapped[name] = record[theirs]
         elif name != "title":
             raise BadRecord(
-                f'no field "{theirs}" (for {name})', f"; the record has {', '.join(sorted(record)) or 'no fields'}"
+                f'missing field "{theirs}" (mapped to {name})',
+                f"; the record has {', '.join(sorted(record)) or 'no fields'}",
             )
     return mapped
 
 
 def _read_jsonl(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """One JSON object a line."""
-    number, heading = 0, source.fields.get("title")
+    """One JSON object per line."""
+    number, title_field = 0, source.fields.get("title")
     without_title = 0
 
     def parse(place: Place, line: bytes) -> Record:
         nonlocal number, without_title
         number += 1
         record = parse_object(line)
-        without_title += heading is not None and heading not in record
+        without_title += title_field is not None and title_field not in record
         return Record(place, _mapped(record, source, number - 1))
 
     for file in files_of(source, "jsonl"):
-        yield from parsed_lines(file, "one JSON object a line", report, parse)
+        yield from parsed_lines(file, "one JSON object per line", report, parse)
     if number and without_title == number:
-        report.add(Place(source.path), f'no field "{heading}" (for title)', " in any record")
+        report.add(Place(source.path), f'missing field "{title_field}" (mapped to title)', " in all records")
 
 
 def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """DPR's `psgs_w100.tsv`: a line of column names (id, text, title), then a passage a line."""
+    """DPR's `psgs_w100.tsv`: a header (id, text, title), then one passage per line."""
     number = 0
     for file in files_of(source, "tsv"):
-        check_file(file, "tab-separated lines of id, text and title, the first with these names")
+        check_file(file, "tab-separated lines of id, text and title with a header")
         columns: list[str] = []
         for place, line in lines(file, report.add):
             try:
@@ -151,19 +153,19 @@ def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
                     columns = values
                     if missing := source.columns(columns)[1]:
                         raise UserError(
-                            f"{place}: the first line must name the columns, and {', '.join(missing)} is not among {', '.join(columns[:8])}"
+                            f"{place}: the header has no column {', '.join(missing)}; it has {', '.join(columns[:8])}"
                         )
                     continue
                 number += 1
                 if len(values) != len(columns):
-                    raise BadRecord(f"not {len(columns)} columns", f" but {len(values)}")
+                    raise BadRecord(f"expected {len(columns)} columns", f", got {len(values)}")
                 yield Record(place, _mapped(dict(zip(columns, values, strict=True)), source, number - 1))
             except BadRecord as bad:
                 report.add(place, bad.kind, bad.detail)
 
 
 def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """A Parquet file, or all those of a folder in the order of their names."""
+    """A Parquet file, or all Parquet files of a folder, sorted by path."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -175,7 +177,8 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
             columns, missing = source.columns(table.schema_arrow.names)
             if missing:
                 raise UserError(
-                    f"{file} has no column {', '.join(missing)} but {', '.join(table.schema_arrow.names)}; map them with `fields`"
+                    f"{file} has no column {', '.join(missing)}; "
+                    f"map its columns ({', '.join(table.schema_arrow.names)}) with `fields`"
                 )
             row = 0
             for batch in table.iter_batches(1000, columns=columns):
@@ -183,29 +186,31 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
                     row, number = row + 1, number + 1
                     yield Record(Place(str(file), row), _mapped(record, source, number - 1))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} is no Parquet file that can be read ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The paragraphs of a SQuAD file (1.1 or 2.0): ids `Title/0`, `Title/1` …, underscores of
-    the title as blanks."""
+    """The paragraphs of a SQuAD file (1.1 or 2.0) with the ids `Title/0`, `Title/1`, ….
+
+    Underscores in titles become spaces.
+    """
     path = Path(source.path)
-    squad = read_json(path, "SQuAD's articles")
+    squad = read_json(path, "SQuAD articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'{path} is not in SQuAD format: it must be an object with a list under "data"')
+        raise UserError(f'{path} is not in SQuAD format: expected an object with a list under "data"')
     for a, article in enumerate(squad["data"]):
         title, paragraphs = (
             (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
         )
         if not isinstance(title, str) or not isinstance(paragraphs, list):
             report.add(
-                Place(f"{path}, data[{a}]"), "not an article of SQuAD", ": it needs a title and a list of paragraphs"
+                Place(f"{path}, data[{a}]"), "not a SQuAD article", ": expected a title and a list of paragraphs"
             )
             continue
         for number, paragraph in enumerate(paragraphs):
             place = Place(f"{path}, {title!r}, paragraph {number}")
             if not isinstance(paragraph, dict) or "context" not in paragraph:
-                report.add(place, "not a paragraph of SQuAD", ": it has no context")
+                report.add(place, "not a SQuAD paragraph", ": it has no context")
                 continue
             yield Record(
                 place, {"id": f"{title}/{number}", "title": title.replace("_", " "), "text": paragraph["context"]}
@@ -213,10 +218,12 @@ def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 
 def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """The articles of a TimeQA file, each once: id is their link, paragraphs stand apart by an
-    empty line."""
+    """The distinct articles of a TimeQA file; the id is the link.
+
+    Paragraphs are separated by an empty line.
+    """
     path = Path(source.path)
-    articles = read_json(path, "TimeQA's list of articles")
+    articles = read_json(path, "a list of TimeQA articles")
     seen: set[str] = set()
     for number, article in enumerate(articles if isinstance(articles, list) else [articles]):
         place = Place(f"{path}, record {number}")
@@ -224,16 +231,18 @@ def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
             link, paragraphs = article["link"], article["paras"]
             text, title = "\n\n".join(paragraphs), link.rsplit("/", 1)[-1].replace("_", " ")
         except (KeyError, TypeError, AttributeError) as error:
-            report.add(place, "not an article of TimeQA", f" ({error!r})")
+            report.add(place, "not a TimeQA article", f" ({error!r})")
             continue
-        if link not in seen:  # an article stands there once for each relation that is asked about
+        if link not in seen:  # the file repeats an article for each relation that is asked about
             seen.add(link)
             yield Record(place, {"id": link, "title": title, "text": text})
 
 
 def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """A folder of `.txt` and `.md` files: the path inside it is the id, the name the title. A
-    single file is one document."""
+    """A folder of `.txt` and `.md` files, or a single file; each file is one document.
+
+    The id is the path within the folder, the title is the name without suffix.
+    """
     root = Path(source.path)
     for file in files_of(source, "text"):
         try:
@@ -246,13 +255,13 @@ def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
 
 def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
-    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the
-    hub."""
+    """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
     dataset = load_split(source.path, source.name, source.split)
     columns, missing = source.columns(dataset.column_names)
     if missing:
         raise UserError(
-            f"data set {source.path} has no column {', '.join(missing)} but {', '.join(dataset.column_names)}; map them with `fields`"
+            f"dataset {source.path} has no column {', '.join(missing)}; "
+            f"map its columns ({', '.join(dataset.column_names)}) with `fields`"
         )
     rows: Iterable[dict] = dataset.select_columns(columns)
     for number, record in enumerate(rows):
@@ -272,11 +281,11 @@ FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {
     "text": _read_text,
     "datasets": _read_datasets,
 }
-"""Reader of each format by the name used in configs."""
+"""Functions that read each format, by the name used in configs."""
 
 
 def source_files(source: SourceConfig) -> list[Path]:
-    """The files that decide what a source holds, in a fixed order; none where it lies on the hub."""
+    """The files that a source is read from, in a fixed order; none for a dataset on the hub."""
     path, kind = Path(source.path), format_of(source)
     if not path.is_dir():
         return [path] if path.exists() else []
@@ -288,6 +297,6 @@ def source_files(source: SourceConfig) -> list[Path]:
 
 
 def count_ignored(source: SourceConfig) -> int:
-    """How many files of a source's folder are not read, being of another kind."""
+    """Number of files in a source's folder that are skipped because of their format."""
     path = Path(source.path)
     return sum(file.is_file() for file in path.rglob("*")) - len(source_files(source)) if path.is_dir() else 0

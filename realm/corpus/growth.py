@@ -1,13 +1,13 @@
-"""A prepared corpus grows: documents are added behind those it has, and taken away; rows keep their
-numbers.
+"""Adding documents to a prepared corpus and deleting documents; row numbers do not change.
 
-    passages/                       the corpus as it was prepared
-      additions/0123456789ab/       added documents, prepared like it
-      additions/step-0001.json      one step: the part added, the rows taken away, the fingerprint before and after
+    passages/                     the corpus as first prepared
+      additions/0123456789ab/     added documents, prepared in the same way
+      additions/step-0001.json    one step: the added part, the deleted rows, the old and new
+                                  fingerprint
 
-Each step has a fingerprint made from the one before, so an index of an ancestor is recognised and
-completed instead of built again. Steps are written once, exclusively, and never change; whoever has
-the corpus open goes on with what it opened.
+The fingerprint of a step depends on the previous one, so an index of an earlier state is recognized
+and extended instead of rebuilt. Steps are created exclusively and never change; a process that has
+the corpus open keeps the state it opened.
 """
 
 import hashlib
@@ -43,26 +43,28 @@ def grow_corpus(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Add the documents of `sources` to the corpus in `path` and take away those with the ids
-    `delete`; returns the grown corpus.
+    """Add documents to the corpus in `path`, delete documents from it, and return the new corpus.
 
-    `replace`: added documents take the place of those of the same id. May be killed and called
-    again; what was added before is not added twice. Raises UserError for another tokenizer or span
-    pipeline than the corpus was prepared with, for ids that the corpus has already or has not, and
-    where another process grew the corpus meanwhile.
+    `sources` are the documents to add, `delete` the ids of the documents to delete. With `replace`,
+    added documents replace existing documents with the same ids. If the call is killed it can be
+    repeated; documents are not added twice. Raises UserError if the tokenizer or span pipeline
+    differs from that of the corpus, if an id to add exists (without `replace`), if an id to delete
+    does not exist, or if another process changes the corpus at the same time.
     """
     corpus = PreparedCorpus.open(path)
     if tokenizer_fingerprint(tokenizer) != corpus.manifest["tokenizer"]:
-        raise UserError(f"{path} was prepared with another tokenizer; give the run that it belongs to.")
+        raise UserError(f"{path} was prepared with a different tokenizer; use a run that was made with this corpus.")
     if tagger.name != corpus.manifest["span_pipeline"]:
         raise UserError(
-            f"{path} was prepared with span pipeline {corpus.manifest['span_pipeline']}, now {tagger.name}; set `spans` as it was."
+            f"{path} was prepared with span pipeline {corpus.manifest['span_pipeline']}, not {tagger.name}; "
+            "restore the `spans` settings."
         )
     rows_of = _rows_by_document(corpus)
     unknown = [name for name in delete if name not in rows_of]
     if unknown:
         raise UserError(
-            f"{path} has no document {', '.join(map(repr, unknown[:3]))}{' …' if len(unknown) > 3 else ''} to take away."
+            f"cannot delete from {path}: it has no document "
+            f"{', '.join(map(repr, unknown[:3]))}{' …' if len(unknown) > 3 else ''}."
         )
     deleted = [row for name in delete for row in rows_of[name]]
     part: str | None = None
@@ -81,15 +83,16 @@ def grow_corpus(
             progress,
         )
         if part in corpus.parts:
-            part = None  # by a call that was killed before its index stood
+            part = None  # added by an earlier call that was killed before the index was built
         else:
-            twice = [name for name in _rows_by_document(added) if name in rows_of]
-            if twice and not replace:
+            existing = [name for name in _rows_by_document(added) if name in rows_of]
+            if existing and not replace:
                 raise UserError(
-                    f"{path} has document {', '.join(map(repr, twice[:3]))}{' …' if len(twice) > 3 else ''} already ({len(twice):,} in all); "
-                    "leave it out, or replace it with --replace."
+                    f"{path} already has document {', '.join(map(repr, existing[:3]))}"
+                    f"{' …' if len(existing) > 3 else ''} ({len(existing):,} in total); "
+                    "remove it from the input, or replace it with --replace."
                 )
-            deleted += [row for name in twice for row in rows_of[name]]
+            deleted += [row for name in existing for row in rows_of[name]]
     if part is None and not deleted:
         return corpus
     _write_step(path, corpus, part, sorted(set(deleted)))
@@ -97,7 +100,7 @@ def grow_corpus(
 
 
 def _write_step(path: Path, corpus: PreparedCorpus, part: str | None, deleted: list[int]) -> None:
-    """Write the next step, exclusively."""
+    """Write the next step. Raises UserError if another process wrote it first."""
     added = None if part is None else PreparedCorpus.open(path / ADDITIONS / part).fingerprint
     fingerprint = hashlib.sha256(json.dumps([corpus.fingerprint, added, deleted]).encode()).hexdigest()
     step = {"parent": corpus.fingerprint, "fingerprint": fingerprint, "part": part, "deleted": deleted}
@@ -112,19 +115,19 @@ def _write_step(path: Path, corpus: PreparedCorpus, part: str | None, deleted: l
             os.fsync(file.fileno())
         os.link(temporary, final)
     except FileExistsError:
-        raise UserError(f"another process added to {path} meanwhile; give the command again.") from None
+        raise UserError(f"another process changed {path} at the same time; run the command again.") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _rows_by_document(corpus: PreparedCorpus) -> dict[str, list[int]]:
-    """Rows of every document that is not taken away, by its own id."""
-    gone = corpus.deleted
+    """Rows of every document that is not deleted, by document id."""
+    deleted = corpus.deleted
     rows: dict[str, list[int]] = {}
     ids = list(corpus.ids)
     documents = np.fromiter((corpus.document(row) for row in range(len(corpus))), np.int64, len(corpus))
-    alone = np.bincount(documents, minlength=1) == 1 if len(documents) else np.zeros(0, bool)
+    is_single_block = np.bincount(documents, minlength=1) == 1 if len(documents) else np.zeros(0, bool)
     for row, name in enumerate(ids):
-        if row not in gone:
-            rows.setdefault(name if alone[documents[row]] else name.rpartition("#")[0], []).append(row)
+        if row not in deleted:
+            rows.setdefault(name if is_single_block[documents[row]] else name.rpartition("#")[0], []).append(row)
     return rows

@@ -1,10 +1,9 @@
-"""`realm prepare`: the documents of some sources become a folder of memory-mapped blocks, in
-parallel, and may be killed at any moment.
+"""`realm prepare`: converts documents to a folder of memory-mapped blocks, in parallel.
 
-Documents are taken in chunks. Each chunk is tokenised, cut and tagged by one process, which
-publishes it as `shards/000000.arrow`; a second start finds the finished shards and goes on behind
-them. The shards are then put together in order, the manifest is written, and the shards are
-removed. What comes out depends on the input alone, not on the number of processes or of starts.
+Preparation can be killed at any time and resumed. Documents are processed in chunks: one process
+tokenizes, splits and tags a chunk and publishes it as `shards/000000.arrow`; a later start skips
+the finished shards. Finally the shards are concatenated in order, the manifest is written, and the
+shards are removed. The result depends only on the input, not on the number of processes or starts.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ import pyarrow as pa
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import format_of, source_files
 from realm.corpus.prepared import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
-from realm.corpus.shards import Chunk, ShardMaker, make_in_process, start_process, write_batches
+from realm.corpus.shards import Chunk, ShardMaker, init_worker, make_in_worker, write_batches
 from realm.corpus.sources import SourceConfig
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
@@ -39,10 +38,10 @@ if TYPE_CHECKING:
 
 CHUNK_DOCUMENTS = 2_000
 CHUNK_CHARACTERS = 4_000_000
-"""A chunk ends with the document that reaches either bound: what is in memory for each process,
-and what a kill costs."""
+"""A chunk ends with the document that reaches either limit. Its size determines the memory of each
+process and the work lost when preparation is killed."""
 CHARACTERS_PER_WORKER = 4_000_000
-"""A process takes seconds to start: with `num_workers` 0 it is not started for less."""
+"""Minimum work per process with `num_workers` 0, because a process takes seconds to start."""
 MIN_BLOCK_TOKENS = 16
 
 logger = logging.getLogger(__name__)
@@ -60,16 +59,16 @@ def prepare_corpus(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Prepares the documents of `sources` in the folder `out` and opens it; at once where that was
-    done already.
+    """Prepare the documents of `sources` in the folder `out` and open the result.
 
-    `block_tokens` bounds `[CLS] title [SEP] text [SEP]`. `num_workers` is 0 for one process per CPU
-    (fewer for a small corpus), 1 for none beside this one; with more, `tagger` is sent to them by
-    pickle. `progress(done, total)` is told how many documents are done.
+    Returns immediately if `out` is already prepared. `block_tokens` is the maximum length of `[CLS]
+    title [SEP] text [SEP]`. `num_workers`: 0 for one process per CPU (fewer for a small corpus), 1
+    to use only this process; with more, `tagger` is pickled. `progress(done, total)` is called with
+    the number of finished documents.
 
-    Raises UserError for everything `read_documents` refuses, before anything is written, and where
-    `out` holds something else, or was begun from other sources, tokenizer, block size or span
-    pipeline.
+    Raises UserError if `read_documents` does (before anything is written), if `out` contains other
+    files, or if it was prepared, completely or partially, from different sources or with a
+    different tokenizer, block size or span pipeline.
     """
     if block_tokens < MIN_BLOCK_TOKENS:
         raise UserError(f"block_tokens must be at least {MIN_BLOCK_TOKENS}, got {block_tokens}")
@@ -83,30 +82,30 @@ def prepare_corpus(
         "span_pipeline": tagger.name,
         "chunk": [CHUNK_DOCUMENTS, CHUNK_CHARACTERS],
     }
-    finished = _finished(job, inputs)
+    finished = _open_finished(job, inputs)
     if finished is not None and (skip_bad or not finished.manifest["skipped"]):
         shutil.rmtree(job.shards, ignore_errors=True)
         return finished
-    survey = _survey(job, inputs)
-    _begin(job, inputs)
-    # The span cache stands beside `out`: it also serves when the same texts are prepared again with
-    # another tokenizer.
+    stats = _scan_sources(job, inputs)
+    _claim_output(job, inputs)
+    # The span cache is outside `out`, so it is reused when the same texts are prepared again with a
+    # different tokenizer.
     maker = ShardMaker(job.shards, out.parent / "spans", tokenizer.backend_tokenizer.to_str(), block_tokens, tagger)
-    num_missing = sum(not maker.path(number).exists() for number in range(survey.chunks))
+    num_missing = sum(not maker.path(number).exists() for number in range(stats.chunks))
     if num_workers == 0:
-        num_workers = min(cores(), survey.characters // CHARACTERS_PER_WORKER + 1)
+        num_workers = min(cores(), stats.characters // CHARACTERS_PER_WORKER + 1)
     num_workers = min(num_workers, num_missing)
-    _run(job, maker, num_workers, survey.documents, progress)
-    blocks, spans, dropped = _assemble(job, [maker.path(number) for number in range(survey.chunks)])
+    _make_shards(job, maker, num_workers, stats.documents, progress)
+    blocks, spans, dropped = _assemble(job, [maker.path(number) for number in range(stats.chunks)])
     manifest = {
         "format": FORMAT,
-        "fingerprint": survey.fingerprint,
+        "fingerprint": stats.fingerprint,
         "inputs": inputs,
         "tokenizer": inputs["tokenizer"],
         "block_tokens": block_tokens,
         "span_pipeline": tagger.name,
-        "documents": survey.documents,
-        "skipped": survey.skipped,
+        "documents": stats.documents,
+        "skipped": stats.skipped,
         "blocks": blocks,
         "spans": spans,
         "spans_dropped": dropped,
@@ -118,8 +117,10 @@ def prepare_corpus(
 
 
 def identity(source: SourceConfig) -> dict[str, Any]:
-    """What a source is, wherever it lies: its content, and how it is read. Of a hub's data set,
-    its name."""
+    """Identity of a source, independent of its path: checksums of its files and its settings.
+
+    A dataset on the hub is identified by its name.
+    """
     digests = [checksum(file) for file in source_files(source)]
     settings = {name: value for name, value in asdict(source).items() if name not in ("path", "format")}
     return {"format": format_of(source), "content": digests or source.path, **settings}
@@ -151,8 +152,8 @@ class _Job:
 
 
 @dataclass
-class _Survey:
-    """What the first reading of the source, from end to end, found."""
+class _SourceStats:
+    """Statistics and fingerprint of the sources, from a first complete pass."""
 
     documents: int = 0
     chunks: int = 0
@@ -161,54 +162,57 @@ class _Survey:
     fingerprint: str = ""
 
 
-def _survey(job: _Job, inputs: dict[str, Any]) -> _Survey:
-    survey, report = _Survey(), BadRecords()
+def _scan_sources(job: _Job, inputs: dict[str, Any]) -> _SourceStats:
+    stats, report = _SourceStats(), BadRecords()
     digest = hashlib.sha256(f"{inputs['tokenizer']} {job.block_tokens}".encode())
     for chunk in job.chunks(report):
-        survey.chunks += 1
-        survey.documents += len(chunk.documents)
+        stats.chunks += 1
+        stats.documents += len(chunk.documents)
         for document in chunk.documents:
-            survey.characters += len(document.text)
+            stats.characters += len(document.text)
             for part in document:
                 content = part.encode()
                 digest.update(len(content).to_bytes(8, "little") + content)
-    survey.skipped, survey.fingerprint = report.total, digest.hexdigest()
+    stats.skipped, stats.fingerprint = report.total, digest.hexdigest()
     if report.total:
         logger.warning("%s", report)
-    return survey
+    return stats
 
 
-def _finished(job: _Job, inputs: dict[str, Any]) -> PreparedCorpus | None:
+def _open_finished(job: _Job, inputs: dict[str, Any]) -> PreparedCorpus | None:
     if not (job.out / MANIFEST).exists():
         return None
     corpus = PreparedCorpus.open(job.out)
-    _refuse_other(job, "holds a corpus prepared", corpus.manifest["inputs"], inputs)
+    _check_same_inputs(job, "a corpus that was prepared", corpus.manifest["inputs"], inputs)
     return corpus
 
 
-def _begin(job: _Job, inputs: dict[str, Any]) -> None:
-    """Takes possession of the folder, or checks that what was begun there is the same work."""
+def _claim_output(job: _Job, inputs: dict[str, Any]) -> None:
+    """Create the output folder, or check that an interrupted preparation had the same inputs."""
     record = job.shards / "inputs.json"
     if record.exists():
-        _refuse_other(job, "holds the beginnings of a corpus prepared", json.loads(record.read_bytes()), inputs)
+        _check_same_inputs(job, "a corpus that was partially prepared", json.loads(record.read_bytes()), inputs)
         return
     try:
         foreign = [entry.name for entry in job.out.iterdir() if entry != job.shards] if job.out.exists() else []
     except NotADirectoryError:
-        raise UserError(f"{job.out} is a file; give a folder to prepare the corpus in") from None
+        raise UserError(f"{job.out} is a file; choose a folder for the prepared corpus") from None
     if foreign:
-        raise UserError(f"{job.out} is not empty and holds no prepared corpus ({foreign[0]}); give another folder")
+        raise UserError(
+            f"{job.out} is not empty and does not contain a prepared corpus (found {foreign[0]}); choose another folder"
+        )
     job.shards.mkdir(parents=True, exist_ok=True)
     write_json_atomic(record, inputs)
 
 
-def _refuse_other(job: _Job, what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_same_inputs(job: _Job, content: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise UserError naming every input that differs; `content` says what the folder contains."""
     names = {
-        "sources": "source of documents",
+        "sources": "documents",
         "tokenizer": "tokenizer",
         "block_tokens": "block_tokens",
         "span_pipeline": "span pipeline",
-        "chunk": "version of this program",
+        "chunk": "version of realm",
     }
     differing = [
         name + (f" ({old.get(key)}, now {new[key]})" if key in ("block_tokens", "span_pipeline") else "")
@@ -217,13 +221,16 @@ def _refuse_other(job: _Job, what: str, old: dict[str, Any], new: dict[str, Any]
     ]
     if differing:
         raise UserError(
-            f"{job.out} {what} with another {' and another '.join(differing)}; remove it or give another folder"
+            f"{job.out} contains {content} from different inputs: {', '.join(differing)}; "
+            "remove the folder or choose another one"
         )
 
 
-def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, progress: Progress | None) -> None:
-    """Makes the missing shards, here or in `num_workers` processes; at most two chunks for each
-    wait in memory."""
+def _make_shards(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, progress: Progress | None) -> None:
+    """Make the missing shards, in this process or in `num_workers` processes.
+
+    At most two chunks per process are queued in memory.
+    """
     done = 0
 
     def report(documents: int) -> None:
@@ -238,17 +245,16 @@ def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, pro
                 maker.make(chunk)
             report(len(chunk.documents))
         return
-    # Started anew, never forked: the parent may have threads (torch, tokenizers) whose locks a fork
-    # would copy.
+    # Not forked: a fork would copy locks held by threads of the parent (torch, tokenizers).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_process, initargs=(maker,))
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=init_worker, initargs=(maker,))
     waiting: set[Future[int]] = set()
     try:
         for chunk in job.chunks():
             if maker.path(chunk.number).exists():
                 report(len(chunk.documents))
                 continue
-            waiting.add(pool.submit(make_in_process, chunk))
+            waiting.add(pool.submit(make_in_worker, chunk))
             if len(waiting) >= 2 * num_workers:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -257,15 +263,17 @@ def _run(job: _Job, maker: ShardMaker, num_workers: int, num_documents: int, pro
             report(future.result())
     except BrokenProcessPool as error:
         raise UserError(
-            f"a process preparing {job.out} died (out of memory?); start again with fewer num_workers to go on"
+            f"a process preparing {job.out} died (out of memory?); rerun with fewer num_workers to continue"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
-    """Puts the shards together in order, one in memory at a time; returns the numbers of blocks,
-    spans and spans dropped."""
+    """Concatenate the shards, one in memory at a time.
+
+    Returns the numbers of blocks, spans and dropped spans.
+    """
     blocks = spans = dropped = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -278,7 +286,7 @@ def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
                     spans += len(batch.column("span_starts").values)
                     yield batch.replace_schema_metadata(None)
 
-    # Written among the shards, so that what a kill leaves is removed with them.
+    # Written to the folder of the shards, so that leftovers of a kill are removed with them.
     assembled = job.shards / BLOCKS
     write_file_atomic(assembled, partial(write_batches, SCHEMA, batches()))
     assembled.replace(job.out / BLOCKS)

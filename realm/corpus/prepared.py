@@ -1,7 +1,7 @@
-"""The corpus: its configuration, and the prepared blocks, memory-mapped.
+"""The prepared corpus: memory-mapped blocks.
 
-A *document* is one record of the input. A *block* is what is retrieved and read: a stretch of whole
-sentences of one document.
+A *document* is one record of the input. A *block* consists of consecutive sentences of one document
+and is the unit that is retrieved and read.
 """
 
 import json
@@ -20,9 +20,9 @@ from realm.errors import UserError
 MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"
 ADDITIONS = "additions"
-"""Folder in a prepared corpus of what was added to it later, see `realm.corpus.growth`."""
+"""Subfolder with documents that were added later, see `realm.corpus.growth`."""
 FORMAT = 1
-"""Version of the prepared folder's layout."""
+"""Version of the layout of a prepared folder."""
 
 SCHEMA = pa.schema(
     [
@@ -44,7 +44,7 @@ _LISTS = tuple(column.name for column in SCHEMA if pa.types.is_list(column.type)
 
 
 class _Batch:
-    """One record batch as NumPy views of the mapped file: `lists[name]` is (offsets, values)."""
+    """A record batch as NumPy views of the mapped file; `lists[name]` is (offsets, values)."""
 
     def __init__(self, batch: pa.RecordBatch, first_document: int):
         self.columns = {name: batch.column(name) for name in ("id", "title", "text")}
@@ -57,65 +57,62 @@ class _Batch:
             name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS
         }
 
-    def piece(self, name: str, row: int) -> np.ndarray:
+    def list_values(self, name: str, row: int) -> np.ndarray:
         offsets, values = self.lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
 
 class PreparedCorpus:
-    """The blocks of a prepared corpus, read-only and memory-mapped: processes that open the same
-    folder share its pages.
+    """The blocks of a prepared corpus, read-only and memory-mapped.
 
-    Rows are numbered as the blocks stand in the input. Arrays are views of the mapped file, int32
-    unless said otherwise.
+    Processes that open the same folder share its memory. Rows are in the order of the input. Arrays
+    are views of the mapped file, int32 unless stated otherwise.
     """
 
     def __init__(self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch]):
         self.path = path
         self.manifest = manifest
-        """Of the whole, additions included, but for `inputs`, which tells what the corpus was
-        begun with."""
+        """Manifest of the whole corpus, additions included, except for `inputs`, which describes
+        the corpus as first prepared."""
         self.fingerprint: str = manifest["fingerprint"]
-        """SHA-256 over ids, titles and texts of the documents in order, the tokenizer and the
-        block size; of a corpus that has grown, over the fingerprint before and what was added
-        and taken away."""
+        """SHA-256 over the ids, titles and texts of the documents in order, the tokenizer and the
+        block size; after a change, over the previous fingerprint and the added and deleted
+        documents."""
         self.ids: Sequence[str] = _BlockIds(self)
-        """Id of every row: the document's own where it is one block, else `document#0`,
-        `document#1` …"""
+        """Id of every row: the document's id if it has a single block, else `document#0`,
+        `document#1`, …"""
         self.ancestors: dict[str, int] = {self.fingerprint: manifest["blocks"]}
-        """Rows of the corpus under its own fingerprint and under all it had before it grew,
-        oldest first."""
+        """Number of rows by fingerprint: the current one and those before each change, oldest
+        first."""
         self.base_rows: int = manifest["blocks"]
-        """Rows the corpus was begun with."""
+        """Number of rows as first prepared, without additions."""
         self.deleted: frozenset[int] = frozenset()
-        """Rows that were taken away: they keep their numbers and are never retrieved, nor
-        trained on."""
+        """Deleted rows: they keep their numbers and are never retrieved or trained on."""
         self.parts: list[str] = []
-        """Names of the additions."""
+        """Names of the added parts."""
         self._batches = [_Batch(batch, 0) for batch in batches]
         self._first_rows = [0, *accumulate(len(batch) for batch in batches)]
 
     @classmethod
     def open(cls, path: Path | str) -> "PreparedCorpus":
-        """Maps the folder that `realm.corpus.prepare.prepare_corpus` wrote, and what was added to
-        it since.
+        """Map the folder that `realm.corpus.prepare.prepare_corpus` wrote, and its additions.
 
-        Raises UserError where it is missing, unfinished or altered.
+        Raises UserError if it is missing, unfinished or modified.
         """
         path = Path(path)
-        manifest, batches = _map(path)
+        manifest, batches = _map_folder(path)
         corpus = cls(path, manifest, batches)
         for file in sorted((path / ADDITIONS).glob("step-*.json")):
-            corpus._grow(json.loads(file.read_bytes()))
+            corpus._apply_step(json.loads(file.read_bytes()))
         return corpus
 
-    def _grow(self, step: dict[str, Any]) -> None:
+    def _apply_step(self, step: dict[str, Any]) -> None:
         if step["parent"] != self.fingerprint:
             raise UserError(
-                f"{self.path / ADDITIONS} does not belong to this corpus; remove the folder, or restore it whole."
+                f"{self.path / ADDITIONS} does not belong to this corpus; remove it or restore all its files."
             )
         if step["part"] is not None:
-            manifest, batches = _map(self.path / ADDITIONS / step["part"])
+            manifest, batches = _map_folder(self.path / ADDITIONS / step["part"])
             self._batches += [_Batch(batch, self.manifest["documents"]) for batch in batches]
             self._first_rows = [0, *accumulate(len(batch.document) for batch in self._batches)]
             sums = {
@@ -137,119 +134,136 @@ class PreparedCorpus:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Rows that were not taken away, int64 ascending."""
+        """Rows that are not deleted, int64, ascending."""
         return np.delete(np.arange(len(self)), sorted(self.deleted))
 
     def title(self, row: int) -> str:
-        """Title of the document that row's block stands in."""
-        batch, i = self._at(row)
+        """Title of the block's document."""
+        batch, i = self._locate(row)
         return batch.columns["title"][i].as_py()
 
     def text(self, row: int) -> str:
-        """Text of the block, white space at its ends included: a document's blocks put together
-        are its text."""
-        batch, i = self._at(row)
+        """Text of the block with leading and trailing white space.
+
+        The concatenated blocks of a document are its text.
+        """
+        batch, i = self._locate(row)
         return batch.columns["text"][i].as_py()
 
     def title_ids(self, row: int) -> np.ndarray:
-        """Wordpieces of the title, without special tokens; a title beyond half a block is cut
-        there."""
-        batch, i = self._at(row)
-        return batch.piece("title_ids", i)
+        """Wordpieces of the title without special tokens, truncated to half a block."""
+        batch, i = self._locate(row)
+        return batch.list_values("title_ids", i)
 
     def text_ids(self, row: int) -> np.ndarray:
-        """Wordpieces of the text, without special tokens."""
-        batch, i = self._at(row)
-        return batch.piece("text_ids", i)
+        """Wordpieces of the text without special tokens."""
+        batch, i = self._locate(row)
+        return batch.list_values("text_ids", i)
 
     def sentence_starts(self, row: int) -> np.ndarray:
-        """Offsets into `text_ids` at which sentences begin; the first is 0 even where a block
-        goes on with a long sentence."""
-        batch, i = self._at(row)
-        return batch.piece("sentence_starts", i)
+        """Offsets into `text_ids` at which sentences begin.
+
+        The first is 0 even if the block begins within a long sentence.
+        """
+        batch, i = self._locate(row)
+        return batch.list_values("sentence_starts", i)
 
     def spans(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Salient spans: starts and ends (exclusive) as offsets into `text_ids`, and types
-        (int8, into `SPAN_TYPES`)."""
-        batch, i = self._at(row)
-        return batch.piece("span_starts", i), batch.piece("span_ends", i), batch.piece("span_types", i)
+        """Salient spans: starts, ends and types.
+
+        Starts and ends (exclusive) are offsets into `text_ids`, types are int8 indices into
+        `SPAN_TYPES`.
+        """
+        batch, i = self._locate(row)
+        return (
+            batch.list_values("span_starts", i),
+            batch.list_values("span_ends", i),
+            batch.list_values("span_types", i),
+        )
 
     def document(self, row: int) -> int:
-        """Number of the document among the documents of the input."""
-        batch, i = self._at(row)
+        """Index of the block's document in the input."""
+        batch, i = self._locate(row)
         return int(batch.document[i])
 
     def place(self, row: int) -> int:
-        """Number of the block in its document."""
-        batch, i = self._at(row)
+        """Index of the block in its document."""
+        batch, i = self._locate(row)
         return int(batch.place[i])
 
     def text_hash(self, row: int) -> int:
-        """64-bit hash of the text without regard to case and white space: equal for copies."""
-        batch, i = self._at(row)
+        """64-bit hash of the text that ignores case and white space: equal for copies."""
+        batch, i = self._locate(row)
         return int(batch.text_hash[i])
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Wordpieces of title and text of every row, without special tokens."""
+        """Number of wordpieces of title and text of every row, without special tokens."""
         counts = [np.diff(batch.lists["title_ids"][0]) + np.diff(batch.lists["text_ids"][0]) for batch in self._batches]
         return np.concatenate(counts).astype(np.int32)
 
     @cached_property
     def places(self) -> np.ndarray:
-        """`place` of every row: 0 where a document begins."""
+        """`place` of every row; 0 at the beginning of a document."""
         return np.concatenate([batch.place for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
-        """Row of the block with this id; KeyError where there is none, or it was taken away. The
-        first call reads all ids into memory."""
+        """Row of the block with this id. The first call reads all ids into memory.
+
+        Raises KeyError if there is no such block or it is deleted.
+        """
         return self._rows[block_id]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
         return {block_id: row for row, block_id in enumerate(self.ids) if row not in self.deleted}
 
-    def _at(self, row: int) -> tuple[_Batch, int]:
+    def _locate(self, row: int) -> tuple[_Batch, int]:
         if not 0 <= row < self._first_rows[-1]:
-            raise IndexError(f"row {row} of a corpus of {self._first_rows[-1]} blocks")
+            raise IndexError(f"row {row} is out of range for a corpus of {self._first_rows[-1]} blocks")
         number = bisect_right(self._first_rows, row) - 1
         return self._batches[number], row - self._first_rows[number]
 
 
-def _map(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
-    """Manifest and mapped blocks of one prepared folder."""
+def _map_folder(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
+    """Manifest and mapped record batches of one prepared folder."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         state = "is not a finished prepared corpus" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}; run realm prepare with the same configuration first") from None
+        raise UserError(f"{path} {state}; run `realm prepare` with the same config first") from None
     except ValueError as error:
-        raise UserError(f"{path / MANIFEST} is no JSON ({error}); prepare it again into a new folder") from error
+        raise UserError(
+            f"{path / MANIFEST} is not valid JSON ({error}); prepare the corpus again in a new folder"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
-            f"{path / MANIFEST} is not of layout {FORMAT}, which this version reads; prepare it again into a new folder"
+            f"{path / MANIFEST} does not have layout {FORMAT}, which this version reads; "
+            "prepare the corpus again in a new folder"
         )
     blocks = path / BLOCKS
     size = blocks.stat().st_size if blocks.is_file() else 0
     if size != manifest["bytes"]:
         raise UserError(
-            f"{blocks} has {size} bytes but its manifest says {manifest['bytes']}; prepare it again into a new folder"
+            f"{blocks} has {size} bytes, but its manifest says {manifest['bytes']}; "
+            "prepare the corpus again in a new folder"
         )
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except pa.ArrowInvalid as error:
-        raise UserError(f"{blocks} is damaged ({error}); prepare it again into a new folder") from error
+        raise UserError(f"{blocks} is corrupt ({error}); prepare the corpus again in a new folder") from error
     count = sum(map(len, batches))
     if count != manifest["blocks"]:
         raise UserError(
-            f"{blocks} has {count} rows but its manifest says {manifest['blocks']}; prepare it again into a new folder"
+            f"{blocks} has {count} rows, but its manifest says {manifest['blocks']}; "
+            "prepare the corpus again in a new folder"
         )
     return manifest, batches
 
 
 class _BlockIds(Sequence[str]):
-    """The ids of a corpus, read from the mapped file when asked for."""
+    """Lazy sequence of the ids of a corpus, read from the mapped file."""
 
     def __init__(self, corpus: PreparedCorpus):
         self._corpus = corpus
@@ -264,7 +278,7 @@ class _BlockIds(Sequence[str]):
     def __getitem__(self, row: int | slice) -> str | list[str]:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
-        batch, i = self._corpus._at(row)
+        batch, i = self._corpus._locate(row)
         return batch.columns["id"][i].as_py()
 
     def __iter__(self) -> Iterator[str]:

@@ -1,5 +1,7 @@
-"""A chunk of documents becomes a shard: tokenised, cut into blocks, tagged, written. Runs in the
-processes of `realm.corpus.prepare`."""
+"""Conversion of a chunk of documents to a shard: tokenize, split into blocks, tag, write.
+
+Runs in the worker processes of `realm.corpus.prepare`.
+"""
 
 import multiprocessing
 import os
@@ -26,7 +28,7 @@ from realm.text.tokenizer import tokenize
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents: the `number`-th lot, from document `first_document` of the input on."""
+    """Chunk `number`: consecutive documents of the input, beginning with `first_document`."""
 
     number: int
     first_document: int
@@ -34,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 class ShardMaker:
-    """Makes shards out of chunks; sent to the processes by pickle."""
+    """Converts chunks to shards; pickled and sent to the worker processes."""
 
     def __init__(self, shards: Path, span_cache: Path, tokenizer_json: str, block_tokens: int, tagger: SpanTagger):
         self.shards = shards
@@ -49,7 +51,7 @@ class ShardMaker:
 
     @cached_property
     def is_word_start_V(self) -> np.ndarray:
-        """Whether a wordpiece begins a word, for each of the vocabulary's V ids."""
+        """Whether each of the V wordpieces of the vocabulary begins a word."""
         vocabulary = self.tokenizer.get_vocab()
         is_word_start_V = np.ones(max(vocabulary.values()) + 1, dtype=bool)
         for wordpiece, i in vocabulary.items():
@@ -60,10 +62,9 @@ class ShardMaker:
         return self.shards / f"{chunk_number:06d}.arrow"
 
     def make(self, chunk: Chunk) -> int:
-        """Tokenises, cuts and tags the documents of `chunk`, publishes its shard and returns their
-        number.
+        """Tokenize, split and tag the documents of `chunk` and publish the shard.
 
-        Raises UserError where a text has no wordpiece.
+        Returns the number of documents. Raises UserError if a text has no wordpieces.
         """
         columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         pieces = []
@@ -74,7 +75,7 @@ class ShardMaker:
         ):
             if not len(text_ids):
                 raise UserError(
-                    f"document {document.id!r} has no wordpiece in its text: this tokenizer drops all its characters"
+                    f"the text of document {document.id!r} has no wordpieces: the tokenizer drops all its characters"
                 )
             room = self.block_tokens - NUM_SPECIAL_TOKENS
             title_ids = title_ids[: room // 2]
@@ -95,7 +96,7 @@ class ShardMaker:
                 columns["text_hash"].append(text_hash(text))
                 pieces.append((offset_L2[block.first : block.last] - block.start, block.sentence_starts))
         dropped = 0
-        # A cache folder for each chunk: opening one reads all the keys in it.
+        # One cache folder per chunk, because opening a cache reads all its keys.
         cache = SpanCache(self.span_cache / f"{chunk.number:06d}", self.tagger)
         for spans, (offset_L2, sentence_starts) in zip(cache.tag(columns["text"]), pieces, strict=True):
             aligned = list(align_spans(offset_L2, sentence_starts, spans))
@@ -112,26 +113,28 @@ class ShardMaker:
 _maker: ShardMaker
 
 
-def start_process(maker: ShardMaker) -> None:
-    """In a fresh process: no threads beside the other processes', Ctrl-C is the parent's, and
-    the parent's end is ours."""
+def init_worker(maker: ShardMaker) -> None:
+    """Initialize a worker process.
+
+    Tokenizer threads are disabled, Ctrl-C is left to the parent, and the worker exits with it.
+    """
     global _maker
     _maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot tell its processes, and they would wait for work forever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends; after a kill of the parent a worker would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def make_in_process(chunk: Chunk) -> int:
-    """`ShardMaker.make` in a process that `start_process` began."""
+def make_in_worker(chunk: Chunk) -> int:
+    """Call `ShardMaker.make` in a process that was initialized by `init_worker`."""
     return _maker.make(chunk)
 
 

@@ -1,5 +1,7 @@
-"""Entity substitution: another span of the same type in the place of the one to predict, so that
-only reading helps."""
+"""Entity substitution: replaces the span to predict by another span of the same type.
+
+The reader then cannot answer from memory; it has to copy from the passage.
+"""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -10,15 +12,14 @@ from realm.corpus.prepared import PreparedCorpus
 from realm.text.inputs import IntArray, Wordpieces
 
 SpanPool: TypeAlias = dict[int, list[IntArray]]
-"""Distinct spans, as wordpieces, by type (an index into SPAN_TYPES)."""
+"""Distinct spans as wordpieces, by type (an index into SPAN_TYPES)."""
 
 
 def span_pool(corpora: Sequence[PreparedCorpus], max_span_tokens: int, max_blocks: int = 100_000) -> SpanPool:
-    """Distinct spans by type, for entity substitution, from at most `max_blocks` blocks of each
-    corpus.
+    """Collect the distinct spans by type from at most `max_blocks` blocks of each corpus.
 
-    The passages belong in it beside the statements: what is never substituted in is never learnt as
-    something to copy.
+    Include the passages as well as the statements: the reader does not learn to copy spans that are
+    never used as substitutes.
     """
     seen: dict[int, dict[bytes, IntArray]] = {}
     for corpus in corpora:

@@ -1,5 +1,4 @@
-"""Text files as people have them, plain or compressed: lines with their places, whole JSON
-files, and a report of what cannot be used."""
+"""Plain and compressed text and JSON files, and a report of records that cannot be used."""
 
 import csv
 import gzip
@@ -20,39 +19,37 @@ from realm.errors import UserError
 T = TypeVar("T")
 
 COMPRESSED = ("", ".gz", ".zst")
-"""Suffixes behind a format's own."""
+"""Compression suffixes, which follow the suffix of the format."""
 
 
 class Place(NamedTuple):
-    """Where a record stands."""
+    """Position of a record: its file and line."""
 
     file: str
     line: int | None = None
-    """Line counted from 1; none where the file is the record. Of tables, the row."""
+    """Line number (of tables: row number), starting at 1; None if the whole file is the record."""
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
-    def seen_from(self, other: "Place") -> str:
-        """The place as one says it in a report about `other`."""
+    def relative_to(self, other: "Place") -> str:
+        """Describe this position in a message about `other`: without the file if it is the same."""
         return f"on line {self.line}" if self.file == other.file and self.line is not None else f"at {self}"
 
 
 @dataclass
 class BadRecords:
-    """The records that cannot be used: the first twenty with place and reason, all of them
-    counted by kind."""
+    """Report of records that cannot be used: counts by kind, and the first 20 in detail."""
 
-    no_mistakes: tuple[str, ...] = ()
-    """Kinds that are left out as their authors meant it: counted in `left_out`, and neither
-    listed nor part of the total."""
-    left_out: Counter[str] = field(default_factory=Counter)
+    expected_kinds: tuple[str, ...] = ()
+    """Kinds that are not errors: counted in `expected`, not listed and not part of the total."""
+    expected: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, place: Place, kind: str, detail: str = "") -> None:
-        if kind in self.no_mistakes:
-            self.left_out[kind] += 1
+        if kind in self.expected_kinds:
+            self.expected[kind] += 1
             return
         if len(self.first) < 20:
             self.first.append(f"{place}: {kind}{detail}")
@@ -69,13 +66,13 @@ class BadRecords:
         ]
         if (more := self.total - len(self.first)) > 0:
             lines.append(
-                f"  … and {more} more; in all " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common())
+                f"  … and {more} more; by kind: " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common())
             )
         return "\n".join(lines)
 
 
 class BadRecord(Exception):
-    """Why a record cannot be used: kind and detail."""
+    """A record that cannot be used; `kind` and `detail` form the message."""
 
     def __init__(self, kind: str, detail: str = ""):
         super().__init__(kind + detail)
@@ -83,15 +80,16 @@ class BadRecord(Exception):
 
 
 def stem(path: Path) -> tuple[str, str]:
-    """Name without the suffixes of format and compression, and the format's suffix: `a.jsonl.gz`
-    is `a`, `.jsonl`."""
+    """Stem and format suffix of a path, without compression: `a.jsonl.gz` → `a`, `.jsonl`."""
     plain = path.with_suffix("") if path.suffix in COMPRESSED[1:] else path
     return plain.stem, plain.suffix.lower()
 
 
 def named_format(name: str, formats: Collection[str], path: str) -> str | None:
-    """The format a source names, or None where it leaves it to be told (`auto`). Raises
-    UserError for one that there is not."""
+    """Return the format `name`, or None if it is to be auto-detected (`auto`).
+
+    Raises UserError if `name` is not one of `formats`.
+    """
     if name == "auto":
         return None
     if name not in formats:
@@ -99,10 +97,13 @@ def named_format(name: str, formats: Collection[str], path: str) -> str | None:
     return name
 
 
-def parsed_lines(path: Path, holds: str, report: BadRecords, parse: Callable[[Place, bytes], T]) -> Iterator[T]:
-    """`parse(place, line)` of every line of a file that `holds` something; lines for which it
-    raises BadRecord are noted in `report`."""
-    check_file(path, holds)
+def parsed_lines(path: Path, expected: str, report: BadRecords, parse: Callable[[Place, bytes], T]) -> Iterator[T]:
+    """Yield `parse(place, line)` for every line of a file.
+
+    Lines for which `parse` raises BadRecord are added to `report`. `expected` describes the content
+    of the file, see `check_file`.
+    """
+    check_file(path, expected)
     for place, line in lines(path, report.add):
         try:
             yield parse(place, line)
@@ -110,31 +111,36 @@ def parsed_lines(path: Path, holds: str, report: BadRecords, parse: Callable[[Pl
             report.add(place, bad.kind, bad.detail)
 
 
-def check_file(path: Path, holds: str) -> None:
-    """Raises UserError, in one sentence, where `path` is no file with content that can be
-    opened; `holds` says what should be in it."""
+def check_file(path: Path, expected: str) -> None:
+    """Raise UserError if `path` is not a readable, non-empty file.
+
+    `expected` describes the content in the message: "{path} is empty; expected {expected}".
+    """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file that holds {holds}")
+        raise UserError(f"{path} is a folder; give a file with {expected}")
     try:
         with path.open("rb") as file:
             if not file.read(1):
-                raise UserError(f"{path} is empty; it must hold {holds}")
+                raise UserError(f"{path} is empty; expected {expected}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
-    """The lines that are not blank of the decompressed file, byte order mark gone; where the
-    compressed data breaks off, `broken` is told and the file ends."""
+def lines(path: Path, on_error: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
+    """Yield the non-blank lines of the decompressed file, without a byte order mark.
+
+    If the compressed data is corrupt or truncated, `on_error(place, kind, detail)` is called and
+    the iteration ends.
+    """
     with path.open("rb") as raw, _decompressed(raw, path) as stream:
         for number in count(1):
             place = Place(str(path), number)
             try:
                 line = stream.readline()
             except (EOFError, zlib.error, OSError) as error:
-                broken(place, "broken compressed data", f" ({error}); nothing from here on can be read")
+                on_error(place, "corrupt compressed data", f" ({error}); the rest of the file is not read")
                 return
             if not line:
                 return
@@ -145,70 +151,81 @@ def lines(path: Path, broken: Callable[[Place, str, str], object]) -> Iterator[t
 
 
 def read_names(path: Path) -> list[str]:
-    """The lines of a text file, without the white space at their ends. Raises UserError where
-    there is none, or one is no UTF-8."""
+    """Read the non-blank lines of a text file, stripped of white space.
+
+    Raises UserError if the file cannot be read, is empty, or is not UTF-8.
+    """
     report = BadRecords()
     names = list(
-        parsed_lines(path, "one name a line", report, lambda place, line: line.decode("utf-8", "replace").strip())
+        parsed_lines(path, "one name per line", report, lambda place, line: line.decode("utf-8", "replace").strip())
     )
     if report.total:
         raise UserError(str(report))
     broken = next((number for number, name in enumerate(names, 1) if "\ufffd" in name), None)
     if broken is not None:
-        raise UserError(f"{path}: name {broken} is not UTF-8; save the file as UTF-8.")
+        raise UserError(f"{path}: name {broken} is not valid UTF-8; save the file as UTF-8.")
     return names
 
 
-def read_json(path: Path, holds: str) -> Any:
-    """The value of a JSON file, plain or compressed. Raises UserError naming the file and what
-    is wrong with it."""
-    check_file(path, holds)
+def read_json(path: Path, expected: str) -> Any:
+    """Load a plain or compressed JSON file; `expected` describes its content, see `check_file`.
+
+    Raises UserError naming the file and the problem if it cannot be loaded.
+    """
+    check_file(path, expected)
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             return json.loads(stream.read().decode("utf-8-sig"))
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} is broken off or not compressed as its name says ({error})") from error
+        raise UserError(f"{path} is truncated, or not compressed as its suffix says ({error})") from error
     except (ValueError, RecursionError) as error:
         remedy = (
-            "name its format, jsonl, if it has one object a line"
+            "set `format: jsonl` if it has one object per line"
             if "Extra data" in str(error)
-            else f"it must hold {holds}"
+            else f"expected {expected}"
         )
-        raise UserError(f"{path} is no JSON ({error}); {remedy}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
 
 
-def detect_by_key(path: Path, holds: str, formats: Mapping[str, str]) -> str | None:
-    """The format whose key stands in a JSON file's object, or in the first of its list;
-    `formats` names the key of each."""
-    content = read_json(path, holds)
+def detect_by_key(path: Path, expected: str, formats: Mapping[str, str]) -> str | None:
+    """Auto-detect the format of a JSON file by a key of its object, or of the first in its list.
+
+    `formats` maps formats to keys. Returns None if no key is present.
+    """
+    content = read_json(path, expected)
     first = content[0] if isinstance(content, list) and content else content
     return next((name for name, key in formats.items() if isinstance(first, dict) and key in first), None)
 
 
 def read_text(path: Path) -> str:
-    """A text file, plain or compressed, byte order mark gone. Raises UnicodeDecodeError, and
-    UserError where it cannot be read."""
+    """Read a plain or compressed text file, without a byte order mark.
+
+    Raises UnicodeDecodeError if it is not UTF-8, UserError if it cannot be read.
+    """
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             content = stream.read()
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read, or is not compressed as its name says ({error})") from error
+        raise UserError(f"{path} cannot be read, or is not compressed as its suffix says ({error})") from error
     return content.decode("utf-8-sig")
 
 
 def check_text(text: str, where: str = "") -> None:
-    """Raises BadRecord for text that no encoding can write; `where` says where it stands."""
+    """Raise BadRecord if `text` contains a lone surrogate, which cannot be encoded as UTF-8.
+
+    `where` is appended to the message.
+    """
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRecord("half of a surrogate pair", where)
+        raise BadRecord("unpaired surrogate", where)
 
 
 def json_type(value: object) -> str:
-    """A value's type as a person says it."""
+    """Name of a JSON value's type for messages."""
     names = {
         dict: "an object",
         list: "a list",
-        str: "text",
-        bool: "true or false",
+        str: "a string",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
         type(None): "null",
@@ -220,27 +237,29 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
     if path.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if path.name.endswith(".zst"):
-        # zstandard's own reader takes a truncated file for a complete one; Arrow's does not.
+        # zstandard's own reader does not detect truncated files; Arrow's does.
         return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 1 << 16)
     return raw
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """A line of JSONL. Raises BadRecord."""
+    """Parse a line of JSONL. Raises BadRecord if it is not a JSON object."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecord("broken JSON", f" ({error})") from None
+        raise BadRecord("invalid JSON", f" ({error})") from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object", f" but {json_type(record)}")
     return record
 
 
 def parse_tsv(line: bytes) -> list[str]:
-    """The fields of a tab-separated line with CSV quoting, as DPR's files have it. Raises
-    BadRecord, also for a quote that is not closed."""
+    """Parse a tab-separated line with CSV quoting, as in DPR's files.
+
+    Raises BadRecord if it is not UTF-8 or its quoting is invalid.
+    """
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -251,4 +270,4 @@ def parse_tsv(line: bytes) -> list[str]:
     try:
         return next(csv.reader([text], delimiter="\t", strict=True))
     except csv.Error as error:
-        raise BadRecord("broken quoting", f" ({error})") from None
+        raise BadRecord("invalid quoting", f" ({error})") from None

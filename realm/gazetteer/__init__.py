@@ -1,5 +1,4 @@
-"""The built-in corpus: real facts in tables, written out as passages, statements to pretrain on,
-and questions."""
+"""The built-in corpus: passages, statements for pretraining, and questions from tables of facts."""
 
 from realm.gazetteer.write import GAZETTEER_VERSION, GazetteerSummary, write_gazetteer
 

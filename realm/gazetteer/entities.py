@@ -1,5 +1,4 @@
-"""The gazetteer's tables and templates, read from the package, and the split of its entities and
-facts."""
+"""Loads the tables and templates of the gazetteer and splits its entities and facts."""
 
 import csv
 import hashlib
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 ALIAS_SEPARATOR = " / "
-ORPHAN_SHARE = 0.12
-TRAIN_SHARE = 0.7
-VALIDATION_SHARE = 0.1
+ORPHAN_FRACTION = 0.12
+"""Fraction of entities without passages; half of these orphans have statements for pretraining."""
+TRAIN_FRACTION = 0.7
+VALIDATION_FRACTION = 0.1
 HELD_OUT_EVERY = 10
 SEED = "gazetteer-2"
 QUESTION_SPLITS = ("train", "validation", "test")
@@ -20,10 +20,10 @@ QUESTION_SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Relation:
-    """One column of a table that states facts, with the sentences that state and ask it.
+    """A column of a table that contains facts, with templates for statements and questions.
 
-    `column` is the heading in the TSV file. A relation with few distinct objects is stated but not
-    `asked`.
+    `column` is the column name in the TSV file. `asked` is false for a relation with few distinct
+    objects: it has statements but no questions.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Relation:
 
 @dataclass(frozen=True)
 class Table:
-    """How the entities of one TSV file are written about.
+    """Templates for the entities of one TSV file.
 
-    `subject` and `asked_as` are format strings over `name`: the entity's form in running text and
-    in questions. `reference` is how a text goes on about an entity already named. `passages` groups
-    the relations that stand in one passage; `contexts` are sentences that introduce the entity from
-    its other columns, the first of them by saying what it is.
+    `subject` and `asked_as` are format strings with `name`: the entity's form in text and in
+    questions. `reference` refers to an entity that was already named. `passages` groups the
+    relations that appear in the same passage. `contexts` are sentences that introduce the entity
+    from its other columns; the first one states what the entity is.
     """
 
     name: str
@@ -55,8 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Fact:
-    """One cell of a table: `objects[0]` is the form used in texts, the others are accepted as
-    answers too."""
+    """A cell of a table: `objects[0]` is used in texts, the others are also accepted as answers."""
 
     id: str
     relation: Relation
@@ -66,10 +65,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Entity:
-    """One row of a table.
+    """A row of a table.
 
-    `split` is train, validation or test; or, for entities of which no passage tells, stated-orphan
-    (its statements are pretrained on) or orphan (they are not).
+    `split` is train, validation or test, or for an entity without passages: stated-orphan (its
+    statements are used for pretraining) or orphan (they are not).
     """
 
     id: str
@@ -81,26 +80,25 @@ class Entity:
 
     @property
     def has_passages(self) -> bool:
-        """Whether any passage tells of the entity."""
+        """Whether the entity has passages."""
         return self.split in QUESTION_SPLITS
 
     def in_text(self) -> str:
-        """The entity's name as it stands inside a sentence, with its article where it has one."""
+        """The entity's name within a sentence, with its article if it has one."""
         return self.table.subject.format(name=self.name.lower() if self.table.lower else self.name)
 
     def in_question(self) -> str:
-        """The entity's name as questions give it: unambiguous without a passage."""
+        """The entity's name in questions, which is unambiguous without a passage."""
         return self.table.asked_as.format(name=self.name.lower() if self.table.lower else self.name)
 
 
 def stable_number(*parts: str) -> int:
-    """A 64-bit number that depends on the parts alone, not on the process, so that every choice
-    is the same each time."""
+    """64-bit hash of the parts that is the same in every process, for reproducible choices."""
     return int.from_bytes(hashlib.sha256("\0".join((SEED, *parts)).encode()).digest()[:8], "big")
 
 
 def slug(name: str) -> str:
-    """`name` in lower-case ASCII with hyphens, for ids."""
+    """Convert a name to lower-case ASCII with hyphens, for ids."""
     plain = (
         unicodedata.normalize("NFKD", name.translate(str.maketrans("øØłŁ", "oOlL"))).encode("ascii", "ignore").decode()
     )
@@ -108,7 +106,7 @@ def slug(name: str) -> str:
 
 
 def load_templates() -> tuple[list[Table], dict[str, Relation]]:
-    """The tables in order of name, and the relations by name, from `templates/*.toml`."""
+    """Load the tables, sorted by name, and the relations by name from `templates/*.toml`."""
     tables: list[Table] = []
     relations: dict[str, Relation] = {}
     for path in sorted(files(__package__).joinpath("templates").iterdir(), key=lambda entry: entry.name):
@@ -129,7 +127,7 @@ def load_templates() -> tuple[list[Table], dict[str, Relation]]:
                 )
             )
         for name, fields in content["relations"].items():
-            assert name not in relations, f"relation {name} stands in two template files"
+            assert name not in relations, f"relation {name} appears in two template files"
             relations[name] = Relation(
                 name=name,
                 column=fields.get("column", name),
@@ -142,18 +140,20 @@ def load_templates() -> tuple[list[Table], dict[str, Relation]]:
 
 
 def read_rows(table: Table) -> list[dict[str, str]]:
-    """The rows of `tables/<name>.tsv`; an empty cell is a fact left out."""
+    """Read the rows of `tables/<name>.tsv`; an empty cell means that there is no such fact."""
     text = files(__package__).joinpath("tables", f"{table.name}.tsv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE, strict=True))
 
 
-def split_of(position: int, num_orphans: int, num_entities: int) -> str:
-    """The split of the entity at `position` in the hash order of its table: orphans of both
-    kinds first, the rest 70/10/20."""
+def assign_split(position: int, num_orphans: int, num_entities: int) -> str:
+    """Split of the entity at `position` in the hash order of its table.
+
+    Orphans of both kinds come first; the rest is split 70/10/20.
+    """
     if position < num_orphans:
         return "orphan" if position % 2 == 0 else "stated-orphan"
     num_rest = num_entities - num_orphans
-    num_train, num_validation = round(TRAIN_SHARE * num_rest), max(1, round(VALIDATION_SHARE * num_rest))
+    num_train, num_validation = round(TRAIN_FRACTION * num_rest), max(1, round(VALIDATION_FRACTION * num_rest))
     rest = position - num_orphans
     if rest < num_train:
         return "train"
@@ -161,18 +161,18 @@ def split_of(position: int, num_orphans: int, num_entities: int) -> str:
 
 
 def load_entities() -> list[Entity]:
-    """All entities in the order of tables and rows, split by entity within each table.
+    """Load all entities in the order of tables and rows, split by entity within each table.
 
-    A tenth of the facts that stand in passages is held out from the statements: every tenth in the
-    order of table, split and hash, which spreads them over all of these.
+    A tenth of the facts in passages is held out from the statements: every tenth in the order of
+    table, split and hash, so that held-out facts are spread evenly over tables and splits.
     """
     tables, relations = load_templates()
     drafts: list[tuple[str, Table, str, dict[str, str], list[tuple[str, Relation, tuple[str, ...]]]]] = []
     for table in tables:
         rows = read_rows(table)
         order = sorted(rows, key=lambda row: stable_number("split", table.name, row["name"]))
-        num_orphans = max(1, round(ORPHAN_SHARE * len(rows)))
-        splits = {row["name"]: split_of(position, num_orphans, len(rows)) for position, row in enumerate(order)}
+        num_orphans = max(1, round(ORPHAN_FRACTION * len(rows)))
+        splits = {row["name"]: assign_split(position, num_orphans, len(rows)) for position, row in enumerate(order)}
         for row in rows:
             entity_id = f"{table.name}/{slug(row['name'])}"
             stated = [relations[name] for group in table.passages for name in group]
@@ -188,7 +188,7 @@ def load_entities() -> list[Entity]:
         for fact_id, _, _ in facts
         if split in QUESTION_SPLITS
     )
-    held_out = {fact_id for place, (*_, fact_id) in enumerate(ranked) if place % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}
+    held_out = {fact_id for rank, (*_, fact_id) in enumerate(ranked) if rank % HELD_OUT_EVERY == HELD_OUT_EVERY // 2}
     return [
         Entity(
             id=entity_id,

@@ -1,4 +1,4 @@
-"""The gazetteer's files: one call writes them all, the same bytes each time."""
+"""Writes the files of the gazetteer; the output is deterministic."""
 
 import json
 import os
@@ -15,34 +15,36 @@ GAZETTEER_VERSION = 2
 
 @dataclass(frozen=True)
 class GazetteerSummary:
-    """What `write_gazetteer` wrote, in counts. `facts` are those with statements or held-out
-    statements, orphans' not among them."""
+    """Counts of what `write_gazetteer` wrote.
+
+    `facts` counts the facts with statements or held-out statements, without those of orphans.
+    """
 
     entities: int
     facts: int
     held_out_facts: int
-    orphan_facts: int
+    unsupported_facts: int
     passages: int
     statements: int
     heldout_statements: int
     evaluation_statements: int
-    orphan_statements: int
+    unsupported_statements: int
     questions: dict[str, int]
 
 
 def json_lines(records: Iterable[Record]) -> str:
-    """One JSON object a line, in UTF-8 text."""
+    """Format records as JSON lines."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def render_files() -> tuple[dict[str, str], GazetteerSummary]:
-    """The text of every file by its relative path, and the counts."""
+    """Render the text of every file, by relative path, and the counts."""
     entities = load_entities()
     passages: list[Record] = []
     statements: list[Record] = []
     heldout: list[Record] = []
     evaluation: list[Record] = []
-    orphans: list[Record] = []
+    unsupported: list[Record] = []
     articles: dict[str, list[Record]] = {split: [] for split in QUESTION_SPLITS}
     num_questions = dict.fromkeys(QUESTION_SPLITS, 0)
     num_facts = num_held_out = 0
@@ -51,7 +53,7 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
             for fact in entity.facts:
                 every = [render_statement(entity, fact, number) for number in range(len(fact.relation.statements))]
                 if entity.split == "orphan":
-                    orphans += [with_answer(record, fact, start, None) for record, start in every]
+                    unsupported += [with_answer(record, fact, start, None) for record, start in every]
                 else:
                     statements += [record for record, _ in every]
             continue
@@ -79,7 +81,7 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
         "statements.jsonl": json_lines(statements),
         "heldout_statements.jsonl": json_lines(heldout),
         "evaluation_statements.jsonl": json_lines(evaluation),
-        "unsupported_statements.jsonl": json_lines(orphans),
+        "unsupported_statements.jsonl": json_lines(unsupported),
     }
     for split in QUESTION_SPLITS:
         content = {"version": f"gazetteer-{GAZETTEER_VERSION}", "data": articles[split]}
@@ -88,22 +90,22 @@ def render_files() -> tuple[dict[str, str], GazetteerSummary]:
         entities=sum(entity.has_passages for entity in entities),
         facts=num_facts,
         held_out_facts=num_held_out,
-        orphan_facts=len({record["fact"] for record in orphans}),
+        unsupported_facts=len({record["fact"] for record in unsupported}),
         passages=len(passages),
         statements=len(statements),
         heldout_statements=len(heldout),
         evaluation_statements=len(evaluation),
-        orphan_statements=len(orphans),
+        unsupported_statements=len(unsupported),
         questions=num_questions,
     )
     return texts, summary
 
 
 def write_gazetteer(out: Path) -> GazetteerSummary:
-    """Write passages, statements and questions under the folder `out` and return their counts.
+    """Write passages, statements and questions to the folder `out` and return their counts.
 
-    Where `out` is missing it appears whole, by a rename; where it exists each file in it is
-    replaced whole. Two calls write the same bytes.
+    A new folder is created atomically by a rename; in an existing folder each file is replaced
+    atomically. Repeated calls write the same bytes.
     """
     texts, summary = render_files()
     out.parent.mkdir(parents=True, exist_ok=True)

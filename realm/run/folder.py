@@ -169,7 +169,7 @@ class Run:
     @cached_property
     def wordpieces(self) -> Wordpieces:
         """The tokenizer's special tokens."""
-        return Wordpieces.of(self.tokenizer)
+        return Wordpieces.from_tokenizer(self.tokenizer)
 
     @cached_property
     def collator(self) -> Collator:

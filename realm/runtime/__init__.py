@@ -1,2 +1,1 @@
-"""Processes, threads, publishing, telemetry: what every program needs and that knows nothing of
-machine learning."""
+"""Processes, threads, atomic publishing and telemetry: utilities without machine learning."""

@@ -1,8 +1,7 @@
-"""The trainer's processes: how many there are, and how they agree. With one process everything here
-is a plain call.
+"""Ranks and collective operations of the training processes; no-ops with a single process.
 
-Agreement goes over a group of its own on the CPU, whatever the gradients travel over: NCCL takes no
-CPU tensors.
+Collectives use a separate gloo process group on the CPU, whatever backend the gradients use: NCCL
+does not accept CPU tensors.
 """
 
 import os
@@ -18,68 +17,70 @@ from realm.errors import UserError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=6)
-"""How long a process waits for the others: rank 0 may be encoding a corpus meanwhile."""
+_TIMEOUT = timedelta(hours=6)
+"""Timeout of a collective: long, because rank 0 may be encoding a corpus meanwhile."""
 
 
 def rank() -> int:
-    """This process's number among the trainer's."""
+    """Rank of this training process."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of trainer processes."""
+    """Number of training processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_device() -> torch.device:
-    """Where this process computes: its own GPU among those of this host, or the CPU."""
+    """Device of this process: its local GPU, or the CPU without CUDA."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes what all share."""
+    """Whether this process is rank 0, which writes all shared files."""
     return rank() == 0
 
 
 @cache
 def _group() -> Any:
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 alone; every rank returns its result (which must be picklable) or
-    raises its UserError."""
+    """Run `work` on rank 0 only and broadcast its result, which must be picklable.
+
+    Every rank returns the result, or raises the UserError that `work` raised.
+    """
     if world_size() == 1:
         return work()
-    box: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     failure: UserError | None = None
     if is_rank_zero():
         try:
-            box[0] = work()
+            result_and_error[0] = work()
         except UserError as error:
-            failure, box[1] = error, str(error)
-    dist.broadcast_object_list(box, src=0, group=_group())
+            failure, result_and_error[1] = error, str(error)
+    dist.broadcast_object_list(result_and_error, src=0, group=_group())
     if failure is not None:
         raise failure
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
+    if result_and_error[1] is not None:
+        raise UserError(result_and_error[1])
+    return result_and_error[0]
 
 
 def any_rank(flag: bool) -> bool:
-    """True on all ranks if it is true on any."""
-    return _reduced(flag, dist.ReduceOp.MAX)
+    """Return True on every rank if `flag` is true on at least one."""
+    return _reduce_flag(flag, dist.ReduceOp.MAX)
 
 
 def all_ranks(flag: bool) -> bool:
-    """True on all ranks if it is true on every one."""
-    return _reduced(flag, dist.ReduceOp.MIN)
+    """Return True on every rank if `flag` is true on all of them."""
+    return _reduce_flag(flag, dist.ReduceOp.MIN)
 
 
-def _reduced(flag: bool, operation: Any) -> bool:
+def _reduce_flag(flag: bool, operation: Any) -> bool:
     if world_size() == 1:
         return flag
     value = torch.tensor(int(flag))
@@ -88,7 +89,7 @@ def _reduced(flag: bool, operation: Any) -> bool:
 
 
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
-    """Each figure's mean over all ranks; the names must be the same everywhere."""
+    """Mean of each value over all ranks; every rank must pass the same names in the same order."""
     if world_size() == 1:
         return dict(values)
     total = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -97,6 +98,6 @@ def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks reach this call."""
     if world_size() > 1:
         dist.barrier(group=_group())

@@ -1,14 +1,14 @@
-"""Nested settings, merged section by section."""
+"""Merging of nested settings."""
 
 from typing import Any
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `over` in their places, sections merged likewise."""
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the fields of `overrides` applied; sections are merged recursively."""
     merged = dict(base)
-    for key, value in over.items():
-        # A section that names another `type` replaces the base's: the fields of one variant are not
-        # those of another.
+    for key, value in overrides.items():
+        # A section with a different `type` replaces the base section: variants have different
+        # fields.
         same_kind = (
             isinstance(value, dict)
             and isinstance(merged.get(key), dict)

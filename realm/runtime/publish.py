@@ -18,13 +18,13 @@ from typing import IO, Any
 from realm.errors import UserError
 
 TEMPORARY = ".tmp-"
-"""Prefix of every name that is not published yet."""
+"""Name prefix of files and folders that are not published yet."""
 
 MANIFEST = "manifest.json"
 
 
 class PublishError(UserError):
-    """A published directory is missing, broken, or in the way."""
+    """A published directory is missing, corrupt, or already exists."""
 
 
 def _sync(path: Path) -> None:
@@ -37,15 +37,14 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def published(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `final` that becomes `final`, all at once, when the block
-    ends.
+    """Yield an empty temporary directory that is renamed to `final` when the block ends.
 
-    If the block raises, nothing is left. Raises PublishError where `final` exists: published
-    directories never change.
+    If the block raises, the temporary directory is removed. Raises PublishError if `final` exists:
+    published directories never change.
     """
     if final.exists():
         raise PublishError(
-            f"{final} exists already and published folders never change; remove it or choose another name"
+            f"{final} already exists and published folders never change; remove it or choose another name"
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{final.name}-{uuid.uuid4().hex}"
@@ -60,7 +59,7 @@ def published(final: Path) -> Iterator[Path]:
             temporary.rename(final)
         except OSError as error:
             if final.exists():
-                raise PublishError(f"{final} was published by another process meanwhile; its copy is kept") from error
+                raise PublishError(f"{final} was published by another process; that copy is kept") from error
             raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -69,8 +68,10 @@ def published(final: Path) -> Iterator[Path]:
 
 
 def write_file_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write(file)` fill a temporary file beside `path`, then put it in the place of `path`:
-    a reader sees the old or the new."""
+    """Write a temporary file with `write(file)`, then rename it to `path`.
+
+    A concurrent reader sees either the old or the new content.
+    """
     temporary = path.parent / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
     try:
         with temporary.open("wb") as file:
@@ -89,8 +90,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file; of a folder: over the names and checksums of all files in it, in the
-    order of their names."""
+    """SHA-256 of a file, or of a folder: over the sorted names and checksums of all its files."""
     if path.is_dir():
         files = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
         return hashlib.sha256("".join(f"{checksum(file)}  {name}\n" for name, file in files).encode()).hexdigest()
@@ -103,8 +103,10 @@ def _self_checksum(manifest: dict[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json`, the last file of `folder`, adding size and checksum of all other
-    files and a checksum of itself."""
+    """Write `manifest.json` with the sizes and checksums of all other files in `folder`.
+
+    It also contains a checksum of itself. It must be the last file that is written.
+    """
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": checksum(file)}
         for file in sorted(folder.rglob("*"))
@@ -115,34 +117,36 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what `write_manifest` wrote, `files` included. PublishError where it is missing, no
-    JSON, or altered."""
+    """Read the manifest that `write_manifest` wrote, `files` included.
+
+    Raises PublishError if it is missing, not valid JSON, or was modified.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise PublishError(
-            f"{path} is missing: {folder.name} was not published by this program, or only copied in part"
+            f"{path} is missing: {folder.name} was not published by this program, or was copied only partially"
         ) from None
     except ValueError as error:
         raise PublishError(f"{path} is not valid JSON ({error}); publish it again") from None
     if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _self_checksum(manifest):
-        raise PublishError(f"{path} was altered after it was published; publish it again")
+        raise PublishError(f"{path} was modified after it was published; publish it again")
     return manifest
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare every file named in the manifest with its size, then its checksum. PublishError
-    names the first that differs."""
+    """Check the size, then the checksum, of every file in the manifest.
+
+    Raises PublishError naming the first file that differs.
+    """
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise PublishError(f"{path} is missing; publish it again")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise PublishError(
-                f"{path} has {size} bytes where its manifest promises {expected['bytes']}; publish it again"
-            )
+            raise PublishError(f"{path} has {size} bytes, but its manifest says {expected['bytes']}; publish it again")
     for name, expected in manifest["files"].items():
         if checksum(folder / name) != expected["sha256"]:
             raise PublishError(f"{folder / name} does not match the checksum in its manifest; publish it again")

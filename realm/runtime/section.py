@@ -27,7 +27,7 @@ class Section:
                 yield f"{name} must be between 0 and 1, got {value}"
 
     def finite(self, *names: str) -> Iterator[str]:
-        """Problems of the fields `names` that are negative, infinite or not a number; None is valid."""
+        """Problems of the fields `names` that are negative, infinite or NaN; None is valid."""
         for name in names:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:

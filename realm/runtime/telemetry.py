@@ -1,5 +1,4 @@
-"""What a person sees of long work: progress with rate and time left, `metrics.jsonl`,
-TensorBoard, tables."""
+"""Progress bars, `metrics.jsonl`, TensorBoard and tables on the console."""
 
 import json
 import resource
@@ -25,7 +24,7 @@ from rich.text import Text
 from realm.runtime.distributed import is_rank_zero
 
 console = Console(highlight=False, soft_wrap=True, quiet=not is_rank_zero())
-"""Where people look; only rank 0 speaks."""
+"""Console output; only rank 0 prints."""
 
 
 def log_line(line: str) -> None:
@@ -33,8 +32,11 @@ def log_line(line: str) -> None:
     console.print(f"  {line}")
 
 
-class Ticker:
-    """Progress of one piece of long work; `update` may be called as often as one likes."""
+class ProgressReporter:
+    """Progress of one task: a bar on a terminal, else a line every `every_s` seconds.
+
+    `update` is cheap and may be called often.
+    """
 
     def __init__(self, title: str, total: int, done: int, unit: str, every_s: float) -> None:
         self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
@@ -43,14 +45,20 @@ class Ticker:
         self._bar: Progress | None = None
         if console.is_terminal and not console.quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=console,
-            )  # fmt: skip
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(unit),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
             self._bar.start()
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` units of the total are finished."""
+        """Report that `done` units of the total are done."""
         self.done = done
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
@@ -65,8 +73,8 @@ class Ticker:
                 f"  {self.title}: {done:,}/{self.total:,} {self.unit}s, {rate:,.1f}/s{eta}{'  ' + note if note else ''}"
             )
 
-    def of(self, done: int, total: int | None) -> None:
-        """`done` units are finished, of `total` where that is known by now."""
+    def set(self, done: int, total: int | None) -> None:
+        """Set the number of finished units and the total; `total` is None while unknown."""
         self.total = total or done
         if self._bar is not None:
             self._bar.update(self._task, total=total)
@@ -78,7 +86,7 @@ class Ticker:
 
 
 class _Rate(ProgressColumn):
-    """Units a second since the start."""
+    """Units per second since the start."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -89,18 +97,19 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0, unit: str = "step", every_s: float = 10.0) -> Iterator[Ticker]:
-    """Show progress of `total` units: a bar on a terminal, a line every `every_s` seconds
-    elsewhere."""
-    ticker = Ticker(title, total, done, unit, every_s)
+def progress(
+    title: str, total: int, done: int = 0, unit: str = "step", every_s: float = 10.0
+) -> Iterator[ProgressReporter]:
+    """Show the progress of `total` units, see `ProgressReporter`."""
+    reporter = ProgressReporter(title, total, done, unit, every_s)
     try:
-        yield ticker
+        yield reporter
     finally:
-        ticker.close()
+        reporter.close()
 
 
 def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`; infinite is `?`."""
+    """Format a duration as `42 s`, `3 min 05 s` or `2 h 10 min`; infinity as `?`."""
     if seconds == float("inf"):
         return "?"
     whole = round(seconds)
@@ -112,8 +121,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def peak_memory() -> dict[str, float]:
-    """Largest memory of this process so far in GiB: `peak_gib` resident, `peak_gpu_gib`
-    allocated on the GPU where there is one."""
+    """Peak memory of this process in GiB: `peak_gib` resident, `peak_gpu_gib` allocated by CUDA.
+
+    `peak_gpu_gib` is absent without a GPU.
+    """
     import torch
 
     peak = {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
@@ -123,7 +134,7 @@ def peak_memory() -> dict[str, float]:
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` and TensorBoard; on ranks other than 0 it does nothing."""
+    """Writer of `metrics.jsonl` and TensorBoard scalars; does nothing unless `enabled`."""
 
     def __init__(self, run_folder: Path, stage: str, enabled: bool = True) -> None:
         self.stage, self.enabled = stage, enabled
@@ -134,12 +145,12 @@ class Metrics:
             path = run_folder / "metrics.jsonl"
             torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
             self._file = path.open("a", buffering=1)
-            if torn:  # by a kill; the next line must stand on its own
+            if torn:  # a killed process left half a line; start a new one
                 self._file.write("\n")
             self._board = SummaryWriter(str(run_folder / "tensorboard" / stage))
 
     def log(self, step: int, values: Mapping[str, float | int | str]) -> None:
-        """One line `{"stage", "step", "time", …}` and a scalar per number."""
+        """Write one line `{"stage", "step", "time", …}`, and a TensorBoard scalar per number."""
         if not self.enabled:
             return
         rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()}
@@ -157,8 +168,11 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> dict[str, list[dict]]:
-    """`metrics.jsonl` by stage; of steps logged twice (a resumed run) the last line counts, a
-    torn last line is passed over."""
+    """Read `metrics.jsonl`: the rows of each stage, in the order of steps.
+
+    If a step was logged twice (by a resumed run), the last line counts. Incomplete lines are
+    skipped.
+    """
     by_stage: dict[str, dict[int, dict]] = {}
     for line in path.read_text().splitlines():
         try:
@@ -170,7 +184,7 @@ def read_metrics(path: Path) -> dict[str, list[dict]]:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on the console: text to the left, numbers to the right."""
+    """Print a table: the first column is left-aligned, the others are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
@@ -180,7 +194,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def format_cell(cell: object) -> str:
-    """A number with one decimal, nothing as a dash."""
+    """Format a table cell: floats with one decimal, None as a dash."""
     if cell is None:
         return "–"
     return f"{cell:.1f}" if isinstance(cell, float) else str(cell)

@@ -1,4 +1,4 @@
-"""Cores and threads of this process."""
+"""CPU cores and threads of this process."""
 
 import os
 from collections.abc import Iterator
@@ -6,15 +6,14 @@ from contextlib import contextmanager
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on `count` threads (0: as many as now) and give back what was set before, whatever
-    is set within."""
-    import torch  # slow to load, and preparing the corpus in several processes needs none of it
+    """Run torch on `count` threads (0: unchanged); restore the previous number on exit."""
+    import torch  # slow to import, and the processes that prepare a corpus do not need it
 
     before = torch.get_num_threads()
     if count:

@@ -15,10 +15,11 @@ _VERSION = re.compile(r"a([0-9]{2,})-step-([0-9]{6,})(?:-e([0-9]+))?")
 @total_ordering
 @dataclass(frozen=True)
 class Version:
-    """`a01-step-000500` is an encoder exported by attempt 1 at step 500, `a01-step-000500-e3` the
-    index built from it under epoch 3.
+    """Version of an encoder or of an index built from it.
 
-    Ordered by attempt, step, epoch; an encoder stands before its indexes.
+    `a01-step-000500` is the encoder that attempt 1 exported at step 500, `a01-step-000500-e3` the
+    index built from it under lease epoch 3. Versions are ordered by attempt, step and epoch; an
+    encoder sorts before its indexes.
     """
 
     attempt: int
@@ -31,16 +32,16 @@ class Version:
 
     @classmethod
     def parse(cls, name: str) -> "Version":
-        """Inverse of `name`; PublishError for any other text."""
+        """Parse a `name`. Raises PublishError if the text is not the name of a version."""
         match = _VERSION.fullmatch(name)
         version = match and cls(int(match[1]), int(match[2]), None if match[3] is None else int(match[3]))
         if not version or version.name != name:
-            raise PublishError(f"{name!r} is not the name of a version, such as a01-step-000500 or a01-step-000500-e3")
+            raise PublishError(f"{name!r} is not a version name such as a01-step-000500 or a01-step-000500-e3")
         return version
 
     @property
     def encoder(self) -> "Version":
-        """The encoder this index was built from."""
+        """Version of the encoder that this index was built from."""
         return Version(self.attempt, self.step)
 
     def with_epoch(self, epoch: int) -> "Version":
@@ -59,8 +60,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of the trainer: it continues `parent` from `parent_step`, or starts from nothing
-    (both None)."""
+    """One start of the trainer: a new run, or a resume of `parent` at `parent_step`.
+
+    Both are None for a new run.
+    """
 
     attempt: int
     parent: int | None = None
@@ -69,13 +72,16 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Which attempt continued which, and from which step: `lineage.json` of a run folder."""
+    """The attempts of a run and the steps they resumed from: `lineage.json` of a run folder."""
 
     attempts: tuple[Attempt, ...] = ()
 
     @classmethod
     def load(cls, run: Path) -> "Lineage":
-        """Read `run/lineage.json`; without one the lineage is empty: no attempt has begun."""
+        """Read `run/lineage.json`. The lineage is empty if the file does not exist.
+
+        Raises PublishError if the file is corrupt.
+        """
         path = run / "lineage.json"
         try:
             return cls(tuple(Attempt(**attempt) for attempt in json.loads(path.read_bytes())))
@@ -83,17 +89,19 @@ class Lineage:
             return cls()
         except (ValueError, TypeError) as error:
             raise PublishError(
-                f"{path} is not a list of attempts ({error}); restore it from a copy of the run"
+                f"{path} is not a valid list of attempts ({error}); restore it from a backup of the run"
             ) from None
 
     @property
     def current(self) -> int | None:
-        """The attempt that began last, or None before the first."""
+        """Number of the latest attempt, or None before the first."""
         return self.attempts[-1].attempt if self.attempts else None
 
     def limits(self, attempt: int) -> dict[int, float]:
-        """Last step that counts, for `attempt` (infinity) and each of its ancestors; all other
-        attempts are abandoned futures."""
+        """Last valid step of `attempt` (infinity) and of each of its ancestors.
+
+        Later steps and all other attempts were abandoned by a resume.
+        """
         by_number = {entry.attempt: entry for entry in self.attempts}
         entry, limit = by_number[attempt], float("inf")
         limits = {attempt: limit}
@@ -104,23 +112,26 @@ class Lineage:
         return limits
 
     def allows(self, version: Version, attempt: int) -> bool:
-        """Whether `version` comes from `attempt` itself or from an ancestor, not later than the
-        step where the way to `attempt` left it."""
+        """Whether `attempt` may use `version`.
+
+        It may if the version comes from `attempt` or from an ancestor, not later than the step at
+        which the next attempt resumed.
+        """
         return version.step <= self.limits(attempt).get(version.attempt, -1)
 
 
 def start_attempt(run: Path, parent: int | None = None, parent_step: int | None = None) -> int:
-    """Record a new attempt in `run/lineage.json` and return its number. Only the run's one trainer
-    may call it.
+    """Record a new attempt in `run/lineage.json` and return its number.
 
-    `parent` and `parent_step`: the attempt that wrote the checkpoint resumed from, and that
-    checkpoint's step; both None for a new run.
+    `parent` and `parent_step` are the attempt that wrote the checkpoint to resume from and the
+    checkpoint's step; both are None for a new run. Only the trainer of the run may call this
+    function. Raises PublishError if the lineage does not contain `parent`.
     """
     attempts = Lineage.load(run).attempts
     assert (parent is None) == (parent_step is None)
     if parent is not None and parent not in {entry.attempt for entry in attempts}:
         raise PublishError(
-            f"{run / 'lineage.json'} knows no attempt {parent} to resume from; restore it from a copy of the run"
+            f"{run / 'lineage.json'} contains no attempt {parent} to resume from; restore it from a backup of the run"
         )
     attempt = Attempt(len(attempts) + 1, parent, parent_step)
     write_json_atomic(run / "lineage.json", [asdict(entry) for entry in (*attempts, attempt)])
@@ -128,8 +139,10 @@ def start_attempt(run: Path, parent: int | None = None, parent_step: int | None 
 
 
 def versions_in(folder: Path) -> list[Version]:
-    """All versions published in `folder`, of whatever lineage, oldest first; other names are
-    passed over. Empty without the folder."""
+    """All versions in `folder`, of any lineage, oldest first.
+
+    Other names are skipped. Empty if the folder does not exist.
+    """
     versions = []
     for entry in folder.iterdir() if folder.is_dir() else ():
         with suppress(PublishError):
@@ -138,6 +151,5 @@ def versions_in(folder: Path) -> list[Version]:
 
 
 def newest(folder: Path, lineage: Lineage, attempt: int) -> list[Version]:
-    """The versions in `folder` that `attempt` may use, newest first: by step, then attempt, then
-    epoch."""
+    """The versions in `folder` that `attempt` may use, newest first."""
     return [version for version in reversed(versions_in(folder)) if lineage.allows(version, attempt)]

@@ -1,1 +1,1 @@
-"""Salient spans: taggers and their cache."""
+"""Salient spans: taggers and a cache of their results."""

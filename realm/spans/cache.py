@@ -1,4 +1,4 @@
-"""Salient spans on disk, so that a killed run goes on where it was."""
+"""Cache of salient spans on disk, so that a killed run can continue."""
 
 import hashlib
 import os
@@ -28,15 +28,16 @@ _SCHEMA = pa.schema(
 
 
 class SpanCache:
-    """Salient spans on disk, keyed by tagger and text.
+    """Cache of salient spans, keyed by tagger and text.
 
-    `folder / tagger.name` holds Arrow IPC shards, one a chunk, each published whole (temporary
-    file, fsync, rename) under the digest of its own bytes. A shard that does not match its name is
-    left out, so a writer may be killed at any moment; several may share a folder.
+    `folder / tagger.name` contains one Arrow IPC shard per chunk. A shard is published atomically
+    (temporary file, fsync, rename) and named by the digest of its content. Shards that do not match
+    their name are ignored, so a writer can be killed at any time. Several processes may share a
+    folder.
     """
 
     def __init__(self, folder: Path, tagger: "SpanTagger", chunk_size: int = 10_000):
-        """`chunk_size` texts are held in memory and published at a time: what a kill can cost."""
+        """`chunk_size`: number of texts in memory and per shard; a kill loses at most one chunk."""
         self.tagger = tagger
         self.chunk_size = chunk_size
         self.folder = folder / tagger.name
@@ -50,8 +51,10 @@ class SpanCache:
     def tag(
         self, texts: Iterable[str], progress: Callable[[int], None] | None = None
     ) -> Iterator[tuple[SalientSpan, ...]]:
-        """Yields what `tagger.tag(texts)` would, tagging only texts not seen before;
-        `progress(n)` is told of every n texts more done."""
+        """Yield the same as `tagger.tag(texts)`, but tag only texts that are not in the cache.
+
+        `progress(n)` is called after every n further texts.
+        """
         self._load_shards()
         texts = iter(texts)
         while chunk := list(islice(texts, self.chunk_size)):
@@ -71,7 +74,7 @@ class SpanCache:
             yield from (spans_of[key] for key in keys)
 
     def _load_shards(self) -> None:
-        """Takes in the shards that other calls, processes or runs have published."""
+        """Load new shards, which other calls, processes or runs may have published."""
         for path in sorted(self.folder.glob("*.arrow")):
             if path.stem not in self._shards and (batch := _read_shard(path)) is not None:
                 self._shards[path.stem] = batch
@@ -83,7 +86,7 @@ class SpanCache:
         self._first_rows = np.cumsum([0] + [len(batch) for batch in batches])
 
     def _look_up(self, keys: list[bytes]) -> dict[bytes, tuple[SalientSpan, ...]]:
-        """The cached spans of those of `keys` that are cached."""
+        """Spans of those `keys` that are in the cache."""
         if not len(self._keys):
             return {}
         wanted = np.array(keys, "S16")
@@ -122,8 +125,7 @@ class SpanCache:
 
 
 def _read_shard(path: Path) -> pa.RecordBatch | None:
-    """The memory-mapped batch of one shard, or None where its bytes are not those it was named
-    after."""
+    """The memory-mapped batch of a shard, or None if its content does not match its name."""
     content = pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
     if hashlib.blake2b(content, digest_size=16).hexdigest() != path.stem:
         return None

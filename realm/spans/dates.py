@@ -1,5 +1,4 @@
-"""Built-in rules for date expressions and numbers, in ordinary or space-tokenised text, by
-regular expression."""
+"""Built-in rules for dates and numbers, in ordinary or space-tokenized text."""
 
 import re
 
@@ -14,8 +13,8 @@ _DAY = r"(?:3[01]|[12]\d|0?[1-9])(?:st|nd|rd|th)?(?![\w%])"
 _YEAR = r"(?:1\d{3}|20\d{2})(?![\w%]|[.,]\d)"
 _ERA = r"(?:BCE|BC|CE|AD|B\.\ ?C\.(?:\ ?E\.)?|A\.\ ?D\.|C\.\ ?E\.)(?!\w)"
 _NUMBER_WORD = (
-    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen|eighteen|"
-    r"nineteen|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-(?:one|two|three|four|five|six|seven|eight|nine))?)"
+    r"(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|"
+    r"seventeen|eighteen|nineteen|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-(?:one|two|three|four|five|six|seven|eight|nine))?)"
 )
 _ORDINAL_WORD = (
     r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|thirteenth|fourteenth|fifteenth|"
@@ -41,22 +40,26 @@ _DATE = re.compile(
     | (?:{_PART}[-\ ])?(?:{_TH}|{_ORDINAL_WORD})(?:\ ?-\ ?|\ )[Cc]entur(?:y|ies)(?:\ {_ERA})?
     | \d[\d,]*(?:\ ?[-\u2013]\ ?\d[\d,]*)?\ {_ERA} | A\.?D\.?\ \d+(?!\w)
     | {_YEAR} | (?:(?<=\d{{4}}\ [\u2013-]\ )|(?<=\d{{4}}[\u2013-]))\d\d(?!\w)
-    | (?:(?<=c\.\ )|(?<=circa\ )|(?<=year\ ))\d{{3}}(?!\w|[.,]\d) | (?<=[Ii]n\ )\d{{3}}(?=\ (?:,|[A-Z(]|he\b|she\b|the\b))
+    | (?:(?<=c\.\ )|(?<=circa\ )|(?<=year\ ))\d{{3}}(?!\w|[.,]\d)
+    | (?<=[Ii]n\ )\d{{3}}(?=\ (?:,|[A-Z(]|he\b|she\b|the\b))
     | {_PART}[-\ ]{_MONTH} | {_WEEKDAY}(?!\w)
     | (?:January|February|April|June|July|August|September|October|November|December)(?!\w)
-    | (?:(?<=[Ii]n\ )|(?<=to\ )|(?<=rom\ )|(?<=ince\ )|(?<=ntil\ )|(?<=[Bb]y\ )|(?<=hrough\ )|(?<=and\ ))(?:March|May)(?!\w)
+    | (?:(?<=[Ii]n\ )|(?<=to\ )|(?<=rom\ )|(?<=ince\ )|(?<=ntil\ )|(?<=[Bb]y\ )|(?<=hrough\ )|(?<=and\ ))
+      (?:March|May)(?!\w)
     | (?:[Yy]esterday|[Tt]omorrow|[Tt]onight)(?!\w)
-    | (?:[Tt]his|[Ll]ast|[Nn]ext|[Tt]hat|[Tt]he\ (?:following|previous|next|same|past|last))\ (?:same\ )?(?:past\ )?{_UNIT}(?!\w)
+    | (?:[Tt]his|[Ll]ast|[Nn]ext|[Tt]hat|[Tt]he\ (?:following|previous|next|same|past|last))
+      \ (?:same\ )?(?:past\ )?{_UNIT}(?!\w)
     | [Tt]he\ (?:past|last|next)\ {_COUNT}\ {_UNITS}(?!\w)
     | {_COUNT}\ {_UNITS}\ (?:ago|later|earlier)(?!\w)
     )""",
     re.VERBOSE,
 )
-# A date is tried for where one may begin: a search for literal beginnings is several times as fast
-# as the whole expression at every letter.
+# A search for literal beginnings is several times as fast as trying the whole expression at every
+# character.
 _BEGINNINGS = (
-    r"\d|Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun|AD|A\.D|Spring|Summer|Autumn|Fall|Winter|spring|summer|"
-    r"autumn|fall|winter|early|mid|late|beg|end|first|sec|third|four|fif|six|sev|eigh|nin|ten|elev|twel|thirt|twen|yest|Yest|tom|Tom|ton|Ton|"
+    r"\d|Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun|AD|A\.D|"
+    r"Spring|Summer|Autumn|Fall|Winter|spring|summer|autumn|fall|winter|early|mid|late|beg|end|"
+    r"first|sec|third|four|fif|six|sev|eigh|nin|ten|elev|twel|thirt|twen|yest|Yest|tom|Tom|ton|Ton|"
     r"this |This |last |Last |next |Next |that |That |the [fpnsl]|The [fpnsl]"
 )
 _MAY_BEGIN = re.compile(rf"(?<!\w)(?:{_BEGINNINGS})")
@@ -82,8 +85,10 @@ def date_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _is_year(text: str, start: int) -> bool:
-    """Whether the four figures at `start` are a year, not a count: by the word after them, and
-    for unlikely years by the word before."""
+    """Whether the four digits at `start` are a year and not a quantity.
+
+    Decided by the word after them and, for unlikely years, also by the word before.
+    """
     following = _NEXT_WORD.match(text, start + 4)
     if following and following[1] in MEASURES:
         return False
@@ -94,5 +99,5 @@ _NUMBER = re.compile(r"(?<![\w.,])(?:\d[\d,]*\d|\d)(?:\.\d+)?(?:st|nd|rd|th)?(?!
 
 
 def number_spans(text: str) -> list[tuple[int, int]]:
-    """Numbers in figures as sorted (start, end) character offsets, years included."""
+    """Numbers in digits, years included, as sorted (start, end) character offsets."""
     return [match.span() for match in _NUMBER.finditer(text)]

@@ -1,8 +1,8 @@
-"""Built-in salient-span rules: dates, entities and numbers found in raw text by regular expression.
+"""Built-in salient-span rules: dates, entities and numbers found by regular expressions.
 
-The rules serve where no trained spaCy pipeline is installed. They read ordinary prose and
-space-tokenised text (`word ,`) alike, know nothing beyond the text in front of them and a few
-closed word lists, and aim at exact boundaries first and plausible types second.
+The rules are for use without a trained spaCy pipeline. They work on ordinary and space-tokenized
+text (`word ,`) and use only the text and a few fixed word lists. Exact boundaries matter more than
+correct types.
 """
 
 import re
@@ -34,14 +34,16 @@ from realm.spans.words import (
 )
 
 SPAN_TYPES: tuple[str, ...] = ("person", "place", "organisation", "date", "number", "other")
-"""Types in the order of their stored number: the order is part of the file format."""
+"""Span types. Files contain indices into this tuple, so the order is part of the file format."""
 RULES_VERSION = 1
-"""Raise it with every change of what the rules find: caches are keyed by it."""
+"""Increment with every change of the results of the rules: it is part of the cache key."""
 
 
 class SalientSpan(NamedTuple):
-    """A named entity, date or number: characters `start` to `end` (exclusive) of its text, and
-    one of `SPAN_TYPES`."""
+    """A named entity, date or number.
+
+    `start` and `end` (exclusive) are character offsets, `type` is one of `SPAN_TYPES`.
+    """
 
     start: int
     end: int
@@ -76,8 +78,10 @@ _OCCUPATION = re.compile(
 
 
 def entity_spans(text: str, dates: list[tuple[int, int]]) -> list[SalientSpan]:
-    """Names of `text` outside its `dates` (sorted): quoted titles, and runs of capitalised words
-    with the small words that join them."""
+    """Names in `text` that do not overlap `dates` (sorted).
+
+    Names are quoted titles and runs of capitalized words with the particles that join them.
+    """
     quoted = _quoted_titles(text, dates)
     blocked = sorted(quoted + dates)
     spans = [SalientSpan(start, end, "other") for start, end in quoted]
@@ -97,24 +101,26 @@ def entity_spans(text: str, dates: list[tuple[int, int]]) -> list[SalientSpan]:
             place += 1
         if place < len(blocked) and blocked[place][0] < token[1]:
             continue
-        if run and not (place == run_place and _joined(text, run, token)):
-            spans += _name(text, run)
+        if run and not (place == run_place and _continues_name(text, run, token)):
+            spans += _names_in_run(text, run)
             run = []
         run.append(token)
         run_place = place
     if run:
-        spans += _name(text, run)
+        spans += _names_in_run(text, run)
     surnames = {text[span.start : span.end].rpartition(" ")[2] for span in spans if span.type == "person"}
     spans = [
         span._replace(type="person") if span.type == "other" and text[span.start : span.end] in surnames else span
         for span in spans
     ]
-    return _filled([], sorted(spans))
+    return _add_non_overlapping([], sorted(spans))
 
 
 def _quoted_titles(text: str, dates: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Quoted names of works, unlike quoted speech, capitalise every word but the small ones; a
-    Latin species name fails by that too."""
+    """Quoted titles of works: every word except small words is capitalized.
+
+    This excludes quoted speech and Latin species names.
+    """
     spans = []
     for match in _QUOTED.finditer(text):
         inside = match[1].rstrip(",.;: \t\n\r").strip()
@@ -132,8 +138,8 @@ def _quoted_titles(text: str, dates: list[tuple[int, int]]) -> list[tuple[int, i
     return spans
 
 
-def _joined(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bool:
-    """Whether the capitalised word `token` goes on the name that ends with `run`."""
+def _continues_name(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bool:
+    """Whether the capitalized word `token` continues the name that ends with `run`."""
     gap = text[run[-1][1] : token[0]]
     last, word = text[slice(*run[-1])], text[slice(*token)]
     if gap == " ":
@@ -146,8 +152,8 @@ def _joined(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bo
         if joiner in ("for", "for the"):
             return last in FOR_HEADS
         if joiner in ("of", "of the"):
-            # "Bank of Canada", "Isle of Man" but "Brent Hinds of Mastodon": two plain words before
-            # "of" are a person
+            # "Bank of Canada" and "Isle of Man", but not "Brent Hinds of Mastodon": two ordinary
+            # words before "of" are a person.
             return last not in CAPITAL_STOP_WORDS and (
                 len(run) - (head in CAPITAL_STOP_WORDS) < 2
                 or last in HEADS
@@ -169,10 +175,11 @@ def _joined(text: str, run: list[tuple[int, int]], token: tuple[int, int]) -> bo
     return gap in (". ", " . ") and last in ("St", "Mt", "Ft")
 
 
-def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
-    """The name within a run of joined capitalised words, without the sentence's first word,
-    titles and roles; two names where an office stands between them ("Soviet Premier Nikita
-    Khrushchev")."""
+def _names_in_run(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
+    """Names in a run of capitalized words, without the sentence's first word, titles and roles.
+
+    An office between two names separates them ("Soviet Premier Nikita Khrushchev").
+    """
     words = [text[slice(*token)] for token in run]
     begin, end = run[0][0], run[-1][1]
     after_word = begin > 1 and text[begin - 1] == " " and (text[begin - 2].isalnum() or text[begin - 2] == ",")
@@ -186,7 +193,7 @@ def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
         first = 1
     for k in range(first + 1, len(run) - 1):
         if words[k] in OFFICES and text[run[k - 1][1] : run[k][0]] == " ":
-            return _name(text, run[first:k]) + _name(text, run[k:])
+            return _names_in_run(text, run[first:k]) + _names_in_run(text, run[k:])
     titled = False
     while first < len(run) and words[first].rstrip(".") in TITLES:
         if (
@@ -210,12 +217,14 @@ def _name(text: str, run: list[tuple[int, int]]) -> list[SalientSpan]:
         begin = before.start()
     if after := _NUMBER_AFTER.match(text, end):
         end = after.end()
-    return [SalientSpan(begin, end, _type(text, begin, words[first:], titled))]
+    return [SalientSpan(begin, end, _guess_type(text, begin, words[first:], titled))]
 
 
 def _is_subject(text: str, word: str, end: int) -> bool:
-    """Whether the one capitalised word that opens a sentence is a name, to judge by its letters
-    and by what follows it."""
+    """Whether the single capitalized word that begins a sentence is a name.
+
+    Decided by its letters and by the following word.
+    """
     if not word[1:].islower():
         return word not in NEVER_NAMES
     following = _FOLLOWING.match(text, end)
@@ -225,9 +234,8 @@ def _is_subject(text: str, word: str, end: int) -> bool:
     return after in AFTER_NAMES or after.endswith("ed") or not after[0].isalnum()
 
 
-def _type(text: str, begin: int, words: list[str], titled: bool) -> str:
-    """A plausible type for the name `words` that begins at `begin`, from its words and the one
-    before it."""
+def _guess_type(text: str, begin: int, words: list[str], titled: bool) -> str:
+    """Guess the type of the name `words` at `begin` from its words and the preceding word."""
     kinds = set(words)
     if titled:
         return "person"
@@ -252,24 +260,21 @@ def _type(text: str, begin: int, words: list[str], titled: bool) -> str:
             if words[0] in FIRST_NAMES
             else "other"
         )
-    stands_bare = not before or before[-1].lower() not in ("the", "a", "an")
-    return (
-        "person" if len(words) < 4 and stands_bare and not DEMONYM.search(words[0]) and not kinds & HEADS else "other"
-    )
+    no_article = not before or before[-1].lower() not in ("the", "a", "an")
+    return "person" if len(words) < 4 and no_article and not DEMONYM.search(words[0]) and not kinds & HEADS else "other"
 
 
 def builtin_spans(text: str) -> list[SalientSpan]:
-    """All salient spans of `text`: sorted, not overlapping, without white space at their ends."""
+    """All salient spans of `text`: sorted, non-overlapping, without surrounding white space."""
     dates = date_spans(text)
     spans = entity_spans(text, dates)
     for candidates, span_type in ((dates, "date"), (number_spans(text), "number")):
-        spans = _filled(spans, [SalientSpan(start, end, span_type) for start, end in candidates])
+        spans = _add_non_overlapping(spans, [SalientSpan(start, end, span_type) for start, end in candidates])
     return spans
 
 
-def _filled(spans: list[SalientSpan], candidates: list[SalientSpan]) -> list[SalientSpan]:
-    """`spans` and those of `candidates` that overlap none of them nor an earlier candidate; all
-    sorted."""
+def _add_non_overlapping(spans: list[SalientSpan], candidates: list[SalientSpan]) -> list[SalientSpan]:
+    """Add those `candidates` that overlap no span and no earlier candidate; all are sorted."""
     free: list[SalientSpan] = []
     place = 0
     for candidate in candidates:

@@ -1,7 +1,7 @@
 """Salient spans: the named entities, dates and numbers that pretraining masks (REALM, section 3.4).
 
-`SpanTagger` runs any spaCy pipeline, or the built-in rules, over a stream of texts; `SpanCache`
-keeps what it found on disk by text hash, so that a killed run goes on where it was.
+`SpanTagger` applies a spaCy pipeline or the built-in rules to a stream of texts. `SpanCache`
+(`realm.spans.cache`) stores the results on disk by text hash, so that a killed run can continue.
 """
 
 import hashlib
@@ -39,31 +39,30 @@ _TYPE_OF_LABEL = {
     **dict.fromkeys(("DATE", "TIME"), "date"),
     **dict.fromkeys(("CARDINAL", "ORDINAL", "MONEY", "PERCENT", "QUANTITY"), "number"),
 }
-"""OntoNotes and CoNLL/WikiNER labels; every other label (MISC, WORK_OF_ART, EVENT, …) is "other"."""
+"""OntoNotes and CoNLL/WikiNER labels; other labels (MISC, WORK_OF_ART, EVENT, …) are "other"."""
 _PIECE = re.compile(r"[^ ]+ ?| ")
 
 
 @dataclass(frozen=True)
 class SpanConfig:
-    """Which spans are salient, and how they are found."""
+    """Which spans are salient and how they are found."""
 
     pipeline: str = "builtin"
-    """"builtin" (rules, nothing to install) or any installed spaCy pipeline with entities, by
-    name or path."""
+    """"builtin" (rules, no installation) or the name or path of a spaCy pipeline with entities."""
     dates: bool = True
-    """Also the date expressions of the built-in rules, whatever the pipeline; false with
-    "builtin" leaves dates out."""
+    """Add the dates found by the built-in rules to those of the pipeline; false with "builtin":
+    no dates."""
     batch_size: int = 256
-    """Texts handed to spaCy at a time."""
+    """Number of texts per spaCy batch."""
     num_workers: int = 1
-    """Processes that tag; more than one pays for itself from some ten thousand texts."""
+    """Number of tagging processes; more than one is worthwhile from about 10,000 texts."""
 
 
 class _RuleTokenizer:
-    """Text to a spaCy `Doc` with the built-in spans as its entities.
+    """Converts a text to a spaCy `Doc` with the built-in spans as entities.
 
-    The rules read characters, not tokens, so the text is cut at blanks and at the spans' ends:
-    several times as fast as English tokenisation, and every span stands on token boundaries.
+    The rules work on characters, so the text is only split at spaces and at span boundaries. This
+    is several times as fast as English tokenization and aligns every span with tokens.
     """
 
     def __init__(self, vocab: Vocab):
@@ -91,19 +90,20 @@ class _RuleTokenizer:
 
 
 class SpanTagger:
-    """A spaCy pipeline, with or without the built-in date expressions, as a stream from texts to
-    salient spans."""
+    """Finds salient spans with a spaCy pipeline, optionally with the built-in date rules."""
 
     def __init__(self, nlp: Language, name: str, config: SpanConfig):
         self.nlp = nlp
         self.name = name
-        """What found the spans, and in which version: part of the cache's key."""
+        """Name and version of the pipeline and rules: part of the cache key."""
         self.config = config
 
     @classmethod
     def load(cls, config: SpanConfig) -> "SpanTagger":
-        """Loads the pipeline of `config`. Raises UserError where it is not installed or marks no
-        entities."""
+        """Load the pipeline of `config`.
+
+        Raises UserError if it is not installed or does not set entities.
+        """
         if config.pipeline == "builtin":
             nlp = spacy.blank("en")
             nlp.tokenizer = _RuleTokenizer(nlp.vocab)
@@ -113,13 +113,15 @@ class SpanTagger:
             nlp = spacy.load(config.pipeline)
         except OSError as error:
             raise UserError(
-                f"spaCy pipeline {config.pipeline!r} cannot be loaded: install it (python -m spacy download {config.pipeline}), give the "
-                'path of one, or set the pipeline to "builtin"'
+                f"spaCy pipeline {config.pipeline!r} cannot be loaded: install it "
+                f"(python -m spacy download {config.pipeline}), give the path of a pipeline, "
+                'or set `spans.pipeline` to "builtin"'
             ) from error
         if not any("doc.ents" in nlp.get_pipe_meta(pipe).assigns for pipe in nlp.pipe_names):
             raise UserError(
-                f"spaCy pipeline {config.pipeline!r} marks no entities (components: {', '.join(nlp.pipe_names) or 'none'}): "
-                "name one with an entity component, such as ner"
+                f"spaCy pipeline {config.pipeline!r} does not set entities "
+                f"(components: {', '.join(nlp.pipe_names) or 'none'}); "
+                "choose a pipeline with an entity component such as ner"
             )
         _disable_unused(nlp)
         name = f"{nlp.lang}_{nlp.meta['name']}-{nlp.meta['version']}"
@@ -128,16 +130,18 @@ class SpanTagger:
         return cls(nlp, name + (f"+dates-{RULES_VERSION}" if config.dates else ""), config)
 
     def tag(self, texts: Iterable[str]) -> Iterator[tuple[SalientSpan, ...]]:
-        """Yields each text's salient spans in the order of `texts`: sorted, not overlapping,
-        without white space at their ends."""
+        """Yield the salient spans of each text, in the order of `texts`.
+
+        Spans are sorted, non-overlapping, and without surrounding white space.
+        """
         if self.config.num_workers == 1:
             yield from self._tag_here(texts)
             return
         texts = iter(texts)
         pending: deque[AsyncResult[list[tuple[SalientSpan, ...]]]] = deque()
-        # not nlp.pipe's own processes: those send whole documents back, which takes longer than the
-        # rules
-        with get_context("fork").Pool(self.config.num_workers, _adopt, (self,)) as pool:
+        # `n_process` of nlp.pipe is not used: it returns whole documents, which takes longer than
+        # the rules.
+        with get_context("fork").Pool(self.config.num_workers, _init_worker, (self,)) as pool:
             while batch := list(islice(texts, self.config.batch_size)):
                 pending.append(pool.apply_async(_tag_batch, (batch,)))
                 if len(pending) > 2 * self.config.num_workers:
@@ -157,14 +161,14 @@ class SpanTagger:
                 continue
             text = doc.text
             found = [span for span in (_trimmed(span, text) for span in found) if span.start < span.end]
-            yield _with_dates(found, text) if self.config.dates else tuple(found)
+            yield _merge_dates(found, text) if self.config.dates else tuple(found)
 
 
 _worker_tagger: SpanTagger
-"""A worker process's tagger, inherited at the fork."""
+"""Tagger of a worker process, inherited by fork."""
 
 
-def _adopt(tagger: SpanTagger) -> None:
+def _init_worker(tagger: SpanTagger) -> None:
     global _worker_tagger
     _worker_tagger = tagger
 
@@ -174,8 +178,10 @@ def _tag_batch(texts: list[str]) -> list[tuple[SalientSpan, ...]]:
 
 
 def _disable_unused(nlp: Language) -> None:
-    """Skips the parser and its like where they cannot touch the entities: they take half of a
-    small pipeline's time."""
+    """Disable the parser and other components that do not affect the entities.
+
+    They take half of the time of a small pipeline.
+    """
     unused = {"tagger", "parser", "senter", "lemmatizer", "attribute_ruler", "morphologizer"} & set(nlp.pipe_names)
     if set(nlp.pipe_names) - unused <= {"tok2vec", "transformer", "ner"}:
         for pipe in unused:
@@ -183,8 +189,10 @@ def _disable_unused(nlp: Language) -> None:
 
 
 def _folder_digest(folder: Path) -> str:
-    """Digest of a pipeline folder's content: two pipelines trained by a user may well bear one
-    name and version."""
+    """Digest of the content of a pipeline folder.
+
+    Pipelines trained by a user may have the same name and version.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(str(path.relative_to(folder)).encode())
@@ -201,9 +209,12 @@ def _trimmed(span: SalientSpan, text: str) -> SalientSpan:
     )
 
 
-def _with_dates(found: list[SalientSpan], text: str) -> tuple[SalientSpan, ...]:
-    """The pipeline's names first, then the rules' dates, then the pipeline's own dates and
-    numbers, each where nothing stands yet."""
+def _merge_dates(found: list[SalientSpan], text: str) -> tuple[SalientSpan, ...]:
+    """Merge the pipeline's spans with the dates of the rules, without overlaps.
+
+    In order of priority: the pipeline's names, the dates of the rules, the pipeline's own dates and
+    numbers.
+    """
     is_name = [span.type not in ("date", "number") for span in found]
     dates = [SalientSpan(start, end, "date") for start, end in date_spans(text)]
     kept: list[SalientSpan] = []

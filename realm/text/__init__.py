@@ -1,1 +1,1 @@
-"""Text to wordpieces, blocks and padded inputs."""
+"""Tokenization, splitting into blocks, and padded model inputs."""

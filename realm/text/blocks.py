@@ -1,5 +1,4 @@
-"""Documents cut into blocks: sentence ends, packing into blocks of bounded size, salient spans
-as wordpieces."""
+"""Splitting documents into blocks: sentence boundaries, packing, alignment of salient spans."""
 
 import hashlib
 import re
@@ -14,12 +13,12 @@ NUM_SPECIAL_TOKENS = 3
 
 _END = re.compile(
     r"""
-    (?: [.!?\u2026\u0964\u061f]+                       # full stop, and its like in scripts that put white space behind it
-        (?: ['"\u2019\u201d)\]\u00bb]+ | \s['\u2019]{2} | \s[)\]\u201d\u2019\u00bb] )*   # what closes with the sentence
+    (?: [.!?\u2026\u0964\u061f]+                       # terminator in scripts with spaces
+        (?: ['"\u2019\u201d)\]\u00bb]+ | \s['\u2019]{2} | \s[)\]\u201d\u2019\u00bb] )*   # closing quotes, brackets
         (?: \s? \[ [^\[\]\n]{1,24} \] )*               # note marks: [1], [ citation needed ]
         (?= \s )
-      | [\u3002\uff01\uff1f]+ [\u300d\u300f\uff09\u201d]*   # their like in scripts without white space
-      | (?= \s*\n\s*\n )                              # a paragraph's end
+      | [\u3002\uff01\uff1f]+ [\u300d\u300f\uff09\u201d]*   # terminator in scripts without spaces
+      | (?= \s*\n\s*\n )                              # end of a paragraph
     )\s*
     """,
     re.VERBOSE,
@@ -29,32 +28,33 @@ _NOT_LETTERS = re.compile(r"[\W_]*")
 _NEVER_LAST = re.compile(
     "mrs?|ms|messrs|mme|mlle|dr|prof|rev|fr|hon|gov|sen|rep|pres|gen|col|lt|capt|cpt|cmdr|adm|maj|sgt|cpl|pvt|ste?|mt|ft|bros|vs|viz|cf"
 )
-"""Abbreviations that stand before a name or an explanation: no sentence ends with them."""
+"""Abbreviations that precede a name or an explanation and never end a sentence."""
 _BEFORE_NUMBER = re.compile(
     "nos?|vols?|pp?|figs?|ch|chap|sec|art|op|approx|ca?|b|d|ed|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec"
 )
-"""Abbreviations that end no sentence where a number follows."""
+"""Abbreviations that do not end a sentence if a number follows."""
 
 
 def sentence_bounds(text: str) -> list[int]:
-    """Characters at which the sentences of `text` begin, the first 0; white space belongs to the
-    sentence before it.
+    """Character offsets at which the sentences of `text` begin, starting with 0.
 
-    Rules, for prose as people write it and as corpora space it (`word .`): a full stop ends no
-    sentence behind a title, an initial or an acronym (`Dr. Who`, `J. K.`, `U.S.`), nor does any
-    mark before a lower-case letter where the text has capitals at all. Where in doubt two sentences
-    stay one: a block then merely ends elsewhere.
+    White space belongs to the preceding sentence. The rules are for ordinary and for
+    space-tokenized prose (`word .`): a full stop after a title, an initial or an acronym (`Dr.
+    Who`, `J. K.`, `U.S.`) does not end a sentence, nor does any mark before a lower-case letter if
+    the text contains capitals. In doubtful cases sentences are not split: it only changes where a
+    block ends.
     """
     has_capitals = text != text.lower()
     bounds = [0]
     for match in _END.finditer(text):
         start = match.end()
-        if bounds[-1] < start < len(text) and not _goes_on(text, match, has_capitals):
+        if bounds[-1] < start < len(text) and not _continues_sentence(text, match, has_capitals):
             bounds.append(start)
     return bounds
 
 
-def _goes_on(text: str, match: re.Match[str], has_capitals: bool) -> bool:
+def _continues_sentence(text: str, match: re.Match[str], has_capitals: bool) -> bool:
+    """Whether the sentence continues after the possible end `match`."""
     mark = match.group().strip()
     if not mark or mark[0] in "\u3002\uff01\uff1f":
         return False
@@ -71,7 +71,7 @@ def _goes_on(text: str, match: re.Match[str], has_capitals: bool) -> bool:
         return False
     name = word.group().lower()
     if spaced and name.endswith("."):
-        return False  # "the U.S. ." : the abbreviation has its own stop
+        return False  # "the U.S. .": the abbreviation and the sentence have separate full stops
     if "." in name.strip(".") or (not spaced and len(name) == 1):
         return True
     if name in ("jr", "sr"):
@@ -81,8 +81,10 @@ def _goes_on(text: str, match: re.Match[str], has_capitals: bool) -> bool:
 
 @dataclass
 class Block:
-    """Characters `start:end` of a document, and wordpieces `first:last` of its encoding;
-    sentence starts count from `first`."""
+    """Characters `start:end` and wordpieces `first:last` of a document.
+
+    `sentence_starts` are relative to `first`.
+    """
 
     start: int
     end: int
@@ -94,13 +96,12 @@ class Block:
 def cut_blocks(
     text_length: int, offset_L2: np.ndarray, is_word_start_L: np.ndarray, bounds: Iterable[int], max_tokens: int
 ) -> list[Block]:
-    """Packs whole sentences greedily into blocks of at most `max_tokens` wordpieces (ORQA, section
-    6.2; REALM, section 4).
+    """Pack whole sentences greedily into blocks of at most `max_tokens` wordpieces.
 
-    `offset_L2` holds the characters of each of the L ≥ 1 wordpieces, `bounds` the characters at
-    which sentences begin. A sentence longer than a block is cut between words, a word longer than a
-    block between wordpieces, though never within a character. Each character and each wordpiece is
-    in exactly one block.
+    See ORQA, section 6.2, and REALM, section 4. `offset_L2` contains the character offsets of the L
+    ≥ 1 wordpieces, `bounds` the offsets at which sentences begin. A sentence longer than a block is
+    split between words, a word longer than a block between wordpieces, but never within a
+    character. Each character and each wordpiece is in exactly one block.
     """
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     num_tokens = len(offset_L2)
@@ -125,28 +126,32 @@ def cut_blocks(
         if not sentence_starts or sentence > first:
             sentence_starts.append(sentence - first)
         while sentence_end - first > max_tokens:
-            close(_cut(starts, ends, is_word_start_L, first, first + max_tokens))
+            close(_last_split(starts, ends, is_word_start_L, first, first + max_tokens))
             sentence_starts.append(0)
     close(num_tokens)
     return blocks
 
 
-def _cut(starts: np.ndarray, ends: np.ndarray, is_word_start_L: np.ndarray, first: int, limit: int) -> int:
-    """The last wordpiece in `(first, limit]` that a block may begin with: the first of a word if
-    there is one, else of a character."""
+def _last_split(starts: np.ndarray, ends: np.ndarray, is_word_start_L: np.ndarray, first: int, limit: int) -> int:
+    """The last wordpiece in `(first, limit]` at which a block may begin.
+
+    It begins a word if possible, else a character.
+    """
     of_character = starts[first + 1 : limit + 1] >= ends[first:limit]
     of_word = of_character & is_word_start_L[first + 1 : limit + 1]
     for allowed in (of_word, of_character):
         if allowed.any():
             return first + 1 + int(np.flatnonzero(allowed)[-1])
-    raise AssertionError("a character of more wordpieces than a block")
+    raise AssertionError("a character has more wordpieces than a block")
 
 
 def align_spans(
     offset_L2: np.ndarray, sentence_starts: list[int], spans: Iterable[tuple[int, int, str]]
 ) -> Iterator[tuple[int, int, str]]:
-    """Character spans as wordpiece spans (end exclusive), without those that cut a wordpiece or
-    cross a sentence's end."""
+    """Convert character spans to wordpiece spans (end exclusive).
+
+    Spans that split a wordpiece or cross a sentence boundary are dropped.
+    """
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     for start, end, kind in spans:
         first = int(np.searchsorted(starts, start, side="left"))
@@ -159,7 +164,6 @@ def align_spans(
 
 
 def text_hash(text: str) -> int:
-    """64-bit hash of the text, case folded and white space collapsed: equal for copies that
-    differ in nothing else."""
+    """64-bit hash of the text after case folding and collapsing white space."""
     digest = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -1,4 +1,4 @@
-"""Token sequences in the shape the encoders read: special tokens, padding, batches of bounded size.
+"""Model inputs: special tokens, padding, batches of bounded size.
 
 Shape legend: B rows, L wordpieces.
 """
@@ -17,17 +17,17 @@ IntArray = np.ndarray
 
 @dataclass(frozen=True)
 class Wordpieces:
-    """What building inputs needs to know of a tokenizer."""
+    """The ids of a tokenizer that are needed to build model inputs."""
 
     cls: int
     sep: int
     mask: int
     pad: int
     continuation: np.ndarray
-    """True for wordpieces that continue a word (`##…`), one entry per id."""
+    """Whether each id of the vocabulary continues a word (`##…`)."""
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Wordpieces":
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "Wordpieces":
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         continuation = np.array([name.startswith("##") for name in names])
         return cls(
@@ -39,13 +39,13 @@ class Wordpieces:
         )
 
     def query(self, text_ids: IntArray, max_tokens: int) -> IntArray:
-        """`[CLS] text [SEP]`, the text cut so that the whole is at most `max_tokens` wordpieces."""
+        """`[CLS] text [SEP]`; the text is truncated so that the input has at most `max_tokens`."""
         return np.concatenate(([self.cls], text_ids[: max_tokens - 2], [self.sep])).astype(np.int32)
 
     def passage(self, title_ids: IntArray, text_ids: IntArray, max_tokens: int) -> IntArray:
-        """`[CLS] title [SEP] text [SEP]`, at most `max_tokens` wordpieces; with both parts empty it is the null passage.
+        """`[CLS] title [SEP] text [SEP]` of at most `max_tokens`; both empty: the null passage.
 
-        A long title keeps at most half of the room, so that some text is always read.
+        A long title is truncated to half of the available tokens, so that some text is always read.
         """
         title_ids, text_ids = _fit(title_ids, text_ids, max_tokens - 3)
         return np.concatenate(([self.cls], title_ids, [self.sep], text_ids, [self.sep])).astype(np.int32)
@@ -53,10 +53,10 @@ class Wordpieces:
     def joint(
         self, query_ids: IntArray, title_ids: IntArray, text_ids: IntArray, max_tokens: int
     ) -> tuple[IntArray, int, int]:
-        """`[CLS] x [SEP] title [SEP] text [SEP]`, cut at the end of the text to `max_tokens` wordpieces.
+        """`[CLS] x [SEP] title [SEP] text [SEP]`; the text is truncated to fit `max_tokens`.
 
-        Returns the ids, the length of the first segment (`[CLS] x [SEP]`) and the position of the first wordpiece of the
-        text.
+        Returns the ids, the length of the first segment (`[CLS] x [SEP]`) and the position of the
+        first wordpiece of the text.
         """
         first = len(query_ids) + 2
         title_ids, text_ids = _fit(title_ids, text_ids, max_tokens - first - 2)
@@ -64,8 +64,10 @@ class Wordpieces:
         return ids.astype(np.int32), first, first + len(title_ids) + 1
 
     def find(self, text_ids: IntArray, span_ids: IntArray, whole_words: bool = True) -> list[int]:
-        """Where `span_ids` stands in `text_ids`, as whole words unless told otherwise, without
-        overlaps."""
+        """Start positions of the non-overlapping occurrences of `span_ids` in `text_ids`.
+
+        With `whole_words`, occurrences that begin or end within a word are skipped.
+        """
         text_ids, span_ids = np.ascontiguousarray(text_ids, np.int32), np.ascontiguousarray(span_ids, np.int32)
         text, span, found, at = text_ids.tobytes(), span_ids.tobytes(), [], 0
         while (at := text.find(span, at)) >= 0:
@@ -82,7 +84,7 @@ class Wordpieces:
 
 
 def _fit(title_ids: IntArray, text_ids: IntArray, room: int) -> tuple[IntArray, IntArray]:
-    """Title and text cut to `room` wordpieces together: the title to half of it, or to what the text leaves."""
+    """Truncate title and text to `room` in total: the title to half, or to what the text leaves."""
     title_ids = title_ids[: max(room // 2, room - len(text_ids))]
     return title_ids, text_ids[: room - len(title_ids)]
 
@@ -90,8 +92,10 @@ def _fit(title_ids: IntArray, text_ids: IntArray, room: int) -> tuple[IntArray, 
 def pad_batch(
     sequences: Sequence[IntArray], pad_id: int, width: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad B sequences to `width`, or to the longest; returns `ids_BL` and `mask_BL` (1 =
-    real token), both int64."""
+    """Right-pad B sequences to `width`, or to the longest.
+
+    Returns `ids_BL` and `mask_BL` (1 = real token), both int64.
+    """
     longest = width or max(len(sequence) for sequence in sequences)
     ids_BL = np.full((len(sequences), longest), pad_id, dtype=np.int64)
     mask_BL = np.zeros((len(sequences), longest), dtype=np.int64)
@@ -102,11 +106,9 @@ def pad_batch(
 
 
 def token_budget_batches(lengths: Sequence[int] | IntArray, token_budget: int) -> list[np.ndarray]:
-    """Group rows by length so that rows × longest stays within `token_budget` padded tokens (at
-    least one row each).
+    """Group rows by length into batches of at most `token_budget` padded tokens, or one row.
 
-    Rows come longest first: the largest allocation happens at once and an out-of-memory error does
-    not wait for the end.
+    The longest rows come first, so that an out-of-memory error occurs at the start.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(-lengths, kind="stable")
@@ -119,11 +121,10 @@ def token_budget_batches(lengths: Sequence[int] | IntArray, token_budget: int) -
 
 
 def epoch_rows(count: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """The rows of batch number `step` when `count` rows are visited in a new random order every
-    epoch, (batch_size,).
+    """Rows of the batch of `step`, (batch_size,): `count` rows in a new random order every epoch.
 
-    A function of its arguments alone, so a resumed stage needs no cursor but the step; batches run
-    across the ends of epochs.
+    The result depends only on the arguments, so a resumed stage needs only the step. A batch may
+    span two epochs.
     """
     at = np.arange(step * batch_size, (step + 1) * batch_size)
     return np.array([_epoch_order(count, int(i // count), seed)[i % count] for i in at])

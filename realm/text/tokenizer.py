@@ -1,5 +1,4 @@
-"""The WordPiece tokenizer: trained on the corpus or a BERT's own, and the one way in which
-users' text becomes wordpieces."""
+"""The WordPiece tokenizer: training, loading, and tokenization of text."""
 
 import hashlib
 import json
@@ -23,39 +22,39 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SETTINGS = "tokenizer_settings.json"
 
 Encoded: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Wordpiece ids `(L,)` and the character offsets `(L, 2)`, end exclusive, of one text; both int32."""
+"""Wordpiece ids `(L,)` and character offsets `(L, 2)`, end exclusive, of a text; both int32."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Which WordPiece tokenizer turns text into wordpieces."""
+    """Which WordPiece tokenizer to use."""
 
     path: str | None = None
-    """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; without one it is
-    trained on the corpus."""
+    """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; default: train one
+    on the corpus."""
     vocab_size: int = 8000
-    """Wordpieces of a trained tokenizer, at most."""
+    """Maximum vocabulary size of a trained tokenizer."""
     min_frequency: int = 2
-    """How often a pair must occur for a trained tokenizer to join it; 1 keeps the rarest names
-    of a small corpus whole."""
+    """Minimum frequency of a pair to be merged in training; with 1 even the rarest names of a small
+    corpus stay whole."""
     lowercase: bool = True
-    """Fold case and strip accents, when trained or read from a bare vocabulary file."""
+    """Lowercase and strip accents, if trained or loaded from a bare vocabulary file."""
 
 
 def obtain_tokenizer(
     config: TokenizerConfig, folder: Path, texts: Callable[[], Iterable[str]]
 ) -> "PreTrainedTokenizerBase":
-    """The tokenizer saved in `folder`; on the first call it is loaded or trained on `texts()` as
-    `config` says, and saved there.
+    """Load the tokenizer from `folder`, or create it from `config` and save it there.
 
-    Raises UserError where the saved one was made from another config, or `config.path` cannot be
-    loaded.
+    A new tokenizer is loaded or trained on `texts()`, depending on `config`. Raises UserError if
+    the saved tokenizer was created with a different config, or if `config.path` cannot be loaded.
     """
     if folder.exists():
         settings = folder / _SETTINGS
         if not settings.is_file() or json.loads(settings.read_bytes()) != asdict(config):
             raise UserError(
-                f"the tokenizer in {folder} was made with other settings; restore them or prepare into another folder"
+                f"the tokenizer in {folder} was created with different `tokenizer` settings; "
+                "restore them or prepare into another folder"
             )
         return load_tokenizer(str(folder))
     tokenizer = (
@@ -69,20 +68,20 @@ def obtain_tokenizer(
 
 
 def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTrainedTokenizerBase":
-    """Trains a BERT tokenizer of at most `config.vocab_size` wordpieces; `texts` is read twice, so
-    an iterator is held in memory.
+    """Train a BERT tokenizer with at most `config.vocab_size` wordpieces.
 
-    `tokenizers` numbers the characters in the order of a randomly seeded hash table, and these
-    numbers break the ties between merges. Given the characters beforehand, in a fixed order, the
-    same texts make the same vocabulary; another version of `tokenizers` may still make another, so
-    what was trained is saved. Raises UserError where `vocab_size` is too small or no text holds a
-    character.
+    `texts` is read twice, so an iterator is kept in memory. The `tokenizers` library numbers the
+    characters in the order of a randomly seeded hash table and breaks ties between merges by these
+    numbers. With the characters given in advance in a fixed order, the same texts produce the same
+    vocabulary. A different version of `tokenizers` may still produce another one, so the trained
+    tokenizer is saved. Raises UserError if `vocab_size` is too small or the texts contain no
+    visible character.
     """
     from tokenizers import models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
     if config.vocab_size < 100:
-        raise UserError(f"tokenizer vocab_size must be at least 100, got {config.vocab_size}")
+        raise UserError(f"tokenizer.vocab_size must be at least 100, got {config.vocab_size}")
     texts = texts if isinstance(texts, Sequence) else list(texts)
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
@@ -96,7 +95,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
         key=lambda character: (-counts[character], character),
     )
     if not visible:
-        raise UserError("the texts to train a tokenizer on hold no character")
+        raise UserError("the texts to train the tokenizer on contain no visible characters")
     alphabet = visible[: min(1000, (config.vocab_size - len(SPECIAL_TOKENS)) // 3)]
     fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
@@ -107,16 +106,18 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer=trainer)
-    # The trainer marks the characters as special tokens; only the vocabulary is kept.
-    return _plain(BertTokenizer(vocab=model.get_vocab(with_added_tokens=False), do_lower_case=config.lowercase))
+    # The trainer marks the characters as special tokens, so only the vocabulary is reused.
+    return _enable_split_special_tokens(
+        BertTokenizer(vocab=model.get_vocab(with_added_tokens=False), do_lower_case=config.lowercase)
+    )
 
 
 def load_tokenizer(path: str, lowercase: bool = True) -> "PreTrainedTokenizerBase":
-    """Loads a BERT WordPiece tokenizer: a folder, a bare vocabulary file (one wordpiece a line,
-    folded if `lowercase`) or a hub name.
+    """Load a BERT WordPiece tokenizer from a folder, a vocabulary file or a hub name.
 
-    A hub name is looked for in the local cache first. Raises UserError where there is nothing to
-    load or no BERT tokenizer.
+    A vocabulary file contains one wordpiece per line; `lowercase` applies only to it. A hub name is
+    looked up in the local cache first. Raises UserError if there is no tokenizer or it is not a
+    BERT tokenizer.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -126,26 +127,31 @@ def load_tokenizer(path: str, lowercase: bool = True) -> "PreTrainedTokenizerBas
         if names.isdisjoint({"tokenizer.json", "tokenizer_config.json", "config.json"}):
             if "vocab.txt" in names:
                 return _from_vocabulary(local / "vocab.txt", lowercase)
-            raise UserError(f"the folder {path} holds no tokenizer: neither tokenizer.json nor vocab.txt")
+            raise UserError(f"the folder {path} contains no tokenizer: neither tokenizer.json nor vocab.txt")
         return _checked(_from_pretrained(str(local), path), path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith((".txt", ".json")):
         raise UserError(
-            f"tokenizer {path} does not exist; give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased"
+            f"tokenizer {path} does not exist; "
+            "give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased"
         )
     return _checked(_from_hub(path), path)
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 over all that decides how plain text becomes wordpieces: vocabulary, normaliser,
-    pre-tokeniser, added tokens."""
+    """SHA-256 over what determines the wordpieces of a text.
+
+    These are the vocabulary, normalizer, pre-tokenizer and added tokens.
+    """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     relevant = {key: state[key] for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase | Tokenizer", texts: list[str]) -> list[Encoded]:
-    """Wordpieces of each text, without special tokens: "[MASK]" written by a user becomes plain
-    wordpieces. Nothing is cut."""
+    """Tokenize texts without special tokens and without truncation.
+
+    "[MASK]" in a text becomes plain wordpieces.
+    """
     backend: Tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -157,8 +163,8 @@ def _arrays(encoding: Encoding) -> Encoded:
     return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
 
-def _plain(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer as it is used here and saved: the names of special tokens in a text are text."""
+def _enable_split_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """Encode the names of special tokens in a text as plain text, also after saving."""
     tokenizer.split_special_tokens = True
     tokenizer.init_kwargs["split_special_tokens"] = True
     return tokenizer
@@ -170,14 +176,12 @@ def _from_vocabulary(file: Path, lowercase: bool) -> "PreTrainedTokenizerBase":
     try:
         wordpieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
-        raise UserError(f"{file} is no WordPiece vocabulary: it is not UTF-8 text") from None
+        raise UserError(f"{file} is not a WordPiece vocabulary: it is not UTF-8 text") from None
     vocabulary = {wordpiece.rstrip("\r"): i for i, wordpiece in enumerate(wordpieces)}
     if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
-        raise UserError(f"{file} is no BERT vocabulary: it has no line {', '.join(missing)}")
+        raise UserError(f"{file} is not a BERT vocabulary: it has no line {', '.join(missing)}")
     if len(vocabulary) < len(wordpieces):
-        raise UserError(
-            f"{file} is no BERT vocabulary: {len(wordpieces) - len(vocabulary)} of its lines stand there twice"
-        )
+        raise UserError(f"{file} is not a BERT vocabulary: it has {len(wordpieces) - len(vocabulary)} duplicate lines")
     return _checked(BertTokenizer(vocab=vocabulary, do_lower_case=lowercase), str(file))
 
 
@@ -187,12 +191,12 @@ def _from_pretrained(location: str, path: str) -> "PreTrainedTokenizerBase":
     try:
         return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        # transformers has no error of its own for files that do not fit together.
+        # transformers has no specific exception for inconsistent files.
         raise UserError(f"the tokenizer in {path} cannot be loaded ({_first_line(error)})") from error
 
 
 def _from_hub(name: str) -> "PreTrainedTokenizerBase":
-    """From the cache, else downloaded."""
+    """Load from the local cache, else from the hub."""
     from transformers import AutoTokenizer
 
     try:
@@ -207,22 +211,24 @@ def _first_line(error: Exception) -> str:
 
 
 def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedTokenizerBase":
-    """Refuses what is no WordPiece tokenizer with BERT's special tokens, or makes special tokens
-    out of text."""
+    """Return the tokenizer if it is a WordPiece tokenizer with BERT's special tokens.
+
+    Raises UserError if not, or if it encodes the names of special tokens in a text as special
+    tokens.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordPiece":
-        raise UserError(f"tokenizer {path} is no WordPiece tokenizer, as BERT's are; give a BERT's")
+        raise UserError(f"tokenizer {path} is not a WordPiece tokenizer; use a BERT tokenizer")
     if backend.get_vocab_size() <= len(SPECIAL_TOKENS):
-        raise UserError(
-            f"tokenizer {path} has no vocabulary beside its special tokens: its tokenizer.json or vocab.txt is missing"
-        )
+        raise UserError(f"tokenizer {path} has only special tokens: its tokenizer.json or vocab.txt is missing")
     names = ("pad", "cls", "sep", "mask")
     if missing := [name for name in names if getattr(tokenizer, f"{name}_token_id") is None]:
-        raise UserError(f"tokenizer {path} has no {', '.join(missing)} token; give a BERT's")
+        raise UserError(f"tokenizer {path} has no {', '.join(missing)} token; use a BERT tokenizer")
     special_ids = [getattr(tokenizer, f"{name}_token_id") for name in names]
     text = " ".join(tokenizer.convert_ids_to_tokens(special_ids))
     if np.isin(tokenize(tokenizer, [text])[0][0], special_ids).any():
         raise UserError(
-            f"tokenizer {path} makes special tokens out of the text {text!r}, so text of users could not be told from them"
+            f"tokenizer {path} encodes the text {text!r} as special tokens, "
+            "so they cannot be distinguished from text in documents; use a BERT tokenizer"
         )
-    return _plain(tokenizer)
+    return _enable_split_special_tokens(tokenizer)

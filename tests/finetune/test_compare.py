@@ -40,9 +40,9 @@ def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty; it must hold predictions"),
+        ("", "is empty; expected predictions"),
         ("\n", "contains no predictions"),
-        ("{", r"b\.jsonl:1: broken JSON"),
+        ("{", r"b\.jsonl:1: invalid JSON"),
         ('{"id": "q0", "em": true, "retrieved": ["p"], "rank_of_document": 0}\n', r"b\.jsonl:1: not a prediction"),
         ('{"id": "other", "em": true, "retrieved": []}\n', "different questions"),
     ],

@@ -135,10 +135,10 @@ def test_places_of_answers_in_timeqa_count_over_the_whole_article(tmp_path: Path
 
 
 BROKEN = {
-    "open.jsonl": [("{", "broken JSON"), ('{"q": 1, "answer": "x"}', "no field question"), ('{"question": "a", "answer": 3}', "answers are no list"),
+    "open.jsonl": [("{", "invalid JSON"), ('{"q": 1, "answer": "x"}', "no field question"), ('{"question": "a", "answer": 3}', "answers are no list"),
                    ('{"question": " ", "answer": ["x"]}', "no question")],
     "dev.qas.tsv": [("a\tb\tc", "not 2 columns"), ("who\t[1, 2", "answers are no list"), ("who\t[1]", "answers are no list of texts"),
-                    ('"who\t[\'a\']', "broken quoting")],
+                    ('"who\t[\'a\']', "invalid quoting")],
     "trec.tsv": [("1\tfactoid\tWhen?\t(", "no regular expression"), ("1\tWhen?\tx", "not 4 columns"), ("1\tf\tWhen?\tx*", "matches nothing")],
 }  # fmt: skip
 
@@ -215,11 +215,11 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
     assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer)) == 1, (
         "the only split there is"
     )
-    with pytest.raises(UserError, match="no split 'train' but validation"):
+    with pytest.raises(UserError, match="no split 'train'; choose one of validation"):
         load_questions(replace(source, split="train"), run.passages, run.tokenizer)
     two = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "two"))
-    with pytest.raises(UserError, match="has the splits train, test; name one with `split`"):
+    with pytest.raises(UserError, match=r"has several splits \(train, test\); choose one with `split`"):
         load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer)
 
 
@@ -239,7 +239,7 @@ def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Pat
 def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
-    with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: broken JSON"):
+    with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: invalid JSON"):
         load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
 
 
@@ -268,8 +268,8 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", '{"question": "a", "answer": [1%s]}' % ("0" * 5000), "broken JSON"),
-        ("a.jsonl", '{"question": "a\\ud800", "answer": ["x"]}', "half of a surrogate pair"),
+        ("a.jsonl", '{"question": "a", "answer": [1%s]}' % ("0" * 5000), "invalid JSON"),
+        ("a.jsonl", '{"question": "a\\ud800", "answer": ["x"]}', "unpaired surrogate"),
         ("a.jsonl", '{"question": "a", "answer": [1969]}', "answers are no list of texts: a number is among them"),
         ("a.qas", "a\t{[]: 1}", "answers are no list"),
         ("a.qas", "a\t" + "[" * 5000, "answers are no list"),

@@ -1,4 +1,4 @@
-"""The built-in corpus: floors, offsets, splits, and the facts that must not be seen."""
+"""The built-in corpus: minimum sizes, offsets, splits, and held-out facts."""
 
 import json
 import re
@@ -23,7 +23,7 @@ class Gazetteer(NamedTuple):
     articles: dict[str, list[Record]]
 
     def questions(self, split: str) -> list[tuple[Record, Record]]:
-        """Each paragraph with each of its questions."""
+        """Pairs of a paragraph and one of its questions."""
         return [
             (paragraph, qa)
             for article in self.articles[split]
@@ -48,7 +48,7 @@ def occurrences(name: str, text: str) -> int:
 def gazetteer(tmp_path_factory: pytest.TempPathFactory) -> Gazetteer:
     folder = tmp_path_factory.mktemp("gazetteer") / "out"
     summary = write_gazetteer(folder)
-    kinds = ("statements", "heldout_statements", "evaluation_statements", "orphan_statements")
+    kinds = ("statements", "heldout_statements", "evaluation_statements", "unsupported_statements")
     return Gazetteer(
         folder,
         summary,
@@ -61,12 +61,12 @@ def gazetteer(tmp_path_factory: pytest.TempPathFactory) -> Gazetteer:
     )
 
 
-def test_floors(gazetteer: Gazetteer) -> None:
+def test_minimum_sizes(gazetteer: Gazetteer) -> None:
     summary = gazetteer.summary
     assert summary.entities >= 450
     assert summary.facts >= 2000
     assert summary.passages >= 1000
-    assert summary.orphan_statements >= 150
+    assert summary.unsupported_statements >= 150
     assert summary.statements >= 2.9 * (summary.facts - summary.held_out_facts)
     assert abs(summary.held_out_facts - summary.facts / 10) <= 1
 
@@ -90,13 +90,13 @@ def test_writing_again_gives_the_same_bytes(gazetteer: Gazetteer, tmp_path: Path
         assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == names
         for name in names:
             assert (folder / name).read_bytes() == (gazetteer.folder / name).read_bytes(), name
-    assert {path.name for path in tmp_path.iterdir()} == {"fresh", "existing"}, "no scratch folder stays behind"
+    assert {path.name for path in tmp_path.iterdir()} == {"fresh", "existing"}, "the temporary folder is removed"
 
 
 def test_tables_are_well_formed() -> None:
     tables, relations = load_templates()
     used = {name for table in tables for group in table.passages for name in group}
-    assert used == set(relations), "every relation stands in some table's passages"
+    assert used == set(relations), "every relation appears in the passages of a table"
     for table in tables:
         for row in read_rows(table):
             assert all(cell is not None and cell == cell.strip() for cell in row.values()), row
@@ -109,7 +109,7 @@ def test_tables_are_well_formed() -> None:
         assert all("{subject}" in template for template in relation.statements + relation.questions)
 
 
-def test_objects_look_like_names_and_are_not_given_away() -> None:
+def test_objects_look_like_names_and_do_not_appear_in_the_entity() -> None:
     for entity in load_entities():
         for fact in entity.facts:
             assert fact.objects[0][0].isupper() or fact.objects[0][0].isdigit(), fact.id
@@ -117,7 +117,7 @@ def test_objects_look_like_names_and_are_not_given_away() -> None:
             assert len(fact.objects[0].split()) <= 4, fact.id
 
 
-def test_entities_have_one_name_each() -> None:
+def test_entity_names_and_ids_are_unique() -> None:
     entities = load_entities()
     assert len({entity.name for entity in entities}) == len({entity.id for entity in entities}) == len(entities)
 
@@ -151,12 +151,12 @@ def test_statements_name_their_subject(gazetteer: Gazetteer) -> None:
             assert "{" not in record["text"], record["id"]
 
 
-def test_statement_answers_are_where_they_say(gazetteer: Gazetteer) -> None:
-    for kind in ("heldout_statements", "evaluation_statements", "orphan_statements"):
+def test_offsets_of_statement_answers(gazetteer: Gazetteer) -> None:
+    for kind in ("heldout_statements", "evaluation_statements", "unsupported_statements"):
         for record in gazetteer.statements[kind]:
             answer, start = record["answer"]["text"], record["answer"]["start"]
             assert record["text"][start : start + len(answer)] == answer, record["id"]
-            if kind == "orphan_statements":
+            if kind == "unsupported_statements":
                 assert "passage" not in record
             else:
                 passage = gazetteer.passages[record["passage"]]
@@ -164,7 +164,7 @@ def test_statement_answers_are_where_they_say(gazetteer: Gazetteer) -> None:
                 assert occurrences(answer, passage["text"]) == 1, record["id"]
 
 
-def test_question_answers_are_where_they_say(gazetteer: Gazetteer) -> None:
+def test_offsets_of_question_answers(gazetteer: Gazetteer) -> None:
     for split in SPLITS:
         for paragraph, qa in gazetteer.questions(split):
             assert paragraph["context"] == gazetteer.passages[paragraph["passage"]]["text"]
@@ -190,8 +190,8 @@ def test_questions_are_split_by_entity_within_each_table(gazetteer: Gazetteer) -
         counts = Counter(entity.split for entity in entities if entity.table.name == table)
         assert set(counts) == set(SPLITS), table
         assert abs(counts["train"] / counts.total() - 0.7) < 0.05, table
-    shares = Counter(split_of.values())
-    assert abs(shares["test"] / shares.total() - 0.2) < 0.02 and abs(shares["validation"] / shares.total() - 0.1) < 0.02
+    counts = Counter(split_of.values())
+    assert abs(counts["test"] / counts.total() - 0.2) < 0.02 and abs(counts["validation"] / counts.total() - 0.1) < 0.02
 
 
 def test_held_out_facts_are_never_stated(gazetteer: Gazetteer) -> None:
@@ -217,7 +217,7 @@ def test_evaluation_statements_cover_the_facts_of_validation_and_test(gazetteer:
     assert all(record["held_out"] == (record["fact"] in held_out) for record in evaluation)
 
 
-def test_orphans_stand_in_no_passage(gazetteer: Gazetteer) -> None:
+def test_orphans_appear_in_no_passage(gazetteer: Gazetteer) -> None:
     titles = {passage["title"] for passage in gazetteer.passages.values()}
     for record in gazetteer.statements["unsupported_statements"]:
         assert record["subject"] not in titles
@@ -230,7 +230,7 @@ def test_orphans_stand_in_no_passage(gazetteer: Gazetteer) -> None:
         assert not both, (record["id"], both)
 
 
-def test_a_share_of_what_is_stated_stands_in_no_passage(gazetteer: Gazetteer) -> None:
+def test_some_pretraining_statements_have_no_passage(gazetteer: Gazetteer) -> None:
     titles = {passage["title"] for passage in gazetteer.passages.values()}
     statements = gazetteer.statements["statements"]
     unsupported = [record for record in statements if record["subject"] not in titles]
@@ -241,7 +241,7 @@ def test_a_share_of_what_is_stated_stands_in_no_passage(gazetteer: Gazetteer) ->
     }
 
 
-def test_guessing_a_frequent_answer_does_not_pay(gazetteer: Gazetteer) -> None:
+def test_frequent_answers_are_rarely_correct(gazetteer: Gazetteer) -> None:
     answers: Counter[str] = Counter()
     train: dict[str, Counter[str]] = {}
     for split in SPLITS:

@@ -1,5 +1,7 @@
-"""Documents about rivers, a tokenizer for them, and preparing them; a module of its own, since
-other processes import it."""
+"""Test documents about rivers, a tokenizer, and a function to prepare them.
+
+A separate module, because other processes import it.
+"""
 
 import json
 
@@ -50,6 +52,6 @@ def prepare(tmp_path, tokenizer, documents=None, out="out", name="corpus.jsonl",
 FILES = ("blocks.arrow", "manifest.json")
 
 
-def contents(folder):
+def file_contents(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     return [(folder / name).read_bytes() for name in FILES]

@@ -1,4 +1,4 @@
-"""A span tagger for tests, in a module of its own: the processes that prepare a corpus import it."""
+"""A span tagger for tests, in a separate module that worker processes can import."""
 
 import os
 import re
@@ -11,8 +11,10 @@ PLACES = ("Danube", "Black Forest", "Black Sea", "Rhine", "Zürich")
 
 
 class StubTagger:
-    """Marks the names in PLACES and numbers; takes `delay` seconds a text and notes its process
-    in the file `log`."""
+    """Tags the names in PLACES and numbers.
+
+    It takes `delay` seconds per text and writes its process id to the file `log`.
+    """
 
     def __init__(self, name: str = "stub", delay: float = 0.0, log: str | None = None):
         self.name, self.delay, self.log = name, delay, log

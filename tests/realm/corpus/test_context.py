@@ -1,5 +1,4 @@
-"""Reading long: what stands around a block, what is read once for several, and what must not be
-read at all."""
+"""Contexts: neighbouring blocks, contexts shared by candidates, and excluded documents."""
 
 import json
 from itertools import pairwise
@@ -33,7 +32,7 @@ from tests.tiny import FOUNDERS, RIVERS, TOWNS, NoIndex, write_config, write_sou
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Documents of six towns each, several blocks a document, and the passages themselves to mask."""
+    """Documents about six towns each, with several blocks; the statements are the passages."""
     folder = tmp_path_factory.mktemp("long")
     write_sources(folder)
     records = []
@@ -65,8 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 class Documents:
-    """Blocks of given lengths, document by document; wordpieces count up, so that each says
-    where it stands."""
+    """Blocks of given lengths by document; the wordpieces are consecutive numbers."""
 
     def __init__(self, lengths: list[list[int]]) -> None:
         self.documents = [number for number, blocks in enumerate(lengths) for _ in blocks]
@@ -88,7 +86,7 @@ class Documents:
 
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=4), st.integers(14, 60))
-def test_a_context_is_the_block_and_as_many_neighbours_as_fit(lengths, context_tokens):
+def test_context_is_the_block_and_as_many_neighbours_as_fit(lengths, context_tokens):
     corpus = Documents(lengths)
     contexts = Contexts(corpus, context_tokens)  # type: ignore[arg-type]
     for row in range(len(corpus)):
@@ -104,22 +102,22 @@ def test_a_context_is_the_block_and_as_many_neighbours_as_fit(lengths, context_t
         assert room >= 0
         for other in (context.rows[0] - 1, context.rows[-1] + 1):
             if 0 <= other < len(corpus) and corpus.document(other) == corpus.document(row):
-                assert len(corpus.texts[other]) > room, "a neighbour that fits is read"
+                assert len(corpus.texts[other]) > room, "a neighbour that fits is part of the context"
 
 
-def test_without_context_a_block_is_read_alone():
+def test_without_context_tokens_the_context_is_the_block():
     contexts = Contexts(Documents([[3, 4, 5]]), 0)  # type: ignore[arg-type]
     assert contexts.around(1).rows == (1,) and contexts.around(1).starts == (0,)
-    assert contexts.share([1, 0, -1, 1]) == [0, 1, -1, 0]
+    assert contexts.read_slots([1, 0, -1, 1]) == [0, 1, -1, 0]
 
 
 def test_blocks_in_the_context_of_a_better_one_are_read_with_it():
-    contexts = Contexts(Documents([[5, 5, 5, 5], [5, 5]]), 15)  # type: ignore[arg-type]  # room for two blocks
+    contexts = Contexts(Documents([[5, 5, 5, 5], [5, 5]]), 15)  # type: ignore[arg-type]  # fits two blocks
     assert contexts.around(1).rows == (1, 2)
-    assert contexts.share([1, 4, 2, 0, 5, -1]) == [0, 1, 0, 3, 1, -1]
+    assert contexts.read_slots([1, 4, 2, 0, 5, -1]) == [0, 1, 0, 3, 1, -1]
 
 
-def test_the_masked_sentence_is_never_in_view(run):
+def test_masked_sentence_is_never_in_a_context(run):
     sampler = SpanSampler(run.passages, 10, 30)
     rng = np.random.default_rng(0)
     every = np.arange(len(run.passages))
@@ -127,32 +125,32 @@ def test_the_masked_sentence_is_never_in_view(run):
         example = sampler.draw(row, rng)
         chosen = choose_candidates(every, example, len(every), run.contexts, run.statements, run.wordpieces)
         others = [other for other in every.tolist() if run.passages.document(other) != run.passages.document(row)]
-        assert [other for other in chosen if other != EMPTY] == others, "the whole document is left out"
+        assert [other for other in chosen if other != EMPTY] == others, "the whole document is excluded"
         assert not any(
             run.wordpieces.find(run.contexts.around(other).text_ids, example.sentence_ids) for other in others
         )
 
 
-def test_recall_counts_the_passages_found_and_not_what_is_read_with_them(run):
+def test_recall_counts_retrieved_blocks_and_not_their_contexts(run):
     collator, rng = run.collator, np.random.default_rng(0)
     sampler = SpanSampler(run.passages, 10, 30)
-    beside = 0
+    num_only_in_context = 0
     for row in sampler.rows.tolist():
         example = sampler.draw(row, rng)
         for other in run.contexts.around(row).rows:
             in_context = collator.contains(collator.in_context(other), example.span_ids)
             if in_context and not collator.contains(collator.passage(other), example.span_ids):
-                beside += 1
+                num_only_in_context += 1
                 assert retrieval_recall(collator, [MaskedSpanItem(example, None)], np.array([[other]]), (1,)) == {
                     "recall@1": 0.0
                 }
         assert retrieval_recall(collator, [MaskedSpanItem(example, None)], np.array([[row]]), (1,)) == {
             "recall@1": 100.0
         }
-    assert beside, "some passage is read with a neighbour that holds the span"
+    assert num_only_in_context, "some context contains the span outside its own block"
 
 
-def test_candidates_of_one_document_are_read_once_and_their_probabilities_add_up(run):
+def test_candidates_in_one_context_are_read_once_and_their_probabilities_are_added(run):
     torch.manual_seed(0)
     collator, rng = MaskedCollator(run.collator, 4), np.random.default_rng(0)
     sampler = SpanSampler(run.passages, 10, 30)
@@ -191,7 +189,7 @@ def question_collator(run: Run) -> QuestionCollator:
     return QuestionCollator(run.collator, run.tokenizer, NoIndex(), run.config.reader.max_span_tokens)
 
 
-def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
+def test_answers_in_the_context_are_targets_and_are_returned_as_text(run):
     collator = question_collator(run)
     row = next(row for row in range(len(run.passages)) if run.passages.place(row) == 1)
     context = run.contexts.around(row)
@@ -211,25 +209,27 @@ def test_answers_around_the_block_are_targets_and_come_back_as_their_text(run):
     assert run.passages.text(block)[start : start + len(text)] == founder
 
 
-def test_a_question_for_which_nothing_was_found_has_no_answer(run):
-    """An index of inverted lists may give fewer passages than asked, or none; the question
-    beside it keeps its own answer."""
+def test_question_without_retrieved_passages_has_no_answer(run):
+    """An inverted-file index may return fewer passages than requested, or none.
+
+    The other question of the batch keeps its answer.
+    """
     collator = question_collator(run)
     reader = initial_reader(run, "reader_pretraining")
     answerer = Answerer.__new__(Answerer)
     answerer.run, answerer.collator, answerer.device = run, collator, torch.device("cpu")
     answerer.retriever = build_retriever(run.config.retriever, run.tokenizer)
     answerer.model = OpenQaModel(answerer.retriever, reader).eval()
-    found, lost = question(run, "Who founded it?", FOUNDERS[0]), question(run, "Which river?", RIVERS[0])
-    alone = answerer.read([found], np.array([[0, 1]]))
-    assert answerer.read([found, lost], np.array([[0, 1], [-1, -1]])) == [*alone, NO_ANSWER]
-    assert answerer.read([lost], np.array([[-1, -1]])) == [NO_ANSWER]
+    with_passages, without = question(run, "Who founded it?", FOUNDERS[0]), question(run, "Which river?", RIVERS[0])
+    alone = answerer.read([with_passages], np.array([[0, 1]]))
+    assert answerer.read([with_passages, without], np.array([[0, 1], [-1, -1]])) == [*alone, NO_ANSWER]
+    assert answerer.read([without], np.array([[-1, -1]])) == [NO_ANSWER]
 
 
 @pytest.mark.parametrize(
     ("context", "joint"), [(30, 200), (180, 200)], ids=["less than a block", "no room in the joint input"]
 )
-def test_contexts_that_cannot_be_read_are_refused(tmp_path, context, joint):
+def test_context_sizes_that_do_not_fit_are_refused(tmp_path, context, joint):
     write_sources(Path(tmp_path))
     with pytest.raises(UserError, match=rf"corpus.context_tokens \({context}\)"):
         load_config(write_config(tmp_path, reader={"max_tokens": joint}, corpus={"context_tokens": context}))

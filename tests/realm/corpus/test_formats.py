@@ -1,4 +1,4 @@
-"""Documents in the formats people have: the same documents from each, and every place named."""
+"""Document formats: the same documents from each format, and positions in error messages."""
 
 import csv
 import gzip
@@ -40,14 +40,20 @@ def table() -> pa.Table:
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """The documents in each format, by the name of the format."""
-    paths = {name: folder / path for name, path in {
-        "jsonl": "a.jsonl", "tsv": "psgs_w100.tsv.gz", "parquet": "tables", "squad": "squad.json", "datasets": "saved"}.items()}  # fmt: skip
+    """Write the documents in each format; returns the paths by the name of the format."""
+    names = {
+        "jsonl": "a.jsonl",
+        "tsv": "psgs_w100.tsv.gz",
+        "parquet": "tables",
+        "squad": "squad.json",
+        "datasets": "saved",
+    }
+    paths = {name: folder / path for name, path in names.items()}
     paths["jsonl"].write_text("".join(json.dumps(document._asdict()) + "\n" for document in DOCUMENTS))
     rows = [["id", "text", "title"], *([document.id, document.text, document.title] for document in DOCUMENTS)]
     paths["tsv"].write_bytes(gzip.compress(tsv(rows).encode()))
     paths["parquet"].mkdir()
-    for number in (1, 0):  # written in the wrong order: names decide
+    for number in (1, 0):  # written in reverse: files are sorted by name
         part = table().slice(0, 2) if number == 0 else table().slice(2)
         pa.parquet.write_table(part, paths["parquet"] / f"part-{number}.parquet")
     import datasets
@@ -88,7 +94,7 @@ def test_paragraphs_of_squad(tmp_path: Path) -> None:
     ]
 
 
-def test_articles_of_timeqa_stand_once(tmp_path: Path) -> None:
+def test_timeqa_articles_are_read_once(tmp_path: Path) -> None:
     path = tmp_path / "timeqa.json"
     article = {"link": "/wiki/Old_Town", "paras": ["Old Town", "It is old ."], "questions": []}
     path.write_text(json.dumps([article, {**article, "index": "another relation"}]))
@@ -116,50 +122,50 @@ def test_a_folder_of_text_files(tmp_path: Path) -> None:
     assert read(SourceConfig(str(tmp_path)), skip_bad=True) == expected
 
 
-def test_text_files_may_be_compressed_and_their_suffixes_of_any_case(tmp_path: Path) -> None:
+def test_text_files_may_be_compressed_with_suffixes_in_any_case(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"One."))
     (tmp_path / "B.TXT").write_text("Two.")
     assert read(SourceConfig(str(tmp_path))) == [Document("B.TXT", "B", "Two."), Document("a.txt.gz", "a", "One.")]
 
 
-def test_a_folder_of_jsonl_is_one_source_and_a_mixture_is_not_guessed(tmp_path: Path) -> None:
+def test_folder_of_jsonl_is_one_source_and_mixed_formats_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for number in (1, 0):
         (tmp_path / "data" / f"part-{number}.jsonl").write_text(f'{{"text": "Number {number}."}}\n')
     source = SourceConfig(str(tmp_path), fields={"id": "part-#"})
     assert read(source) == [Document("part-0", "", "Number 0."), Document("part-1", "", "Number 1.")]
     (tmp_path / "README.md").write_text("About the data.")
-    with pytest.raises(UserError, match="is a folder of jsonl and text files; name its format"):
+    with pytest.raises(UserError, match="is a folder with jsonl and text files; set its `format` to one of"):
         read(source)
     assert len(read(replace(source, format="jsonl"))) == 2 and count_ignored(replace(source, format="jsonl")) == 1
 
 
-def test_a_mapped_title_that_no_record_has_is_a_mistake(tmp_path: Path) -> None:
+def test_mapped_title_that_is_in_no_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "1", "text": "One.", "title": "T"}\n{"id": "2", "text": "Two."}\n')
-    with pytest.raises(UserError, match=r'no field "heading" \(for title\) in any record'):
+    with pytest.raises(UserError, match=r'missing field "heading" \(mapped to title\) in all records'):
         read(SourceConfig(str(path), fields={"title": "heading"}))
     (tmp_path / "a.tsv").write_text("id\ttext\ttitle\n1\tOne.\tT\n")
-    with pytest.raises(UserError, match="heading is not among id, text, title"):
+    with pytest.raises(UserError, match="the header has no column heading; it has id, text, title"):
         read(SourceConfig(str(tmp_path / "a.tsv"), fields={"title": "heading"}))
 
 
-def test_json_is_told_by_its_content(tmp_path: Path) -> None:
+def test_json_format_is_detected_by_content(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "One."}, {"qas": []}, {"context": "Two."}]}]})
     )
     assert [document.id for document in read(SourceConfig(str(tmp_path / "a.json")), skip_bad=True)] == [
         "T/0",
         "T/2",
-    ], "one paragraph is lost"
+    ], "one paragraph is skipped"
     (tmp_path / "b.json").write_text('{"id": 1, "text": "One."}\n{"id": 2, "text": "Two."}\n')
-    with pytest.raises(UserError, match="name its format, jsonl, if it has one object a line"):
+    with pytest.raises(UserError, match="set `format: jsonl` if it has one object per line"):
         read(SourceConfig(str(tmp_path / "b.json")))
-    with pytest.raises(UserError, match=r"`fields` of .* this source is squad"):
+    with pytest.raises(UserError, match=r"`fields` of .* the format squad has fixed fields"):
         read(SourceConfig(str(tmp_path / "a.json"), fields={"id": "x"}))
 
 
-def test_fields_of_other_names_are_mapped(tmp_path: Path) -> None:
+def test_fields_are_mapped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
         '{"docid": "x", "contents": "Text one.", "text": "not this"}\n{"docid": "y", "contents": "Text two."}\n'
@@ -172,18 +178,18 @@ def test_fields_of_other_names_are_mapped(tmp_path: Path) -> None:
     numbered = {"id": "#", "text": "contents"}
     assert [document.id for document in read(SourceConfig(str(path), fields=numbered))] == ["0", "1"]
     with pytest.raises(
-        UserError, match=r'a.jsonl:1: no field "body" \(for text\); the record has contents, docid, text'
+        UserError, match=r'a.jsonl:1: missing field "body" \(mapped to text\); the record has contents, docid, text'
     ):
         read(SourceConfig(str(path), fields={"text": "body"}))
     with pytest.raises(UserError, match="maps body; a document has id, title and text"):
         SourceConfig(str(path), fields={"body": "text"})
 
 
-def test_sources_follow_each_other_and_share_their_ids(tmp_path: Path) -> None:
+def test_sources_are_read_in_order_and_ids_are_unique_across_them(tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_text('{"id": "1", "text": "One."}\n{"id": "2", "text": "Two."}\n')
     second.write_text('{"id": "3", "text": "Three."}\n{"id": "1", "text": "Four."}\n')
-    with pytest.raises(UserError, match=re.escape(f"{second}:2: duplicate id '1', first at {first}:1")):
+    with pytest.raises(UserError, match=re.escape(f"{second}:2: duplicate id '1', first used at {first}:1")):
         read(SourceConfig(str(first)), SourceConfig(str(second)))
     report = BadRecords()
     documents = list(
@@ -193,15 +199,15 @@ def test_sources_follow_each_other_and_share_their_ids(tmp_path: Path) -> None:
 
 
 TSV_MISTAKES = {
-    "no header": ("1\tText.\tTitle\n", "the first line must name the columns"),
-    "columns": ('id\ttext\ttitle\n1\ta\tb\n2\tc\n', ":3: not 3 columns but 2"),
-    "quote": ('id\ttext\ttitle\n1\t"a\tb\n', ":2: broken quoting"),
+    "no header": ("1\tText.\tTitle\n", "the header has no column"),
+    "columns": ('id\ttext\ttitle\n1\ta\tb\n2\tc\n', ":3: expected 3 columns, got 2"),
+    "quote": ('id\ttext\ttitle\n1\t"a\tb\n', ":2: invalid quoting"),
     "UTF-8": (b"id\ttext\ttitle\n1\tcaf\xe9\tb\n", ":2: not UTF-8, byte 6"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", TSV_MISTAKES)
-def test_mistakes_in_tables_are_named_by_line(tmp_path: Path, mistake: str) -> None:
+def test_errors_in_tables_are_reported_by_line(tmp_path: Path, mistake: str) -> None:
     content, reason = TSV_MISTAKES[mistake]
     path = tmp_path / "a.tsv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -209,41 +215,41 @@ def test_mistakes_in_tables_are_named_by_line(tmp_path: Path, mistake: str) -> N
         read(SourceConfig(str(path)))
 
 
-def test_mistakes_in_parquet_squad_and_saved_data_sets(tmp_path: Path) -> None:
+def test_errors_in_parquet_squad_and_saved_datasets(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a.parquet has no column text but id, body; map them"):
+    with pytest.raises(UserError, match=r"a.parquet has no column text; map its columns \(id, body\) with `fields`"):
         read(SourceConfig(str(tmp_path / "a.parquet")))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match="no Parquet file that can be read"):
+    with pytest.raises(UserError, match="is not a readable Parquet file"):
         read(SourceConfig(str(tmp_path / "b.parquet")))
     (tmp_path / "squad.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match="not in SQuAD format"):
         read(SourceConfig(str(tmp_path / "squad.json"), "squad"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")
-    with pytest.raises(UserError, match="no data set saved by the datasets library"):
+    with pytest.raises(UserError, match="is not a dataset saved with `save_to_disk`"):
         read(SourceConfig(str(tmp_path / "saved")))
 
 
-def test_what_cannot_be_told_is_asked_for(tmp_path: Path) -> None:
+def test_format_that_cannot_be_detected_must_be_set(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be told from its name; name it, one of jsonl, tsv, parquet"):
+    with pytest.raises(UserError, match="cannot be auto-detected; set `format` to one of jsonl, tsv, parquet"):
         read(SourceConfig(str(tmp_path / "x.json")))
     with pytest.raises(
         UserError,
-        match=r"wikimedia/wikipedia does not exist; for a data set on the Hugging Face hub set `format: datasets`",
+        match=r"wikimedia/wikipedia does not exist; for a dataset on the Hugging Face hub set `format: datasets`",
     ):
         read(SourceConfig("wikimedia/wikipedia"))
     with pytest.raises(UserError, match="unknown format 'xml'"):
         read(SourceConfig("a.xml", "xml"))
 
 
-def test_a_hub_name_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_name_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="data set wikimedia/wikipedia is not on this machine"):
+    with pytest.raises(UserError, match="dataset wikimedia/wikipedia is not on this machine"):
         read(SourceConfig("wikimedia/wikipedia", "datasets"))
 
 
@@ -254,5 +260,5 @@ def test_a_hub_name_without_network_is_one_sentence(monkeypatch: pytest.MonkeyPa
         max_size=5,
     )
 )
-def test_any_table_line_is_read_as_csv_writes_it(values: list[str]) -> None:
+def test_table_lines_written_by_csv_are_parsed(values: list[str]) -> None:
     assert parse_tsv(tsv([values]).encode()) == values or values == [""]

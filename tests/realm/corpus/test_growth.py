@@ -1,5 +1,8 @@
-"""A corpus that grows: rows keep their numbers, what comes out equals having had everything from
-the start, mistakes change nothing."""
+"""Adding documents to a prepared corpus and deleting documents.
+
+Rows keep their numbers, the result equals that of preparing all documents at once, and errors
+change nothing.
+"""
 
 import json
 from pathlib import Path
@@ -15,7 +18,10 @@ from realm.errors import UserError
 from realm.spans.tagger import SpanConfig, SpanTagger
 from tests.tiny import TOWNS, prepared_run
 
-TEXT = "{town} lies by a lake. It was built by Max Berg in 1900. Few people know {town} and its old mill, which burned down in 1950."
+TEXT = (
+    "{town} lies by a lake. It was built by Max Berg in 1900. "
+    "Few people know {town} and its old mill, which burned down in 1950."
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,7 @@ def documents(folder: Path, *ids: str) -> SourceConfig:
 
 @pytest.fixture
 def corpus(run, tmp_path: Path) -> Path:
-    """A copy of the corpus to grow."""
+    """A copy of the corpus for one test."""
     import shutil
 
     return Path(shutil.copytree(run.prepared / "passages", tmp_path / "passages"))
@@ -57,7 +63,7 @@ def content(corpus: PreparedCorpus, row: int) -> tuple:
     )
 
 
-def test_added_documents_stand_behind_as_if_they_had_been_there_from_the_start(run, corpus, tmp_path):
+def test_added_documents_are_appended_as_if_prepared_with_the_others(run, corpus, tmp_path):
     before = PreparedCorpus.open(corpus)
     first, second = documents(tmp_path, "Xanth", "Yale"), documents(tmp_path, "Zorn")
     grown = grow(run, corpus, first)
@@ -78,7 +84,7 @@ def test_added_documents_stand_behind_as_if_they_had_been_there_from_the_start(r
     assert PreparedCorpus.open(corpus).fingerprint == grown.fingerprint
 
 
-def test_who_has_it_open_goes_on_with_what_it_opened(run, corpus, tmp_path):
+def test_open_corpus_keeps_its_state(run, corpus, tmp_path):
     before = PreparedCorpus.open(corpus)
     count = len(before)
     grow(run, corpus, documents(tmp_path, "Xanth"))
@@ -87,19 +93,21 @@ def test_who_has_it_open_goes_on_with_what_it_opened(run, corpus, tmp_path):
         before.text(count)
 
 
-def test_documents_taken_away_keep_their_rows(run, corpus):
+def test_deleted_documents_keep_their_rows(run, corpus):
     before = PreparedCorpus.open(corpus)
-    mine = [row for row in range(len(before)) if before.ids[row].startswith("town-3#") or before.ids[row] == "town-3"]
+    deleted = [
+        row for row in range(len(before)) if before.ids[row].startswith("town-3#") or before.ids[row] == "town-3"
+    ]
     grown = grow(run, corpus, delete=("town-3",))
-    assert mine and grown.deleted == frozenset(mine) and len(grown) == len(before)
-    assert sorted({*grown.rows.tolist(), *mine}) == list(range(len(before))) and not {*mine} & {*grown.rows.tolist()}
+    assert deleted and grown.deleted == frozenset(deleted) and len(grown) == len(before)
+    assert sorted([*grown.rows.tolist(), *deleted]) == list(range(len(before)))
     with pytest.raises(KeyError):
         grown.row_of_id("town-3#0")
-    with pytest.raises(UserError, match="'town-3' to take away"):
+    with pytest.raises(UserError, match=r"cannot delete from .*: it has no document 'town-3'"):
         grow(run, corpus, delete=("town-3",))
 
 
-def test_replaced_documents_are_the_new_ones(run, corpus, tmp_path):
+def test_replaced_documents_have_the_new_text(run, corpus, tmp_path):
     with pytest.raises(UserError, match="--replace"):
         grow(run, corpus, documents(tmp_path, "town-0", "town-5", "Xanth"))
     assert PreparedCorpus.open(corpus).parts == []
@@ -109,22 +117,22 @@ def test_replaced_documents_are_the_new_ones(run, corpus, tmp_path):
     assert "lake" in grown.text(grown.row_of_id("town-0#0"))
 
 
-def test_adding_the_same_again_changes_nothing(run, corpus, tmp_path):
+def test_adding_the_same_documents_again_changes_nothing(run, corpus, tmp_path):
     source = documents(tmp_path, "Xanth")
     grown = grow(run, corpus, source)
     again = grow(run, corpus, source)
     assert again.fingerprint == grown.fingerprint and len(again) == len(grown)
 
 
-def test_of_two_that_add_at_once_one_is_told(run, corpus, tmp_path):
-    seen = PreparedCorpus.open(corpus)
+def test_concurrent_change_is_refused(run, corpus, tmp_path):
+    outdated = PreparedCorpus.open(corpus)
     grow(run, corpus, documents(tmp_path, "Xanth"))
     with pytest.raises(UserError, match="another process"):
-        _write_step(corpus, seen, None, [0])
+        _write_step(corpus, outdated, None, [0])
     assert PreparedCorpus.open(corpus).deleted == frozenset() and not list(corpus.rglob(".tmp-*"))
 
 
-def test_another_pipeline_or_a_foreign_step_is_refused(run, corpus, tmp_path):
+def test_different_pipeline_or_foreign_step_is_refused(run, corpus, tmp_path):
     tagger = SpanTagger.load(SpanConfig(dates=False))
     if tagger.name != PreparedCorpus.open(corpus).manifest["span_pipeline"]:
         with pytest.raises(UserError, match="span pipeline"):

@@ -1,8 +1,9 @@
-"""Preparing a corpus: sentences, blocks, spans, order, fingerprint, and what is refused."""
+"""Preparing a corpus: blocks, spans, order, fingerprint, and errors."""
 
 import gzip
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from realm.errors import UserError
 from realm.spans.rules import SPAN_TYPES, SalientSpan
 from realm.text.blocks import text_hash
 from realm.text.tokenizer import TokenizerConfig, tokenize, train_wordpiece
-from tests.realm.corpus.rivers import all_texts, contents, make_documents, prepare, river_tokenizer, write_jsonl
+from tests.realm.corpus.rivers import all_texts, file_contents, make_documents, prepare, river_tokenizer, write_jsonl
 from tests.realm.corpus.stub_tagger import StubTagger
 
 
@@ -28,7 +29,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(realm.corpus.prepare, "CHUNK_DOCUMENTS", 20)
 
 
-def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
+def test_prepared_corpus_contains_the_documents_in_order(tmp_path, tokenizer):
     documents = make_documents(55)
     corpus = prepare(tmp_path, tokenizer, documents)
     assert corpus.manifest["documents"] == 55 and corpus.manifest["blocks"] == len(corpus) > 55
@@ -58,7 +59,7 @@ def test_prepared_corpus_holds_the_documents_in_order(tmp_path, tokenizer):
     assert corpus.ids[1:3] == [corpus.ids[1], corpus.ids[2]]
 
 
-def test_spans_are_the_taggers(tmp_path, tokenizer):
+def test_spans_are_those_of_the_tagger(tmp_path, tokenizer):
     corpus = prepare(tmp_path, tokenizer, make_documents(30))
     num_spans = 0
     for row in range(len(corpus)):
@@ -76,15 +77,15 @@ def test_spans_are_the_taggers(tmp_path, tokenizer):
 
 
 def test_spans_that_do_not_align_are_counted(tmp_path, tokenizer):
-    class Careless(StubTagger):
+    class MisalignedTagger(StubTagger):
         def tag(self, texts):
             return ((SalientSpan(0, 3, "other"), SalientSpan(1, 3, "other")) for _ in texts)
 
-    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "text": "The cat sat."}], tagger=Careless())
+    corpus = prepare(tmp_path, tokenizer, [{"id": 1, "text": "The cat sat."}], tagger=MisalignedTagger())
     assert (corpus.manifest["spans"], corpus.manifest["spans_dropped"]) == (1, 1)
 
 
-def test_long_title_leaves_room_for_text(tmp_path, tokenizer):
+def test_long_title_is_truncated(tmp_path, tokenizer):
     corpus = prepare(tmp_path, tokenizer, [{"id": 1, "title": "cat " * 100, "text": "The cat sat. " * 10}])
     assert corpus.lengths.max() + 3 <= 48
     assert len(corpus.title_ids(0)) == 22 and corpus.title(0) == "cat " * 100
@@ -99,10 +100,10 @@ def test_arrays_are_read_only_views(tmp_path, tokenizer):
         with pytest.raises(IndexError, match=f"row {row} "):
             corpus.text_ids(row)
     with pytest.raises(KeyError):
-        corpus.row_of_id("nobody")
+        corpus.row_of_id("no such id")
 
 
-def test_two_processes_share_the_pages(tmp_path, tokenizer):
+def test_two_processes_share_memory(tmp_path, tokenizer):
     corpus = prepare(tmp_path, tokenizer, make_documents(30))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(all_texts, (corpus,)) == all_texts(corpus)
@@ -110,7 +111,7 @@ def test_two_processes_share_the_pages(tmp_path, tokenizer):
         maps = Path("/proc/self/maps").read_text().splitlines()
         mapped = [line.split()[1] for line in maps if line.endswith(str(corpus.path / "blocks.arrow"))]
         assert mapped and all("w" not in permissions for permissions in mapped), (
-            "read-only pages of the file are one copy for all"
+            "the file must be mapped read-only to be shared"
         )
 
 
@@ -120,18 +121,18 @@ def test_progress_counts_documents(tmp_path, tokenizer):
     assert seen == [(20, 90), (40, 90), (60, 90), (80, 90), (90, 90)]
 
 
-def test_finished_folder_is_used_at_once(tmp_path, tokenizer):
+def test_finished_folder_is_reused(tmp_path, tokenizer):
     corpus = prepare(tmp_path, tokenizer, make_documents(30))
     before = (tmp_path / "out/blocks.arrow").stat().st_mtime_ns
-    (tmp_path / "out/shards").mkdir()  # a kill just before the last act
+    (tmp_path / "out/shards").mkdir()  # as after a kill just before the last step
     again = prepare(tmp_path, tokenizer, progress=lambda done, total: pytest.fail("prepared again"))
     assert again.fingerprint == corpus.fingerprint
     assert (tmp_path / "out/blocks.arrow").stat().st_mtime_ns == before
-    contents(tmp_path / "out")
+    file_contents(tmp_path / "out")
 
 
 CHANGES = {
-    "source of documents": {"documents": make_documents(31)},
+    "documents": {"documents": make_documents(31)},
     "tokenizer": {},
     "block_tokens": {"block_tokens": 64},
     "span pipeline": {"tagger": StubTagger("another")},
@@ -140,57 +141,61 @@ CHANGES = {
 
 @pytest.mark.parametrize("half_done", [False, True])
 @pytest.mark.parametrize("what", CHANGES)
-def test_other_inputs_are_refused_naming_folder_and_difference(tmp_path, tokenizer, what, half_done):
-    class Stopping(StubTagger):
+def test_different_inputs_are_refused(tmp_path, tokenizer, what, half_done):
+    class InterruptedTagger(StubTagger):
         def tag(self, texts):
             raise KeyboardInterrupt
 
     if half_done:
         with pytest.raises(KeyboardInterrupt):
-            prepare(tmp_path, tokenizer, make_documents(30), tagger=Stopping())
+            prepare(tmp_path, tokenizer, make_documents(30), tagger=InterruptedTagger())
     else:
         prepare(tmp_path, tokenizer, make_documents(30))
     if what == "tokenizer":
         tokenizer = train_wordpiece(["another text altogether"], TokenizerConfig(vocab_size=100))
-    with pytest.raises(UserError, match=f"{tmp_path / 'out'} holds .* with another {what}") as caught:
+    state = "partially prepared" if half_done else "prepared"
+    message = f"{tmp_path / 'out'} contains a corpus that was {state} from different inputs: (.*); remove the folder"
+    with pytest.raises(UserError) as caught:
         prepare(tmp_path, tokenizer, **CHANGES[what])
-    assert str(caught.value).count("another") == 1 + str(caught.value).count("now another") + str(caught.value).count(
-        "give another"
-    )
+    match = re.match(message, str(caught.value))
+    assert match is not None, str(caught.value)
+    assert re.sub(r" \([^)]*\)", "", match[1]) == what, "only the input that differs is named"
 
 
-def test_fingerprint_is_of_content_not_of_the_file(tmp_path, tokenizer):
+def test_fingerprint_depends_on_content_only(tmp_path, tokenizer):
     documents = make_documents(5)
-    prints = {}
+    fingerprints = {}
 
     def fingerprint(name, changed, **changes):
         return prepare(
             tmp_path, changes.pop("tokenizer", tokenizer), changed, out=name, name=f"{name}.jsonl", **changes
         ).fingerprint
 
-    prints["plain"] = fingerprint("plain", documents)
+    fingerprints["plain"] = fingerprint("plain", documents)
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
-    assert prepare(tmp_path, tokenizer, name="packed.jsonl.gz", out="packed").fingerprint == prints["plain"]
+    assert prepare(tmp_path, tokenizer, name="packed.jsonl.gz", out="packed").fingerprint == fingerprints["plain"]
     assert (
         prepare(tmp_path, tokenizer, name="plain.jsonl", out="tagged", tagger=StubTagger("b")).fingerprint
-        == prints["plain"]
+        == fingerprints["plain"]
     )
-    prints["order"] = fingerprint("order", documents[::-1])
-    prints["text"] = fingerprint("text", [documents[0] | {"text": "The cat."}, *documents[1:]])
-    prints["title"] = fingerprint("title", [documents[0] | {"title": "Cat"}, *documents[1:]])
-    prints["id"] = fingerprint("id", [documents[0] | {"id": "cat"}, *documents[1:]])
-    prints["shifted"] = fingerprint("shifted", [documents[0] | {"id": "doc0R", "title": "iver 0"}, *documents[1:]])
-    prints["block"] = fingerprint("block", documents, block_tokens=49)
-    prints["tokenizer"] = fingerprint(
+    fingerprints["order"] = fingerprint("order", documents[::-1])
+    fingerprints["text"] = fingerprint("text", [documents[0] | {"text": "The cat."}, *documents[1:]])
+    fingerprints["title"] = fingerprint("title", [documents[0] | {"title": "Cat"}, *documents[1:]])
+    fingerprints["id"] = fingerprint("id", [documents[0] | {"id": "cat"}, *documents[1:]])
+    fingerprints["shifted"] = fingerprint(
+        "shifted", [documents[0] | {"id": "doc0R", "title": "iver 0"}, *documents[1:]]
+    )
+    fingerprints["block"] = fingerprint("block", documents, block_tokens=49)
+    fingerprints["tokenizer"] = fingerprint(
         "tokenizer", documents, tokenizer=train_wordpiece(["the cat"], TokenizerConfig(vocab_size=100))
     )
-    assert len(set(prints.values())) == len(prints)
+    assert len(set(fingerprints.values())) == len(fingerprints)
 
 
-def test_bad_records_leave_nothing_behind_or_are_counted(tmp_path, tokenizer, caplog):
+def test_bad_records_write_nothing_or_are_skipped_and_counted(tmp_path, tokenizer, caplog):
     source = write_jsonl(tmp_path / "corpus.jsonl", [*make_documents(25), {"id": "doc3", "text": "again"}])
-    with pytest.raises(UserError, match=f"{source}:26: duplicate id 'doc3', first on line 4"):
+    with pytest.raises(UserError, match=f"{source}:26: duplicate id 'doc3', first used on line 4"):
         prepare(tmp_path, tokenizer)
     assert not (tmp_path / "out").exists()
     corpus = prepare(tmp_path, tokenizer, skip_bad=True)
@@ -207,34 +212,34 @@ def test_bad_records_leave_nothing_behind_or_are_counted(tmp_path, tokenizer, ca
         ({"num_workers": -1}, "num_workers must be 0 .* got -1"),
         ({"name": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
         ({"out": "corpus.jsonl"}, "corpus.jsonl is a file"),
-        ({"out": "."}, "is not empty and holds no prepared corpus"),
+        ({"out": "."}, "is not empty and does not contain a prepared corpus"),
     ],
 )
-def test_mistakes_are_answered_in_one_sentence(tmp_path, tokenizer, changes, reason):
+def test_invalid_arguments_are_refused_in_one_line(tmp_path, tokenizer, changes, reason):
     write_jsonl(tmp_path / "corpus.jsonl", make_documents(2))
     with pytest.raises(UserError, match=reason) as caught:
         prepare(tmp_path, tokenizer, **changes)
     assert "\n" not in str(caught.value)
 
 
-def test_altered_prepared_files_are_refused(tmp_path, tokenizer):
+def test_modified_prepared_files_are_refused(tmp_path, tokenizer):
     prepare(tmp_path, tokenizer, make_documents(30))
     blocks, manifest = tmp_path / "out/blocks.arrow", tmp_path / "out/manifest.json"
     whole = blocks.read_bytes()
     blocks.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes but its manifest says {len(whole)}"):
+    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes, but its manifest says {len(whole)}"):
         PreparedCorpus.open(tmp_path / "out")
     blocks.write_bytes(b"\0" * len(whole))
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="is corrupt"):
         PreparedCorpus.open(tmp_path / "out")
     blocks.write_bytes(whole)
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"blocks": 3}))
-    with pytest.raises(UserError, match="rows but its manifest says 3"):
+    with pytest.raises(UserError, match="rows, but its manifest says 3"):
         PreparedCorpus.open(tmp_path / "out")
 
 
 @pytest.mark.real_data
-def test_real_passages_lose_nothing(shared_data, tmp_path):
+def test_blocks_of_real_passages_are_complete(shared_data, tmp_path):
     from realm.text.tokenizer import load_tokenizer
 
     with gzip.open(shared_data / "wiki" / "passages.jsonl.gz", "rt", encoding="utf-8") as file:

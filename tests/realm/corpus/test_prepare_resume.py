@@ -1,5 +1,4 @@
-"""Preparing a corpus, interrupted and killed at any moment: it goes on where it was and ends as
-if nothing had happened."""
+"""Resuming an interrupted or killed preparation: the result equals that of an uninterrupted one."""
 
 import os
 import signal
@@ -13,11 +12,11 @@ import pytest
 import realm.corpus.prepare
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from tests.realm.corpus.rivers import contents, make_documents, prepare, river_tokenizer, write_jsonl
+from tests.realm.corpus.rivers import file_contents, make_documents, prepare, river_tokenizer, write_jsonl
 from tests.realm.corpus.stub_tagger import StubTagger
 
 REPOSITORY = Path(__file__).parents[3]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(REPOSITORY)])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(realm.corpus.prepare, "CHUNK_DOCUMENTS", 20)
 
 
-class Interrupted(StubTagger):
-    """Is stopped in the third chunk."""
+class InterruptedTagger(StubTagger):
+    """Raises KeyboardInterrupt in the third chunk."""
 
     chunks = 0
 
@@ -47,24 +46,26 @@ def shards_of(out):
 
 
 def resume(tmp_path, tokenizer):
-    """Goes on with `killed/out` and checks that what was finished was kept and that the end is
-    that of an uninterrupted run."""
+    """Resume `killed/out` and compare the result with that of an uninterrupted run.
+
+    Also checks that finished shards are kept. Returns the numbers of finished and of all shards.
+    """
     prepare(tmp_path, tokenizer, out="whole/out")
     out = tmp_path / "killed/out"
     finished, after = shards_of(out), {}
     prepare(tmp_path, tokenizer, out="killed/out", progress=lambda done, total: after.update(shards_of(out)))
-    assert finished.items() <= after.items(), "finished shards were made again"
-    assert contents(out) == contents(tmp_path / "whole/out")
+    assert finished.items() <= after.items(), "finished shards were recreated"
+    assert file_contents(out) == file_contents(tmp_path / "whole/out")
     return len(finished), len(after)
 
 
-def test_interrupted_and_started_again_it_goes_on(tmp_path, tokenizer):
+def test_resume_after_an_interrupt(tmp_path, tokenizer):
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out", tagger=Interrupted())
+        prepare(tmp_path, tokenizer, make_documents(90), out="killed/out", tagger=InterruptedTagger())
     assert resume(tmp_path, tokenizer) == (2, 5)
 
 
-def test_interrupted_before_the_manifest_it_goes_on(tmp_path, tokenizer, monkeypatch):
+def test_resume_after_an_interrupt_before_the_manifest(tmp_path, tokenizer, monkeypatch):
     write = realm.corpus.prepare.write_json_atomic
 
     def interrupted(path, value):
@@ -91,8 +92,8 @@ from tests.realm.corpus.stub_tagger import StubTagger
 if __name__ == "__main__":
     source, out, tokenizer, log = sys.argv[1:]
     realm.corpus.prepare.CHUNK_DOCUMENTS = 20
-    tagger = StubTagger(delay=0.02, log=log)
-    realm.corpus.prepare.prepare_corpus([SourceConfig(source)], Path(out), load_tokenizer(tokenizer), 48, tagger, num_workers=2)
+    tagger, tokenizer = StubTagger(delay=0.02, log=log), load_tokenizer(tokenizer)
+    realm.corpus.prepare.prepare_corpus([SourceConfig(source)], Path(out), tokenizer, 48, tagger, num_workers=2)
 """
 
 
@@ -103,7 +104,7 @@ def is_running(pid):
         return False
 
 
-def test_killed_with_its_processes_and_started_again_it_goes_on(tmp_path, tokenizer):
+def test_resume_after_a_kill_with_worker_processes(tmp_path, tokenizer):
     source = write_jsonl(tmp_path / "corpus.jsonl", make_documents(200))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -120,7 +121,7 @@ def test_killed_with_its_processes_and_started_again_it_goes_on(tmp_path, tokeni
     assert str(process.pid) not in workers
     deadline = time.monotonic() + 30
     while any(is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "processes outlive their killed parent"
+        assert time.monotonic() < deadline, "worker processes are still running after their parent was killed"
         time.sleep(0.05)
     num_finished, num_all = resume(tmp_path, tokenizer)
     assert 3 <= num_finished < num_all == 10

@@ -1,5 +1,4 @@
-"""Reading documents: formats, every kind of bad record; the prepared corpus: what it refuses to
-open."""
+"""Reading documents: formats and every kind of bad record; errors of opening a prepared corpus."""
 
 import gzip
 import json
@@ -66,35 +65,35 @@ def line(**fields):
 
 GOOD = line(id="good", text="A good text.")
 BAD = {
-    "duplicate id": (line(id="good", text="x"), r"duplicate id 'good', first on line 1"),
+    "duplicate id": (line(id="good", text="x"), r"duplicate id 'good', first used on line 1"),
     "number as duplicate": (
         line(id=5, text="x") + b"\n" + line(id="5", text="x"),
-        r":3: duplicate id '5', first on line 2",
+        r":3: duplicate id '5', first used on line 2",
     ),
-    "confusable id": (line(id="good#0", text="x"), r"'good#0': blocks of a document A are named A#0"),
+    "conflicting id": (line(id="good#0", text="x"), r"'good#0' \(blocks of a document A have the ids A#0, A#1"),
     "empty text": (line(id="a", text=" \n\t"), 'empty "text"'),
     "invisible text": (line(id="a", text="\u200b\x00\ufffd\u0301"), 'empty "text"'),
     "empty id": (line(id="", text="x"), 'empty "id"'),
-    "broken JSON": (b'{"id": "a", "text": ', "broken JSON"),
-    "deep JSON": (b'{"id": ' + b"[" * 200_000, "broken JSON"),
+    "invalid JSON": (b'{"id": "a", "text": ', "invalid JSON"),
+    "deep JSON": (b'{"id": ' + b"[" * 200_000, "invalid JSON"),
     "list": (b"[1, 2]", "not a JSON object but a list"),
     "number": (b"3", "not a JSON object but a number"),
     "null": (b"null", "not a JSON object but null"),
-    "no id": (line(title="t", text="x"), 'no field "id"; the record has text, title'),
-    "no text": (line(id="a", contents="x"), 'no field "text"; the record has contents, id'),
-    "empty object": (b"{}", 'no field "id"; the record has no fields'),
-    "text is a list": (line(id="a", text=["x"]), '"text" is not text but a list'),
-    "text is null": (line(id="a", text=None), '"text" is not text but null'),
-    "title is a number": (line(id="a", title=3, text="x"), '"title" is not text but a number'),
-    "id is true": (line(id=True, text="x"), '"id" is not text but true or false'),
-    "id is a fraction": (line(id=1.5, text="x"), '"id" is not text but a number'),
+    "no id": (line(title="t", text="x"), 'missing field "id"; the record has text, title'),
+    "no text": (line(id="a", contents="x"), 'missing field "text"; the record has contents, id'),
+    "empty object": (b"{}", 'missing field "id"; the record has no fields'),
+    "text is a list": (line(id="a", text=["x"]), '"text" is not a string but a list'),
+    "text is null": (line(id="a", text=None), '"text" is not a string but null'),
+    "title is a number": (line(id="a", title=3, text="x"), '"title" is not a string but a number'),
+    "id is true": (line(id=True, text="x"), '"id" is not a string but a boolean'),
+    "id is a fraction": (line(id=1.5, text="x"), '"id" is not a string but a number'),
     "bad UTF-8": (b'{"id": "a", "text": "caf\xe9"}', "not UTF-8, byte 25 of the line"),
-    "half a surrogate": (b'{"id": "a", "text": "x \\ud800"}', 'half of a surrogate pair in "text"'),
+    "unpaired surrogate": (b'{"id": "a", "text": "x \\ud800"}', 'unpaired surrogate in "text"'),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_record_is_refused_with_file_line_and_reason(tmp_path, kind):
+def test_bad_record_is_reported_with_file_line_and_reason(tmp_path, kind):
     content, reason = BAD[kind]
     path = write(tmp_path / "c.jsonl", GOOD + b"\n" + content + b"\n")
     with pytest.raises(UserError, match=reason) as caught:
@@ -103,7 +102,7 @@ def test_bad_record_is_refused_with_file_line_and_reason(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_record_is_left_out_and_counted(tmp_path, kind):
+def test_bad_record_is_skipped_and_counted(tmp_path, kind):
     after = line(id="after", text="Still read.")
     report = BadRecords()
     documents = list(
@@ -115,9 +114,9 @@ def test_bad_record_is_left_out_and_counted(tmp_path, kind):
     assert report.total == 1
 
 
-def test_confusable_id_is_found_in_either_order(tmp_path):
+def test_conflicting_id_is_found_in_either_order(tmp_path):
     path = write(tmp_path / "c.jsonl", line(id="a#3", text="x") + b"\n" + line(id="a", text="x"))
-    with pytest.raises(UserError, match=r"c.jsonl:2: id confusable .* is on line 1"):
+    with pytest.raises(UserError, match=r"c.jsonl:2: id conflicts with block ids: .* is on line 1"):
         list(read_documents(path))
     harmless = write(
         tmp_path / "d.jsonl",
@@ -126,7 +125,7 @@ def test_confusable_id_is_found_in_either_order(tmp_path):
     assert len(list(read_documents(harmless))) == 3
 
 
-def test_one_report_shows_twenty_and_counts_all(tmp_path):
+def test_report_lists_twenty_records_and_counts_all(tmp_path):
     path = write(tmp_path / "c.jsonl", GOOD + b"\n" + b"{\n" * 30 + b"[]\n" * 5)
     with pytest.raises(UserError) as caught:
         list(read_documents(path))
@@ -134,7 +133,7 @@ def test_one_report_shows_twenty_and_counts_all(tmp_path):
     assert (
         "35 records" in report
         and "and 15 more" in report
-        and "30 x broken JSON" in report
+        and "30 x invalid JSON" in report
         and "5 x not a JSON object" in report
     )
     assert report.count(f"{path}:") == 20
@@ -148,10 +147,10 @@ def noise(num_lines):
 
 @pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".zst", zstd)])
 @pytest.mark.parametrize("cut", [0.5, 1])
-def test_truncated_file_is_never_taken_for_whole(tmp_path, suffix, compress, cut):
+def test_truncated_file_is_always_detected(tmp_path, suffix, compress, cut):
     content = compress(noise(2000))
     path = write(tmp_path / ("c.jsonl" + suffix), content[: min(int(len(content) * cut), len(content) - 1)])
-    with pytest.raises(UserError, match=r"broken compressed data .*; nothing from here on can be read"):
+    with pytest.raises(UserError, match=r"corrupt compressed data .*; the rest of the file is not read"):
         list(read_documents(path))
     report = BadRecords()
     documents = list(read_documents(path, skip_bad=True, report=report))
@@ -162,7 +161,7 @@ def test_truncated_file_is_never_taken_for_whole(tmp_path, suffix, compress, cut
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_file_that_is_not_compressed_is_refused(tmp_path, suffix):
     path = write(tmp_path / ("c.jsonl" + suffix), PLAIN)
-    with pytest.raises(UserError, match="1: broken compressed data"):
+    with pytest.raises(UserError, match="1: corrupt compressed data"):
         list(read_documents(path))
 
 
@@ -170,10 +169,10 @@ def test_unusable_paths_are_refused_in_one_line(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     cases = {
         "nowhere.jsonl": "does not exist",
-        "folder.jsonl": "is a folder of neither a saved data set nor files ending in .jsonl",
-        "c.unknown": r"cannot be told from its name; name it, one of jsonl, tsv",
+        "folder.jsonl": "is a folder with neither a saved dataset nor files ending in .jsonl",
+        "c.unknown": r"cannot be auto-detected; set `format` to one of jsonl, tsv",
         "empty.jsonl": "is empty",
-        "blank.jsonl": "holds no document",
+        "blank.jsonl": "no usable documents in",
     }
     write(tmp_path / "c.unknown", PLAIN)
     write(tmp_path / "empty.jsonl", b"")
@@ -184,18 +183,18 @@ def test_unusable_paths_are_refused_in_one_line(tmp_path):
         assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_only_bad_records_are_no_corpus(tmp_path):
-    with pytest.raises(UserError, match="holds no document that can be used"):
+def test_source_with_only_bad_records_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no usable documents in"):
         list(read_documents(write(tmp_path / "c.jsonl", b"{\n"), skip_bad=True))
 
 
-def test_opening_what_is_not_prepared_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist; run realm prepare"):
+def test_opening_a_folder_without_prepared_corpus_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist; run `realm prepare`"):
         PreparedCorpus.open(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="not a finished prepared corpus; run realm prepare"):
+    with pytest.raises(UserError, match="not a finished prepared corpus; run `realm prepare`"):
         PreparedCorpus.open(tmp_path)
     write(tmp_path / "manifest.json", b"{")
-    with pytest.raises(UserError, match="no JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         PreparedCorpus.open(tmp_path)
     write(tmp_path / "manifest.json", b'{"format": 99}')
     with pytest.raises(UserError, match="layout"):

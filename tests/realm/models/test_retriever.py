@@ -62,9 +62,11 @@ def embed(retriever, config, tokenizer, wordpieces):
     query_tokens = (
         max(config.max_query_tokens, config.max_passage_tokens) if config.shared_tower else config.max_query_tokens
     )
-    queries = pad_batch([Wordpieces.of(tokenizer).query(wordpieces(text), query_tokens) for text in QUERIES], pad)
+    queries = pad_batch(
+        [Wordpieces.from_tokenizer(tokenizer).query(wordpieces(text), query_tokens) for text in QUERIES], pad
+    )
     inputs = [
-        Wordpieces.of(tokenizer).passage(wordpieces(title), wordpieces(text), config.max_passage_tokens)
+        Wordpieces.from_tokenizer(tokenizer).passage(wordpieces(title), wordpieces(text), config.max_passage_tokens)
         for title, text in PASSAGES
     ]
     with torch.no_grad():
@@ -98,7 +100,7 @@ def test_exported_tokenizer_builds_our_inputs(shared, tokenizer, wordpieces, tmp
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     for row, (title, text) in enumerate(PASSAGES):
         ids = features["input_ids"][row][features["attention_mask"][row].bool()].tolist()
-        assert ids == Wordpieces.of(tokenizer).passage(wordpieces(title), wordpieces(text), 40).tolist()
+        assert ids == Wordpieces.from_tokenizer(tokenizer).passage(wordpieces(title), wordpieces(text), 40).tolist()
         special = [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
         assert special == [cls, sep, sep], "the names of special tokens in a text are text"
     assert not features.get("token_type_ids", torch.zeros(1)).any()
@@ -147,7 +149,7 @@ def test_export_over_an_older_one_is_read_as_the_new_one(tokenizer, wordpieces, 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_changes_no_embedding(pooling, tokenizer, wordpieces):
     retriever = build(replace(CONFIG, pooling=pooling), tokenizer)
-    inputs = [Wordpieces.of(tokenizer).query(wordpieces(text), 16) for text in QUERIES]
+    inputs = [Wordpieces.from_tokenizer(tokenizer).query(wordpieces(text), 16) for text in QUERIES]
     ids_BL, mask_BL = pad_batch(inputs, tokenizer.pad_token_id)
     with torch.no_grad():
         together_BD = retriever.embed_queries(ids_BL, mask_BL)

@@ -1,3 +1,5 @@
+"""Atomic publishing, manifests and checksums."""
+
 import json
 import os
 import signal
@@ -21,7 +23,7 @@ from realm.runtime.publish import (
 )
 
 
-def test_a_published_folder_appears_whole_and_under_its_name_only(tmp_path: Path) -> None:
+def test_published_folder_appears_atomically(tmp_path: Path) -> None:
     final = tmp_path / "deep" / "corpus"
     with published(final) as folder:
         (folder / "data").write_text("all of it")
@@ -31,23 +33,23 @@ def test_a_published_folder_appears_whole_and_under_its_name_only(tmp_path: Path
     assert [entry.name for entry in final.parent.iterdir()] == ["corpus"]
 
 
-def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+def test_exception_removes_the_temporary_folder(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), published(tmp_path / "corpus") as folder:
         (folder / "data").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_published_is_never_overwritten(tmp_path: Path) -> None:
+def test_published_folder_is_never_overwritten(tmp_path: Path) -> None:
     final = tmp_path / "corpus"
     with published(final) as folder:
         (folder / "data").write_text("first")
-    with pytest.raises(PublishError, match="exists already"), published(final):
+    with pytest.raises(PublishError, match="already exists"), published(final):
         pass
     assert (final / "data").read_text() == "first"
 
 
-def test_of_two_who_publish_at_once_the_first_wins(tmp_path: Path) -> None:
+def test_concurrent_publishing_keeps_the_first(tmp_path: Path) -> None:
     final = tmp_path / "corpus"
     with pytest.raises(PublishError, match="another process"), published(final) as late:
         (late / "data").write_text("late")
@@ -76,7 +78,7 @@ def test_kill_9_while_publishing_leaves_only_a_temporary_folder(tmp_path: Path) 
     assert (final / "data").read_text() == "whole"
 
 
-def test_a_failed_atomic_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_failed_atomic_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_json_atomic(path, {"step": 1})
 
@@ -100,7 +102,7 @@ def artefact(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_sound_folder_passes(artefact: Path) -> None:
+def test_intact_folder_passes(artefact: Path) -> None:
     manifest = read_manifest(artefact)
     assert manifest["kind"] == "test"
     assert set(manifest["files"]) == {"data", "part/more"}
@@ -110,13 +112,13 @@ def test_a_sound_folder_passes(artefact: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "data").write_bytes(b"01234"), "has 5 bytes where its manifest promises 10"),
+        (lambda folder: (folder / "data").write_bytes(b"01234"), "has 5 bytes, but its manifest says 10"),
         (lambda folder: (folder / "part" / "more").write_bytes(b"abd"), "does not match the checksum"),
         (lambda folder: (folder / "data").unlink(), "data is missing"),
     ],
-    ids=["truncated", "altered", "missing"],
+    ids=["truncated", "modified", "missing"],
 )
-def test_damaged_files_are_named(artefact: Path, damage: object, message: str) -> None:
+def test_damaged_files_are_reported(artefact: Path, damage: object, message: str) -> None:
     damage(artefact)  # type: ignore[operator]
     with pytest.raises(PublishError, match=message):
         check_files(artefact, read_manifest(artefact))
@@ -125,13 +127,13 @@ def test_damaged_files_are_named(artefact: Path, damage: object, message: str) -
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '"a"', "\ud83d".encode("utf-16", "surrogatepass").hex(), '{"kind": "test", "files": {}}']
 )
-def test_a_broken_manifest_is_refused(artefact: Path, text: str) -> None:
+def test_corrupt_manifest_is_refused(artefact: Path, text: str) -> None:
     (artefact / "manifest.json").write_text(text)
     with pytest.raises(PublishError, match=r"manifest\.json"):
         read_manifest(artefact)
 
 
-def test_any_flipped_bit_of_a_manifest_is_refused_or_harmless(artefact: Path) -> None:
+def test_flipped_bits_of_a_manifest_are_detected_or_harmless(artefact: Path) -> None:
     path = artefact / "manifest.json"
     sound, manifest = path.read_bytes(), read_manifest(artefact)
     for position in range(len(sound)):
@@ -142,7 +144,7 @@ def test_any_flipped_bit_of_a_manifest_is_refused_or_harmless(artefact: Path) ->
             assert read_manifest(artefact) == manifest
 
 
-def test_a_folders_checksum_depends_on_names_and_contents_alone(tmp_path: Path) -> None:
+def test_checksum_of_a_folder_depends_only_on_names_and_contents(tmp_path: Path) -> None:
     for name, order in (("a", ("x", "y")), ("b", ("y", "x"))):
         (tmp_path / name).mkdir()
         for file in order:

@@ -1,3 +1,5 @@
+"""Version names and order, and the lineage of attempts."""
+
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,12 @@ versions = st.builds(Version, st.integers(0, 200), st.integers(0, 10**7), st.non
 
 
 @given(versions)
-def test_a_version_survives_its_name(version: Version) -> None:
+def test_parse_is_the_inverse_of_name(version: Version) -> None:
     assert Version.parse(version.name) == version
 
 
 @given(st.text() | st.from_regex(r"a[0-9]{1,3}-step-[0-9]{5,8}(-e[0-9]{1,3})?", fullmatch=True))
-def test_a_name_is_read_as_what_it_says_or_not_at_all(name: str) -> None:
+def test_parsed_names_are_canonical(name: str) -> None:
     try:
         version = Version.parse(name)
     except PublishError:
@@ -35,8 +37,8 @@ def test_a_name_is_read_as_what_it_says_or_not_at_all(name: str) -> None:
         "a\u0660\u0661-step-000500",
     ],
 )
-def test_foreign_names_are_no_versions(name: str) -> None:
-    with pytest.raises(PublishError, match="not the name of a version"):
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(PublishError, match="is not a version name"):
         Version.parse(name)
 
 
@@ -52,12 +54,12 @@ def test_versions_are_totally_ordered(a: Version, b: Version, c: Version) -> Non
     assert not (a < b and b < c) or a < c
 
 
-def test_a_higher_epoch_is_preferred_at_the_same_step_only() -> None:
+def test_order_is_by_attempt_then_step_then_epoch() -> None:
     assert Version(1, 500, 2) < Version(1, 500, 10) < Version(1, 501, 1) < Version(2, 0, 0)
     assert Version(1, 500) < Version(1, 500, 0)
 
 
-def test_attempts_are_numbered_and_kept(tmp_path: Path) -> None:
+def test_attempts_are_numbered_and_saved(tmp_path: Path) -> None:
     assert Lineage.load(tmp_path).current is None
     assert start_attempt(tmp_path) == 1
     assert start_attempt(tmp_path, parent=1, parent_step=500) == 2
@@ -67,11 +69,11 @@ def test_attempts_are_numbered_and_kept(tmp_path: Path) -> None:
         start_attempt(tmp_path, parent=9, parent_step=1)
 
 
-def test_an_abandoned_future_is_never_served(tmp_path: Path) -> None:
+def test_versions_of_abandoned_steps_are_excluded(tmp_path: Path) -> None:
     start_attempt(tmp_path)
-    start_attempt(tmp_path, parent=1, parent_step=500)  # rolled back from beyond 500
+    start_attempt(tmp_path, parent=1, parent_step=500)  # resumed at 500 after attempt 1 had gone further
     start_attempt(tmp_path, parent=2, parent_step=800)
-    start_attempt(tmp_path, parent=2, parent_step=400)  # back beyond the point where attempt 2 itself began
+    start_attempt(tmp_path, parent=2, parent_step=400)  # resumed before the step at which attempt 2 began
     for name in (
         "a01-step-000300-e1",
         "a01-step-000500-e1",
@@ -97,7 +99,7 @@ def test_an_abandoned_future_is_never_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}x", "[1]", '[{"attempt": 1, "mother": 2}]'])
-def test_a_broken_lineage_is_reported(tmp_path: Path, text: str) -> None:
+def test_corrupt_lineage_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "lineage.json").write_text(text)
     with pytest.raises(PublishError, match=r"lineage\.json"):
         Lineage.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The built-in rules on sentences written for this test, in ordinary and in space-tokenised text."""
+"""The built-in rules on ordinary and space-tokenized sentences."""
 
 import pytest
 from hypothesis import example, given
@@ -88,7 +88,7 @@ def test_types(text: str, span: str, span_type: str) -> None:
     assert span in _found(text, span_type)
 
 
-def test_surname_alone_takes_the_type_of_the_full_name() -> None:
+def test_surname_has_the_type_of_the_full_name() -> None:
     text = "Mary Oduya was born here. Later Oduya left."
     assert _found(text, "person") == ["Mary Oduya", "Oduya"]
 
@@ -124,7 +124,7 @@ _PIECES = st.sampled_from(
 @given(st.one_of(st.text(), st.lists(_PIECES).map("".join), st.lists(_PIECES).map(" ".join)))
 @example('" \u00a0Quill\u2003"')
 @example("Quill 1976 Summer Olympics")
-def test_spans_are_sorted_apart_inside_and_trimmed(text: str) -> None:
+def test_spans_are_sorted_non_overlapping_and_trimmed(text: str) -> None:
     done = 0
     for start, end, span_type in builtin_spans(text):
         assert done <= start < end <= len(text)

@@ -32,7 +32,7 @@ _TAGGER = SpanTagger.load(SpanConfig())
 
 
 class CountingTagger(SpanTagger):
-    """The built-in tagger, remembering what it was given."""
+    """The built-in tagger; records the texts it was called with."""
 
     def __init__(self, name: str = "counting-1") -> None:
         loaded = SpanTagger.load(SpanConfig())
@@ -50,7 +50,7 @@ def tagger() -> SpanTagger:
     return _TAGGER
 
 
-def _own_pipeline(folder: Path) -> Path:
+def _custom_pipeline(folder: Path) -> Path:
     nlp = spacy.blank("en")
     ruler = nlp.add_pipe("entity_ruler")
     assert isinstance(ruler, EntityRuler)
@@ -78,24 +78,24 @@ def test_tagger_streams_in_order(tagger: SpanTagger) -> None:
 
 
 @given(st.text())
-def test_spacy_entities_are_the_rules_spans(text: str) -> None:
+def test_spacy_entities_are_the_spans_of_the_rules(text: str) -> None:
     assert _TAGGER.nlp(text).text == text
     assert next(_TAGGER.tag([text])) == tuple(builtin_spans(text))
 
 
-def test_several_processes_find_the_same(tagger: SpanTagger) -> None:
+def test_result_does_not_depend_on_the_number_of_processes(tagger: SpanTagger) -> None:
     several = SpanTagger.load(SpanConfig(num_workers=2, batch_size=4))
     assert list(several.tag(TEXTS)) == list(tagger.tag(TEXTS))
 
 
-def test_dates_off_leaves_dates_out() -> None:
+def test_without_dates() -> None:
     without = SpanTagger.load(SpanConfig(dates=False))
     assert without.name != SpanTagger.load(SpanConfig()).name
     assert [span.type for span in next(without.tag([TEXTS[3]]))] == ["person", "place", "number"]
 
 
 def test_a_spacy_pipeline_with_and_without_dates(tmp_path: Path) -> None:
-    path = str(_own_pipeline(tmp_path / "own"))
+    path = str(_custom_pipeline(tmp_path / "own"))
     text = "In 1905 and in May 1906 Quill read the Act."
     plain, dated = (SpanTagger.load(SpanConfig(pipeline=path, dates=dates)) for dates in (False, True))
     assert [(text[s.start : s.end], s.type) for s in next(plain.tag([text]))] == [
@@ -112,8 +112,8 @@ def test_a_spacy_pipeline_with_and_without_dates(tmp_path: Path) -> None:
     assert plain.name != dated.name
 
 
-def test_pipelines_of_one_name_are_told_apart_by_content(tmp_path: Path) -> None:
-    first = SpanTagger.load(SpanConfig(pipeline=str(_own_pipeline(tmp_path / "a")))).name
+def test_pipelines_with_the_same_name_are_distinguished_by_content(tmp_path: Path) -> None:
+    first = SpanTagger.load(SpanConfig(pipeline=str(_custom_pipeline(tmp_path / "a")))).name
     nlp = spacy.load(tmp_path / "a")
     ruler = nlp.get_pipe("entity_ruler")
     assert isinstance(ruler, EntityRuler)
@@ -122,15 +122,15 @@ def test_pipelines_of_one_name_are_told_apart_by_content(tmp_path: Path) -> None
     assert SpanTagger.load(SpanConfig(pipeline=str(tmp_path / "b"))).name != first
 
 
-def test_pipeline_mistakes(tmp_path: Path) -> None:
+def test_invalid_pipelines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"en_not_there.*install"):
         SpanTagger.load(SpanConfig(pipeline="en_not_there"))
     spacy.blank("en").to_disk(tmp_path / "empty")
-    with pytest.raises(UserError, match="marks no entities"):
+    with pytest.raises(UserError, match="does not set entities"):
         SpanTagger.load(SpanConfig(pipeline=str(tmp_path / "empty")))
 
 
-def test_cache_tags_each_text_once_and_keeps_order(tmp_path: Path, tagger: SpanTagger) -> None:
+def test_cache_tags_each_text_once_in_order(tmp_path: Path, tagger: SpanTagger) -> None:
     counting = CountingTagger()
     texts = TEXTS + TEXTS[::-1]
     expected = list(tagger.tag(texts))
@@ -145,7 +145,7 @@ def test_cache_tags_each_text_once_and_keeps_order(tmp_path: Path, tagger: SpanT
     assert len(counting.seen) == len(TEXTS)
 
 
-def test_cache_is_bounded_by_its_chunk(tmp_path: Path) -> None:
+def test_cache_reads_one_chunk_at_a_time(tmp_path: Path) -> None:
     taken = 0
 
     def texts() -> Iterator[str]:
@@ -160,24 +160,24 @@ def test_cache_is_bounded_by_its_chunk(tmp_path: Path) -> None:
     assert taken == 10
 
 
-def test_another_tagger_has_its_own_cache(tmp_path: Path) -> None:
+def test_taggers_have_separate_caches(tmp_path: Path) -> None:
     first, second = CountingTagger("one-1"), CountingTagger("two-1")
     list(SpanCache(tmp_path, first).tag(TEXTS))
     list(SpanCache(tmp_path, second).tag(TEXTS))
     assert second.seen == first.seen
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "altered", "foreign"])
-def test_a_torn_shard_is_left_out(tmp_path: Path, tagger: SpanTagger, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "empty", "modified", "foreign"])
+def test_damaged_shard_is_ignored(tmp_path: Path, tagger: SpanTagger, damage: str) -> None:
     list(SpanCache(tmp_path, CountingTagger(), chunk_size=10).tag(TEXTS[:30]))
     shard = sorted((tmp_path / "counting-1").glob("*.arrow"))[1]
     content = shard.read_bytes()
     middle = len(content) // 2
     shard.write_bytes(
         {
-            "cut": content[:middle],
-            "emptied": b"",
-            "altered": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "truncated": content[:middle],
+            "empty": b"",
+            "modified": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
             "foreign": b"not an Arrow file",
         }[damage]
     )
@@ -186,7 +186,7 @@ def test_a_torn_shard_is_left_out(tmp_path: Path, tagger: SpanTagger, damage: st
     assert len(counting.seen) == 10
 
 
-def test_a_killed_writer_leaves_a_usable_cache(tmp_path: Path, tagger: SpanTagger) -> None:
+def test_cache_is_valid_after_a_kill(tmp_path: Path, tagger: SpanTagger) -> None:
     program = (
         "import sys; from pathlib import Path; from itertools import count\n"
         "from realm.spans.cache import SpanCache\nfrom realm.spans.tagger import SpanConfig, SpanTagger\n"
@@ -209,14 +209,14 @@ def test_a_killed_writer_leaves_a_usable_cache(tmp_path: Path, tagger: SpanTagge
     assert counting.seen == texts[num_cached:]
 
 
-def test_old_leftovers_are_removed_and_young_ones_kept(tmp_path: Path, tagger: SpanTagger) -> None:
+def test_only_old_temporary_files_are_removed(tmp_path: Path, tagger: SpanTagger) -> None:
     folder = tmp_path / tagger.name
     folder.mkdir()
-    for name in ("old.tmp", "young.tmp"):
+    for name in ("old.tmp", "recent.tmp"):
         (folder / name).write_bytes(b"half")
     os.utime(folder / "old.tmp", (0, 0))
     SpanCache(tmp_path, tagger)
-    assert [path.name for path in folder.iterdir()] == ["young.tmp"]
+    assert [path.name for path in folder.iterdir()] == ["recent.tmp"]
 
 
 CONLL = "Ada\tB-PER\nQuill\tI-PER\nleft\tO\nPorto\tB-LOC\n.\tO\n\nOn\tO\n3\tB-DATE\nMay\tI-DATE\n"
@@ -234,14 +234,14 @@ def test_read_conll_plain_and_gzip_with_and_without_numbers(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("line", ["Porto", "Porto\tLOC", "\tO", "a\tb\tc\tO", "Porto\tB-"])
-def test_a_malformed_line_is_named(tmp_path: Path, line: str) -> None:
+def test_malformed_line_is_reported(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.conll"
     path.write_text(f"Ada\tO\n{line}\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"bad\.conll, line 2"):
         list(read_conll(path))
 
 
-def test_unreadable_files_are_the_users_mistake(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "plain.gz").write_text(CONLL, encoding="utf-8")
     (tmp_path / "latin.conll").write_bytes("Łódź\tO\n".encode("utf-16"))
     (tmp_path / "cut.gz").write_bytes(gzip.compress(CONLL.encode() * 9)[:-12])

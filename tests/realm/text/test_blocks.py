@@ -1,4 +1,4 @@
-"""Documents cut into blocks at sentence ends, and spans aligned to wordpieces."""
+"""Splitting documents into blocks at sentence boundaries, and aligning spans with wordpieces."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ texts = st.lists(st.tuples(words, st.sampled_from(["", " ", "  ", "\n", "\n\n", 
 
 
 @given(texts)
-def test_sentence_bounds_cut_in_order_and_behind_white_space(text):
+def test_sentence_bounds_are_sorted_and_follow_white_space(text):
     bounds = sentence_bounds(text)
     assert bounds == sorted(set(bounds)) and bounds[0] == 0 and bounds[-1] <= max(0, len(text) - 1)
     assert not any(text[bound].isspace() for bound in bounds[1:])
@@ -79,7 +79,7 @@ def test_sentence_bounds_cut_in_order_and_behind_white_space(text):
 @settings(deadline=None)
 @given(texts.filter(str.strip), st.integers(8, 60))
 @example("qzj" * 30 + " " + "한국어" * 40, 8)
-def test_blocks_put_together_are_the_document(tokenizer, text, max_tokens):
+def test_concatenated_blocks_are_the_document(tokenizer, text, max_tokens):
     ids, offset_L2 = tokenize(tokenizer, [text])[0]
     if not len(ids):
         return
@@ -111,7 +111,7 @@ def test_whole_sentences_are_packed_greedily(tokenizer):
         assert [block.sentence_starts for block in blocks] == [[0, per_sentence], [0]]
 
 
-def test_long_sentence_is_cut_between_words(tokenizer):
+def test_long_sentence_is_split_between_words(tokenizer):
     text = "The cat sat. " + "Zürich river bridges naïve " * 20
     ids, offset_L2 = tokenize(tokenizer, [text])[0]
     is_word_start_L = np.array([not piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())])
@@ -121,7 +121,7 @@ def test_long_sentence_is_cut_between_words(tokenizer):
     assert len(pieces) > 3 and all(piece.endswith(" ") for piece in pieces)
 
 
-def test_spans_that_cut_a_wordpiece_or_cross_a_sentence_are_dropped():
+def test_spans_that_split_a_wordpiece_or_cross_a_sentence_are_dropped():
     offset_L2 = np.array([[0, 3], [4, 7], [7, 8], [9, 12], [13, 16]])
     spans = [
         (0, 3, "place"),
@@ -135,6 +135,6 @@ def test_spans_that_cut_a_wordpiece_or_cross_a_sentence_are_dropped():
     assert list(align_spans(offset_L2, [0, 3], spans)) == [(0, 1, "place"), (0, 2, "date"), (3, 5, "other")]
 
 
-def test_text_hash_is_blind_to_case_and_white_space_only():
+def test_text_hash_ignores_only_case_and_white_space():
     assert text_hash("The  Danube\nflows ") == text_hash("the danube flows")
     assert text_hash("the danube flows") != text_hash("the danube flow s")

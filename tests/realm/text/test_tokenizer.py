@@ -1,5 +1,4 @@
-"""Tokenizers: training, saving, loading, text that names special tokens, and every way of giving
-none."""
+"""Tokenizers: training, saving, loading, special tokens in text, and errors."""
 
 import json
 import subprocess
@@ -24,7 +23,7 @@ TEXTS = [
     "MASK and SEP and CLS and PAD are words here, as are mask, sep, cls and pad.",
     "Zürich lies on the lake, and the lakes lie on the land: 1234567890.",
 ]
-HOSTILE = "[CLS] a [MASK] river [SEP][PAD] [UNK]"
+SPECIAL_TOKENS_TEXT = "[CLS] a [MASK] river [SEP][PAD] [UNK]"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def _special_ids(tokenizer):
     return [tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id]
 
 
-def test_trained_tokenizer_is_berts(trained):
+def test_trained_tokenizer_is_a_bert_tokenizer(trained):
     assert len(trained) <= 200
     assert trained("the Danube").tokens()[0] == "[CLS]"
     assert trained("the Danube").tokens()[-1] == "[SEP]"
@@ -49,7 +48,7 @@ def test_lowercase_false_keeps_case():
     assert cased.tokenize("MASK") != cased.tokenize("mask")
 
 
-def test_training_is_the_same_in_another_process(trained):
+def test_training_is_deterministic_across_processes(trained):
     program = (
         "import json, sys; from realm.text.tokenizer import *; config, texts = json.load(sys.stdin); "
         "print(tokenizer_fingerprint(train_wordpiece(iter(texts), TokenizerConfig(**config))))"
@@ -64,27 +63,27 @@ def test_training_is_the_same_in_another_process(trained):
     assert run.stdout.strip() == tokenizer_fingerprint(trained)
 
 
-def test_saved_tokenizer_is_the_one_used_ever_after(tmp_path):
+def test_saved_tokenizer_is_reused(tmp_path):
     config = TokenizerConfig(vocab_size=200)
     first = obtain_tokenizer(config, tmp_path / "tokenizer", lambda: TEXTS)
     second = obtain_tokenizer(config, tmp_path / "tokenizer", lambda: pytest.fail("trained a second time"))
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
-    with pytest.raises(UserError, match="other settings"):
+    with pytest.raises(UserError, match="different `tokenizer` settings"):
         obtain_tokenizer(TokenizerConfig(vocab_size=150), tmp_path / "tokenizer", lambda: TEXTS)
 
 
-def test_fingerprint_knows_vocabulary_and_normaliser(trained):
+def test_fingerprint_depends_on_vocabulary_and_normalizer(trained):
     fewer = train_wordpiece(TEXTS, TokenizerConfig(vocab_size=100))
     cased = train_wordpiece([text.lower() for text in TEXTS], TokenizerConfig(vocab_size=200, lowercase=False))
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in (trained, fewer, cased)}) == 3
 
 
 def _check_plain(tokenizer):
-    ids, offset_L2 = tokenize(tokenizer, [HOSTILE])[0]
+    ids, offset_L2 = tokenize(tokenizer, [SPECIAL_TOKENS_TEXT])[0]
     assert ids.dtype == offset_L2.dtype == np.int32
     assert not np.isin(ids, _special_ids(tokenizer)).any()
-    pieces = [HOSTILE[start:end] for start, end in offset_L2]
-    assert "".join(pieces) == HOSTILE.replace(" ", "")
+    pieces = [SPECIAL_TOKENS_TEXT[start:end] for start, end in offset_L2]
+    assert "".join(pieces) == SPECIAL_TOKENS_TEXT.replace(" ", "")
     assert "[MASK]" not in pieces
 
 
@@ -93,12 +92,12 @@ def test_special_tokens_in_text_stay_text(trained, tmp_path):
     for tokenizer in (trained, load_tokenizer(str(tmp_path))):
         _check_plain(tokenizer)
     assert trained.mask_token_id not in AutoTokenizer.from_pretrained(tmp_path)("a [MASK] b")["input_ids"], (
-        "not kept in the saved folder"
+        "split_special_tokens is not saved"
     )
 
 
 @pytest.mark.real_data
-def test_special_tokens_in_text_stay_text_with_berts_vocabulary(shared_data):
+def test_special_tokens_in_text_stay_text_with_bert_vocabulary(shared_data):
     tokenizer = load_tokenizer(str(shared_data / "vocab" / "bert-base-uncased-vocab.txt"))
     _check_plain(tokenizer)
     assert tokenizer.convert_ids_to_tokens(tokenize(tokenizer, ["[MASK]"])[0][0].tolist()) == ["[", "mask", "]"]
@@ -198,17 +197,17 @@ def _special_by_spelling(path):
     [
         (_missing, "does not exist"),
         (_no_vocabulary, r"no line \[PAD\]"),
-        (_repeated, "stand there twice"),
+        (_repeated, "1 duplicate lines"),
         (_binary, "not UTF-8"),
-        (_empty_folder, "holds no tokenizer"),
-        (_only_config, "no vocabulary beside"),
+        (_empty_folder, "contains no tokenizer"),
+        (_only_config, "has only special tokens"),
         (_broken, "cannot be loaded"),
-        (_byte_pairs, "no WordPiece"),
+        (_byte_pairs, "is not a WordPiece tokenizer"),
         (_without_mask, "no mask token"),
-        (_special_by_spelling, "makes special tokens out of the text"),
+        (_special_by_spelling, "encodes the text .* as special tokens"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, make, reason):
+def test_invalid_tokenizer_is_refused_in_one_line(tmp_path, make, reason):
     path = make(tmp_path)
     with pytest.raises(UserError, match=reason) as caught:
         load_tokenizer(str(path))
@@ -216,13 +215,16 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, make, reason):
 
 
 @pytest.mark.parametrize("name", ["no such/name here", "-nothing-"])
-def test_impossible_hub_name_is_refused(name):
-    with pytest.raises(UserError, match="neither an existing path nor a possible hub name"):
+def test_invalid_hub_name_is_refused(name):
+    with pytest.raises(UserError, match="neither an existing path nor a valid hub name"):
         load_tokenizer(name)
 
 
 def test_hub_name_without_network_is_refused(tmp_path):
-    program = "import sys; from realm.text.tokenizer import *\ntry: load_tokenizer('someone/bert')\nexcept UserError as error: print(error)"
+    program = (
+        "import sys; from realm.text.tokenizer import *\n"
+        "try: load_tokenizer('someone/bert')\nexcept UserError as error: print(error)"
+    )
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
         [sys.executable, "-c", program], env=unreachable, capture_output=True, text=True, check=True, timeout=60
@@ -231,11 +233,11 @@ def test_hub_name_without_network_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [0, 99])
-def test_too_small_a_vocabulary_is_refused(vocab_size):
+def test_too_small_vocabulary_is_refused(vocab_size):
     with pytest.raises(UserError, match="at least 100"):
         train_wordpiece(TEXTS, TokenizerConfig(vocab_size=vocab_size))
 
 
-def test_nothing_to_train_on_is_refused():
-    with pytest.raises(UserError, match="no character"):
+def test_training_without_text_is_refused():
+    with pytest.raises(UserError, match="no visible characters"):
         train_wordpiece([" ", ""], TokenizerConfig())
