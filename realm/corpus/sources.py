@@ -1,10 +1,11 @@
 """The `corpus` section of the config: sources of documents and how they are prepared."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from realm.errors import UserError
+from realm.runtime.section import Section
 
 FIELDS = ("id", "title", "text")
 """Fields of a document."""
@@ -58,7 +59,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Section):
     """Passages to retrieve, sentences to pretrain on, and how both are prepared."""
 
     passages: tuple[SourceConfig, ...]
@@ -81,11 +82,11 @@ class CorpusConfig:
     skip_bad: bool = False
     """Skip and count records that cannot be used instead of failing."""
 
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"corpus.limit must be at least 1 document of each source, got {self.limit}.")
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "limit", "block_tokens")
+        yield from self.at_least(0, "context_tokens", "num_workers")
         if not self.passages:
-            raise UserError("corpus.passages names no source; give at least one path.")
+            yield "passages names no source; give at least one path"
 
     def limited(self, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
         """Return `sources` with `limit` applied to each."""

@@ -22,6 +22,7 @@ from spacy.tokens import Doc, Span
 from spacy.vocab import Vocab
 
 from realm.errors import UserError
+from realm.runtime.section import Section
 from realm.spans.rules import RULES_VERSION, SalientSpan, builtin_spans, date_spans
 
 _BUILTIN_LABELS = {
@@ -44,7 +45,7 @@ _PIECE = re.compile(r"[^ ]+ ?| ")
 
 
 @dataclass(frozen=True)
-class SpanConfig:
+class SpanConfig(Section):
     """Which spans are salient and how they are found."""
 
     pipeline: str = "builtin"
@@ -56,6 +57,9 @@ class SpanConfig:
     """Number of texts per spaCy batch."""
     num_workers: int = 1
     """Number of tagging processes; more than one is worthwhile from about 10,000 texts."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "batch_size", "num_workers")
 
 
 class _RuleTokenizer:

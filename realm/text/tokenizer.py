@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -14,10 +14,12 @@ from tokenizers import Encoding, Tokenizer
 from realm.errors import UserError
 from realm.runtime.hub import require_on_hub
 from realm.runtime.publish import published, write_json_atomic
+from realm.runtime.section import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MIN_VOCAB_SIZE = 100
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SETTINGS = "tokenizer_settings.json"
 
@@ -26,7 +28,7 @@ Encoded: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Which WordPiece tokenizer to use."""
 
     path: str | None = None
@@ -39,6 +41,10 @@ class TokenizerConfig:
     corpus stay whole."""
     lowercase: bool = True
     """Lowercase and strip accents, if trained or loaded from a bare vocabulary file."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(MIN_VOCAB_SIZE, "vocab_size")
+        yield from self.at_least(1, "min_frequency")
 
 
 def obtain_tokenizer(
@@ -80,8 +86,8 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     from tokenizers import models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
-    if config.vocab_size < 100:
-        raise UserError(f"tokenizer.vocab_size must be at least 100, got {config.vocab_size}")
+    if config.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {config.vocab_size}")
     texts = texts if isinstance(texts, Sequence) else list(texts)
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
