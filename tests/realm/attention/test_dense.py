@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from realm.attention import dense
+from realm.attention import dense, naive
 from realm.attention.dense import dense_attention
 
 MODULE = nn.Identity()
@@ -27,18 +27,15 @@ def inputs(rows: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[
     return tensors, mask_BL
 
 
-def reference(query, key, value, mask_BL, scale):
-    """Token by token."""
-    rows, heads, length, _ = query.shape
-    output = []
-    for b in range(rows):
-        for i in range(length):
-            for h in range(heads):
-                kept = [j for j in range(length) if mask_BL is None or mask_BL[b, j]]
-                scores = [scale * sum(query[b, h, i, d] * key[b, h, j, d] for d in range(4)) for j in kept]
-                total = sum(score.exp() for score in scores)
-                output.append(sum(score.exp() / total * value[b, h, j] for score, j in zip(scores, kept, strict=True)))
-    return torch.stack(output).view(rows, length, heads, 4)
+def naive_heads(query, key, value, mask_BL, scale):
+    """`naive.dense` on every row and head, padded keys removed, (B, L, H, D)."""
+    B, H = query.shape[:2]
+    rows = []
+    for b in range(B):
+        kept = slice(None) if mask_BL is None else mask_BL[b].bool()
+        heads = [naive.dense(query[b, h], key[b, h, kept], value[b, h, kept], scale) for h in range(H)]
+        rows.append(torch.stack(heads, 1))
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("cached_scores", [1, 2 * 25 * 2, 2**19], ids=["a row", "two rows", "all"])
@@ -50,7 +47,7 @@ def test_outputs_and_gradients_are_those_of_plain_loops(monkeypatch, cached_scor
     weight = torch.randn(3, 5, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     output, _ = dense_attention(MODULE, *tensors, mask, scaling=0.3)
     gradients = torch.autograd.grad((output * weight).sum(), tensors)
-    expected = reference(*tensors, mask, 0.3)
+    expected = naive_heads(*tensors, mask, 0.3)
     expected_gradients = torch.autograd.grad((expected * weight).sum(), tensors)
     assert torch.allclose(output, expected, atol=1e-12)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):

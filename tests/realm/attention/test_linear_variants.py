@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from realm.attention import AttentionConfig, count_update, performer
+from realm.attention import AttentionConfig, count_update, naive, performer
 from realm.attention.infini import InfiniAttention
-from realm.attention.linformer import LinformerAttention, mean_pooling
+from realm.attention.linformer import LinformerAttention, LinformerSelfAttention, mean_pooling
 from realm.attention.performer import PerformerAttention, draw_projection, random_feature_attention
 from realm.attention.projected import masked_attention
 from realm.errors import UserError
@@ -46,91 +46,28 @@ def module(attention: AttentionConfig) -> torch.nn.Module:
         max_position_embeddings=POSITIONS,
         attention_probs_dropout_prob=0.0,
     )
-    built = attention.replace_all([BertSelfAttention(config) for _ in range(2)])[1].double().eval()
+    layers = [layer.double().eval() for layer in attention.replace_all([BertSelfAttention(config) for _ in range(2)])]
     with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return built
+        for layer in layers:
+            for parameter in layer.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+    return layers[1]
 
 
 def performer_reference(built, head, query, key, value):
-    kernel, rows = built.config.kernel, built.projection.double()
-    scale = D**-0.25
-
-    def phi(x):
-        x = scale * x
-        if kernel == "relu":
-            return torch.stack([torch.clamp(sum(w[d] * x[d] for d in range(D)), min=0) + 1e-3 for w in rows])
-        norm = sum(x[d] ** 2 for d in range(D)) / 2
-        if kernel == "trigonometric":
-            angles = [sum(w[d] * x[d] for d in range(D)) for w in rows]
-            return torch.stack(
-                [norm.exp() * angle.cos() for angle in angles] + [norm.exp() * angle.sin() for angle in angles]
-            )
-        return torch.stack([(sum(w[d] * x[d] for d in range(D)) - norm).exp() for w in rows])
-
-    out = []
-    for q in query:
-        weights = [phi(q) @ phi(k) for k in key]
-        out.append(sum(weight * v for weight, v in zip(weights, value, strict=True)) / sum(weights))
-    return torch.stack(out)
+    return naive.performer(query, key, value, built.projection.double(), built.config.kernel)
 
 
 def linformer_reference(built, head, query, key, value):
-    L, K = len(key), built.config.projected_tokens
     own = head if built.config.sharing == "none" else 0
-    key_rows = built.owner[0].key_projection[own]
-    value_rows = built.value_projection[own] if built.config.sharing in ("none", "headwise") else key_rows
-    inside = (mean_pooling(K, POSITIONS) > 0).double()
-    pooling = inside / inside.sum(1, keepdim=True)
-    keys, values = [], []
-    for j in range(K):
-        filled = sum(pooling[j, i] for i in range(L))
-        if filled > 0:
-            keys.append(sum(key_rows[j, i] * key[i] for i in range(L)) / filled)
-            values.append(sum(value_rows[j, i] * value[i] for i in range(L)) / filled)
-    out = []
-    for q in query:
-        weights = torch.stack([(q @ k) / math.sqrt(D) for k in keys]).softmax(0)
-        out.append(sum(weight * v for weight, v in zip(weights, values, strict=True)))
-    return torch.stack(out)
+    key_projection = built.owner[0].key_projection[own]
+    shares = built.config.sharing in ("key_value", "layerwise")
+    return naive.linformer(query, key, value, key_projection, key_projection if shares else built.value_projection[own])
 
 
 def infini_reference(built, head, query, key, value):
-    L, S = len(key), built.config.segment
-    segments = [range(start, min(start + S, L)) for start in range(0, L, S)]
-    elu = torch.nn.functional.elu
-
-    def written(order):
-        """Memory and norm as they stand before each segment of an order, token by token."""
-        memory, norm, states = torch.zeros(D, D, dtype=key.dtype), torch.zeros(D, dtype=key.dtype), {}
-        for n in order:
-            states[n] = memory, norm
-            added, added_norm = torch.zeros_like(memory), torch.zeros_like(norm)
-            for i in segments[n]:
-                k = elu(key[i]) + 1
-                target = value[i]
-                if built.config.update == "delta":
-                    target = target - (k @ memory) / (k @ norm).clamp(min=1e-6)
-                added = added + torch.outer(k, target)
-                added_norm = added_norm + k
-            memory, norm = memory + added, norm + added_norm
-        return states
-
-    left, right = written(range(len(segments))), written(reversed(range(len(segments))))
-    out = []
     gate = torch.sigmoid(built.gate[head])
-    for n, segment in enumerate(segments):
-        for i in segment:
-            weights = torch.stack([(query[i] @ key[j]) / math.sqrt(D) for j in segment]).softmax(0)
-            local = sum(weight * value[j] for weight, j in zip(weights, segment, strict=True))
-            if len(segments) == 1:
-                out.append(local)
-                continue
-            q = elu(query[i]) + 1
-            read = q @ (left[n][0] + right[n][0]) / (q @ (left[n][1] + right[n][1]))
-            out.append(gate * read + (1 - gate) * local)
-    return torch.stack(out)
+    return naive.infini(query, key, value, built.config.segment, built.config.update, gate)
 
 
 VARIANTS: dict[str, tuple[AttentionConfig, Reference]] = {
@@ -148,7 +85,7 @@ VARIANTS: dict[str, tuple[AttentionConfig, Reference]] = {
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
-def naive(built, reference: Reference, hidden_BLW: Tensor, lengths: list[int]) -> list[Tensor]:
+def naive_texts(built, reference: Reference, hidden_BLW: Tensor, lengths: list[int]) -> list[Tensor]:
     """Outputs (L, W) of each text alone."""
     outputs = []
     for b, length in enumerate(lengths):
@@ -174,6 +111,8 @@ def batch(lengths: list[int], padding: int = 0, seed: int = 1) -> tuple[Tensor, 
 def gradients(built, out: Tensor, hidden: Tensor) -> dict[str, Tensor]:
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     named = [*built.named_parameters(), ("hidden", hidden)]
+    if isinstance(built, LinformerSelfAttention) and built.owner[0] is not built:
+        named.append(("the shared projection", built.owner[0].key_projection))
     found = torch.autograd.grad((out * weight).sum(), [parameter for _, parameter in named], allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if grad is None else grad
@@ -188,7 +127,7 @@ def test_outputs_and_gradients_are_those_of_plain_loops(name):
     hidden, real = batch(lengths, padding=2)
     hidden.requires_grad_()
     out = built(hidden, real.long())[0][real]
-    expected = torch.cat(naive(built, reference, hidden, lengths))
+    expected = torch.cat(naive_texts(built, reference, hidden, lengths))
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=1e-8)
     ours, theirs = gradients(built, out, hidden), gradients(built, expected, hidden)
     for parameter, gradient in ours.items():
@@ -293,20 +232,12 @@ def kernel_estimates(kernel: str, orthogonal: bool, number: int) -> tuple[Tensor
     """Estimates of exp(q·k) by some drawings, (number,), and its value."""
     generator = torch.Generator().manual_seed(4)
     q, k = (0.4 * torch.randn(1, 1, 1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
-    scale, found = 8**-0.25, []
+    found = []
     for _ in range(number):
         projection = draw_projection(8 if kernel == "trigonometric" else 16, 8, orthogonal, generator).double()
-        if kernel == "softmax":
-            phi = [
-                (projection @ (scale * x[0, 0, 0]) - (scale * x[0, 0, 0]).square().sum() / 2).exp() / 4 for x in (q, k)
-            ]
-        else:
-            phi = []
-            for x in (q, k):
-                angle, norm = projection @ (scale * x[0, 0, 0]), (scale * x[0, 0, 0]).square().sum() / 2
-                phi.append(norm.exp() * torch.cat((angle.cos(), angle.sin())) / math.sqrt(8))
-        found.append(phi[0] @ phi[1])
-    return torch.stack(found), (scale**2 * (q * k).sum()).exp()
+        query_feature, key_feature = (naive.random_features(x[0, 0, 0], projection, kernel) for x in (q, k))
+        found.append(query_feature @ key_feature)
+    return torch.stack(found), ((q * k).sum() / math.sqrt(8)).exp()
 
 
 def test_keys_that_are_not_seen_do_not_count_unless_none_is():
@@ -315,8 +246,8 @@ def test_keys_that_are_not_seen_do_not_count_unless_none_is():
     seen = torch.tensor([[True, True, False, True], [False] * 4])
     out = masked_attention(query, key, value, seen, 0.0)
     for row, kept in ((0, [0, 1, 3]), (1, [0, 1, 2, 3])):
-        score = query[row] @ key[row][:, kept].transpose(-1, -2) / math.sqrt(D)
-        torch.testing.assert_close(out[row], score.softmax(-1) @ value[row][:, kept], rtol=1e-10, atol=1e-10)
+        expected = [naive.dense(query[row, h], key[row, h, kept], value[row, h, kept]) for h in range(HEADS)]
+        torch.testing.assert_close(out[row], torch.stack(expected), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("orthogonal", [True, False])
