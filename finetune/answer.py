@@ -101,7 +101,7 @@ class Answerer:
             query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             span_score_QLW = self._span_scores(self.model.reader, batch)
             masked_QLW = span_score_QLW.masked_fill(~batch.allowed_QLW, MASKED_SCORE)
-            score_BNS, read_score_BN = self.model.scored(batch, masked_QLW, query_emb_BD)
+            score_BNS, read_score_BN = self.model.score_spans(batch, masked_QLW, query_emb_BD)
         return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
 
     def _span_scores(self, reader: Reader, batch: QuestionBatch) -> torch.Tensor:

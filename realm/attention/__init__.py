@@ -1,10 +1,11 @@
-"""Self-attention variants of the reader, one file each; the registry is the config schema
-(`attention: {type: …}`).
+"""Self-attention variants for the reader, one file each, and `naive.py` with the plain loops that
+define them.
 
-A variant is a frozen dataclass registered under its name. `replace(attention, layer)` receives each
-of BERT's self-attention modules and returns the module to use in its place; a variant whose layers
-share parameters overrides `replace_all` instead. Nothing here imports the rest of the project; only
-`binding` depends on transformers' internals.
+A variant is a frozen dataclass registered under its name, which is its `type` in configs
+(`attention: {type: …}`). `replace(attention, layer)` receives each of BERT's self-attention modules
+and returns its replacement; a variant whose layers share parameters overrides `replace_all`. Of the
+project, this package imports only `realm.errors`; only `binding` depends on transformers'
+internals.
 """
 
 from realm.attention import dense, infini, linformer, longformer, performer  # importing a variant registers it

@@ -1,4 +1,5 @@
-"""How a variant gets into a transformers BERT: the one file that knows transformers' internals."""
+"""Binding attention variants to transformers models: the only file that depends on transformers'
+internals."""
 
 from typing import Any
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, BertModel, PreTrainedModel
 
 from realm.attention.dense import DenseAttention, dense_attention
-from realm.attention.projected import ForeignHeads, ProjectedSelfAttention, may_be_padded
+from realm.attention.projected import ExternalProjections, ProjectedSelfAttention, may_be_padded
 from realm.attention.variant import AttentionConfig
 from realm.errors import UserError
 
@@ -15,27 +16,27 @@ _DENSE = "realm_dense"
 _REPLACED = "realm_replaced_module"
 _DISPATCHED = "realm_dispatched"
 _VARIANT = "realm_variant"
-"""Name under which a variant lives in the attention module of a family other than BERT."""
+"""Attribute that stores the variant in the attention modules of model families other than BERT."""
 
 
 def _padding_mask(batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object) -> Tensor | None:
-    """What transformers hands to our attentions as mask: the plain (B, L) padding mask instead
-    of a dense (B, 1, L, L)."""
+    """The mask that transformers passes to the variants: the (B, L) padding mask instead of a dense
+    (B, 1, L, L) one."""
     return attention_mask
 
 
 def _padding_mask_if_padded(
     batch_size: int, kv_length: int, attention_mask: Tensor | None = None, **_: object
 ) -> Tensor | None:
-    """The same, or None where nothing is padded; on a GPU the look would cost a synchronisation,
-    and compiled code cannot look."""
+    """The padding mask, or None if nothing is padded. On a GPU the check would cost a
+    synchronization, and compiled code cannot check; both keep the mask."""
     if attention_mask is None or torch.compiler.is_compiling() or may_be_padded(attention_mask):
         return attention_mask
     return None
 
 
 def _never_called(*_: object, **__: object) -> tuple[Tensor, None]:
-    raise AssertionError("a self-attention module that was to be replaced is still in place")
+    raise AssertionError("a self-attention module was not replaced")
 
 
 def _dispatched(
@@ -48,18 +49,18 @@ def _dispatched(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The variant bound to a module that makes queries, keys and values itself; layers that are
-    local by themselves stay so."""
+    """Call the variant bound to a module that projects queries, keys and values itself; layers with
+    a sliding window keep it."""
     if sliding_window is not None:
         return dense_attention(
             module, query_BHLD, key_BHLD, value_BHLD, mask_BL, scaling, sliding_window=sliding_window, **options
         )
     B, _, L, D = query_BHLD.shape
-    if scaling is not None:  # variants divide by √D
+    if scaling is not None:  # variants scale by 1/√D
         query_BHLD = query_BHLD * (scaling * D**0.5)
-    real_BL = torch.ones(B, L, dtype=torch.bool, device=query_BHLD.device) if mask_BL is None else mask_BL.bool()
+    token_mask_BL = torch.ones(B, L, dtype=torch.bool, device=query_BHLD.device) if mask_BL is None else mask_BL.bool()
     variant: ProjectedSelfAttention = getattr(module, _VARIANT)
-    return variant.attend(query_BHLD, key_BHLD, value_BHLD, real_BL).transpose(1, 2), None
+    return variant.attend(query_BHLD, key_BHLD, value_BHLD, token_mask_BL).transpose(1, 2), None
 
 
 AttentionInterface.register(_DENSE, dense_attention)
@@ -71,13 +72,14 @@ AttentionMaskInterface.register(_REPLACED, _padding_mask)
 
 
 def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
-    """Put `attention` into every layer of `bert`, in place, keeping its pretrained projections.
+    """Replace the self-attention of every layer of `bert` by `attention`, in place, keeping the
+    pretrained projections.
 
-    For callers of the library `bert` may be of another family of encoders (ModernBERT) that makes
-    queries, keys and values itself and dispatches to transformers' attention interface; its layers
-    with a window of their own keep it. Must be called again after a model is built anew: the choice
-    is not saved in transformers' own config. Raises UserError for a variant that needs more than
-    queries, keys and values in such a family, and for decoders.
+    Callers of the library may pass an encoder of another family (ModernBERT) that projects queries,
+    keys and values itself and dispatches to transformers' attention interface; its sliding-window
+    layers are not changed. Call this again after rebuilding a model: transformers' config does not
+    store the variant. Raises UserError for a decoder, and in such a family for a variant that needs
+    more than queries, keys and values.
     """
     if isinstance(attention, DenseAttention):
         bert.set_attn_implementation(_DENSE)
@@ -92,39 +94,42 @@ def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
 
 
 def _bind_dispatching(model: PreTrainedModel, attention: AttentionConfig) -> None:
-    """Let the layers of `model` that attend to everything call a variant each; a model that is
-    refused stays as it was."""
-    family, kind = type(model).__name__, type(attention).__name__
-    modules = _dispatching_modules(model)
+    """Bind a variant to each layer of `model` with full attention; if it raises, the model is
+    unchanged."""
+    family, variant_name = type(model).__name__, type(attention).__name__
+    modules = _find_dispatching_modules(model)
     if not modules:
         raise UserError(
-            f"{family} has no layer that dispatches to transformers' attention interface; use a BERT, or {family} with dense attention."
+            f"{family} has no full-attention layer that dispatches to transformers' attention interface; "
+            f"use a BERT model, or {family} with dense attention."
         )
     variants = attention.replace_all([heads for _, heads in modules])
     if not all(isinstance(variant, ProjectedSelfAttention) for variant in variants):
         raise UserError(
-            f"{kind} needs projections of its own, which {family} does not give; use it with a BERT, or choose another variant."
+            f"{variant_name} needs additional projections, which are not supported in {family}; "
+            "use it with a BERT model, or choose another variant."
         )
     for (module, _), variant in zip(modules, variants, strict=True):
         setattr(module, _VARIANT, variant.to(model.device).train(module.training))
     model.set_attn_implementation(_DISPATCHED)
 
 
-def _dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ForeignHeads]]:
-    """The attention modules without a window of their own, in the order in which a text passes
-    them; the model itself is asked, by a short text."""
-    found: list[tuple[nn.Module, ForeignHeads]] = []
+def _find_dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, ExternalProjections]]:
+    """The attention modules without a sliding window, in the order of the forward pass; found by a
+    forward pass over a short text."""
+    found: list[tuple[nn.Module, ExternalProjections]] = []
 
     def record(
         module: Any, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, *_: object, **options: Any
     ) -> tuple[Tensor, None]:
         if getattr(module, "is_causal", False) or key_BHLD.shape != query_BHLD.shape:
             raise UserError(
-                f"{type(model).__name__} is causal, or shares keys between heads; the variants are for encoders that do neither."
+                f"{type(model).__name__} is causal or shares keys between heads; "
+                "attention variants require an encoder with one key per head."
             )
         if options.get("sliding_window") is None:
             dropout = module.attention_dropout if isinstance(getattr(module, "attention_dropout", None), float) else 0.0
-            found.append((module, ForeignHeads(model.config, query_BHLD.shape[1], query_BHLD.shape[3], dropout)))
+            found.append((module, ExternalProjections(model.config, query_BHLD.shape[1], query_BHLD.shape[3], dropout)))
         return torch.zeros_like(query_BHLD).transpose(1, 2), None
 
     before, training = model.config._attn_implementation, model.training
@@ -140,7 +145,7 @@ def _dispatching_modules(model: PreTrainedModel) -> list[tuple[nn.Module, Foreig
 
 
 def extend_positions(bert: BertModel, max_positions: int) -> None:
-    """Let `bert` read `max_positions` tokens: learned positions past the end repeat the learned
+    """Extend `bert` to `max_positions` tokens; new position embeddings are copies of the learned
     ones (Beltagy et al. 2020, section 5)."""
     embeddings = bert.embeddings
     old = embeddings.position_embeddings.weight

@@ -1,11 +1,11 @@
-"""Keys and values projected along the length to a fixed number, so that attention is linear in it
-(Wang et al. 2020, "Linformer", section 4).
+"""Keys and values projected along the length to a fixed number, so that attention is linear in the
+length (Wang et al. 2020, "Linformer", section 4).
 
-head = softmax(Q (E K)ᵀ / √D) (F V) with E and F of size k × n (equation 7). The projections start
-as mean pooling: row j averages the j-th of k stretches of the n positions, so that a pretrained
-model begins with coarse but meaningful keys instead of random mixtures. A row whose stretch lies
-wholly behind the last real token is not attended to; one that is partly filled averages what is
-there.
+head = softmax(Q (E K)ᵀ / √D) (F V) with E and F of size k × n (equation 7). The projections are
+initialized to mean pooling: row j averages bin j of k bins of the n positions, so that a pretrained
+model starts with coarse but meaningful keys instead of random mixtures. A row whose bin lies
+completely after the last real token is not attended to; a row with a partly filled bin averages the
+tokens in it.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, K projected length, n the model's
 positions.
@@ -28,15 +28,16 @@ from realm.errors import UserError
 @dataclass(frozen=True)
 class LinformerAttention(AttentionConfig):
     """Low-rank attention. A text of L of the model's n positions has about K · L / n keys, so
-    that `reader.max_tokens` should not be far above it."""
+    `reader.max_tokens` should not be much larger than the texts."""
 
     fixed_length: ClassVar[bool] = True
 
     projected_tokens: int = 256
     """Projected length K."""
     sharing: Literal["none", "headwise", "key_value", "layerwise"] = "headwise"
-    """Projections for each head, key and value; one E and one F for all heads of a layer; one
-    for both; one for all layers (section 4.3)."""
+    """`none`: one projection per head for keys and one for values; `headwise`: one E and one F per
+    layer; `key_value`: one projection per layer for both; `layerwise`: one for all layers (section
+    4.3)."""
 
     def __post_init__(self) -> None:
         if self.projected_tokens < 1:
@@ -45,61 +46,58 @@ class LinformerAttention(AttentionConfig):
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
         modules: list[LinformerSelfAttention] = []
         for attention in attentions:
-            modules.append(
-                LinformerSelfAttention(attention, self, modules[0] if modules and self.sharing == "layerwise" else None)
-            )
+            owner = modules[0] if modules and self.sharing == "layerwise" else None
+            modules.append(LinformerSelfAttention(attention, self, owner))
         return list(modules)
 
 
 class LinformerSelfAttention(ProjectedSelfAttention):
-    """Owns its projections, or uses those of the layer `owner`."""
+    """Has its own length projections, or uses those of the layer `owner`."""
 
     def __init__(
-        self, local: nn.Module, config: LinformerAttention, owner: "LinformerSelfAttention | None" = None
+        self, bert_attention: nn.Module, config: LinformerAttention, owner: "LinformerSelfAttention | None" = None
     ) -> None:
-        super().__init__(local)
-        positions: int = local.config.max_position_embeddings  # type: ignore[union-attr, assignment]
+        super().__init__(bert_attention)
+        positions: int = bert_attention.config.max_position_embeddings  # type: ignore[union-attr, assignment]
         if config.projected_tokens > positions:
             raise UserError(
-                f"attention.projected_tokens ({config.projected_tokens}) exceeds the reader's {positions} positions; lower it."
+                f"attention.projected_tokens ({config.projected_tokens}) exceeds the reader's {positions} positions; "
+                "lower it."
             )
         self.config = config
         heads = self.num_heads if config.sharing == "none" else 1
         pooling_HKn = mean_pooling(config.projected_tokens, positions).expand(heads, -1, -1)
-        self.owner = (owner or self,)  # in a tuple it is no submodule of this one: saved, and counted, once
+        # A tuple hides the owner from nn.Module: its projection is saved and counted once.
+        self.owner = (owner or self,)
         if owner is None:
             self.key_projection = nn.Parameter(pooling_HKn.clone())
         if config.sharing in ("none", "headwise"):
             self.value_projection = nn.Parameter(pooling_HKn.clone())
 
-    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
+    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, token_mask_BL: Tensor) -> Tensor:
         L = query_BHLD.shape[2]
         key_projection = self.owner[0].key_projection
         K, positions = key_projection.shape[1:]
         if positions < L:
-            raise UserError(
-                f"a text of {L} wordpieces exceeds the {positions} positions that the linformer's projections were made for."
-            )
+            raise UserError(f"a text of {L} wordpieces exceeds the {positions} positions of the linformer projections.")
         value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
-        real_BLn = real_BL.to(key_BHLD.dtype)
-        padded = may_be_padded(real_BL)
-        # What a stretch lacks at the end of the text is made up for, so that its mean is one of
-        # real tokens.
-        starts_K, ends_K = stretches(K, positions, real_BL.device)
-        before_BL1 = F.pad(real_BL.long().cumsum(1), (1, 0))
+        token_weight_BL = token_mask_BL.to(key_BHLD.dtype)
+        padded = may_be_padded(token_mask_BL)
+        # The means of bins that the text fills in part are rescaled to means of real tokens.
+        starts_K, ends_K = bin_edges(K, positions, token_mask_BL.device)
+        before_BL1 = F.pad(token_mask_BL.long().cumsum(1), (1, 0))
         count_BK = before_BL1[:, ends_K.clamp(max=L)] - before_BL1[:, starts_K.clamp(max=L)]
         filled_BK = count_BK.to(key_BHLD.dtype) / (ends_K - starts_K)
         factor_BK = torch.where(filled_BK > 0, 1 / filled_BK.clamp(min=1e-6), torch.zeros_like(filled_BK))
 
         def project(projection_HKn: Tensor, x_BHLD: Tensor) -> Tensor:
             if padded:
-                x_BHLD = x_BHLD * real_BLn[:, None, :, None]
+                x_BHLD = x_BHLD * token_weight_BL[:, None, :, None]
             projection_HKL = projection_HKn[..., :L].to(x_BHLD.dtype)
-            if len(projection_HKL) == 1:  # heads that share a projection are one matrix
+            if len(projection_HKL) == 1:  # heads that share a projection are one matrix product
                 B, H, _, D = x_BHLD.shape
-                projected_BHKD = (
-                    (projection_HKL @ x_BHLD.transpose(1, 2).reshape(B, L, H * D)).view(B, K, H, D).transpose(1, 2)
-                )
+                x_BLW = x_BHLD.transpose(1, 2).reshape(B, L, H * D)
+                projected_BHKD = (projection_HKL @ x_BLW).view(B, K, H, D).transpose(1, 2)
             else:
                 projected_BHKD = projection_HKL @ x_BHLD
             return projected_BHKD * factor_BK[:, None, :, None]
@@ -108,15 +106,15 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         return masked_attention(query_BHLD, key_BHKD, value_BHKD, filled_BK > 0, self.dropout if self.training else 0.0)
 
 
-def stretches(rows: int, positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Where `rows` stretches of the positions begin, and one past where they end, both (rows,)."""
-    edges = torch.arange(rows + 1, device=device) * positions // rows
+def bin_edges(num_bins: int, positions: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Starts and ends (exclusive) of `num_bins` bins of the positions, both (num_bins,)."""
+    edges = torch.arange(num_bins + 1, device=device) * positions // num_bins
     return edges[:-1], edges[1:]
 
 
-def mean_pooling(rows: int, positions: int) -> Tensor:
-    """Row j averages the j-th of `rows` stretches of the positions, (rows, positions)."""
-    starts, ends = stretches(rows, positions)
-    at = torch.arange(positions)
-    inside = (at >= starts[:, None]) & (at < ends[:, None])
+def mean_pooling(num_bins: int, positions: int) -> Tensor:
+    """Row j averages bin j of the positions, (num_bins, positions)."""
+    starts, ends = bin_edges(num_bins, positions)
+    position = torch.arange(positions)
+    inside = (position >= starts[:, None]) & (position < ends[:, None])
     return inside / inside.sum(1, keepdim=True)

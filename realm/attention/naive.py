@@ -76,7 +76,7 @@ def random_features(x_D: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
 
     "softmax": positive features, (M,) (Choromanski et al. 2021, equation 5); "trigonometric":
     cosines and sines, (2M,) (Rahimi & Recht 2007, equation 6, the paper's baseline); "relu": ReLU
-    features, (M,), a mechanism of its own that approximates nothing (appendix D.3).
+    features, (M,), a separate mechanism that approximates nothing (appendix D.3).
     """
     x_D = x_D * len(x_D) ** -0.25  # of queries and of keys: their product is divided by √D
     half_norm = (x_D @ x_D) / 2

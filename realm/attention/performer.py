@@ -1,11 +1,11 @@
 """FAVOR+: softmax attention approximated by random features, linear in the length (Choromanski et
 al. 2021, "Rethinking Attention with Performers").
 
-With φ such that E[φ(q)·φ(k)] = exp(q·k), attention is φ(Q) (φ(K)ᵀ V) over φ(Q) (φ(K)ᵀ 1), and
-nothing of size length × length is made. Positive features (section 3, equation 5) keep the
-denominators away from zero; trigonometric ones (equation 6 of Rahimi & Recht 2007, as the paper's
-baseline) do not. Orthogonal rows (section 4.2) lower the variance. The ReLU kernel (appendix D.3's
-generalised attention) approximates nothing: it is a mechanism of its own.
+With φ such that E[φ(q)·φ(k)] = exp(q·k), attention is φ(Q) (φ(K)ᵀ V) over φ(Q) (φ(K)ᵀ 1), and no
+length × length matrix is created. Positive features (section 3, equation 5) keep the denominators
+away from zero; trigonometric ones (equation 6 of Rahimi & Recht 2007, the paper's baseline) do not.
+Orthogonal rows (section 4.2) reduce the variance. The ReLU kernel (generalized attention, appendix
+D.3) is a separate mechanism that approximates nothing.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, E = D + 1, M features.
 """
@@ -25,9 +25,9 @@ from realm.attention.variant import AttentionConfig, CountsUpdates
 from realm.errors import UserError
 
 CHUNK = 1024
-"""Tokens whose features are made at a time."""
-_RELU_FLOOR = 1e-3
-"""Added to ReLU features, so that no query is left without any."""
+"""Tokens whose features are computed at a time."""
+_RELU_OFFSET = 1e-3
+"""Added to ReLU features, so that no query has only zeros."""
 
 
 @AttentionConfig.register_subclass("performer")
@@ -36,22 +36,23 @@ class PerformerAttention(AttentionConfig):
     """Random-feature attention."""
 
     num_features: int = 256
-    """Features M; more approximate softmax attention better, at a cost that grows with them."""
+    """Features M; more features approximate softmax attention better, at a proportional cost."""
     kernel: Literal["softmax", "trigonometric", "relu"] = "softmax"
-    """Positive features of the softmax kernel (FAVOR+), trigonometric ones of the same kernel,
-    or ReLU."""
+    """Positive features of the softmax kernel (FAVOR+), trigonometric features of the same kernel,
+    or ReLU features."""
     orthogonal: bool = True
-    """Rows of the projection orthogonal within blocks of D, or independent."""
+    """Projection with rows orthogonal within blocks of D, or independent rows."""
     redraw_every: int = 1000
-    """Training steps between new projections (the paper's appendix redraws them so that none is
-    learned by heart); 0: never."""
+    """Redraw the projection every N training steps, so that the model does not overfit to one
+    projection (the paper's appendix); 0: never."""
     seed: int = 0
-    """Seed of the projections; each layer and each drawing has its own."""
+    """Seed of the projections; every layer and every redraw has its own random state."""
 
     def __post_init__(self) -> None:
         if self.num_features < 1 or (self.kernel == "trigonometric" and self.num_features % 2):
             raise UserError(
-                f"attention.num_features must be positive, and even with trigonometric features, got {self.num_features}."
+                "attention.num_features must be at least 1, and even for trigonometric features, "
+                f"got {self.num_features}."
             )
         if self.redraw_every < 0:
             raise UserError(f"attention.redraw_every must be 0 or more, got {self.redraw_every}.")
@@ -61,14 +62,14 @@ class PerformerAttention(AttentionConfig):
 
 
 class PerformerSelfAttention(ProjectedSelfAttention, CountsUpdates):
-    """One projection a layer, shared by its heads; it is saved with the weights, and so is the
-    number of updates. Dropout falls on the output."""
+    """One random projection per layer, shared by its heads; projection and update count are saved
+    with the weights. Dropout is applied to the output."""
 
     projection: Tensor
     steps: Tensor
 
-    def __init__(self, local: nn.Module, config: PerformerAttention, layer: int) -> None:
-        super().__init__(local)
+    def __init__(self, bert_attention: nn.Module, config: PerformerAttention, layer: int) -> None:
+        super().__init__(bert_attention)
         self.config, self.layer = config, layer
         rows = config.num_features // 2 if config.kernel == "trigonometric" else config.num_features
         self.register_buffer("projection", torch.zeros(rows, self.head_width))
@@ -76,7 +77,8 @@ class PerformerSelfAttention(ProjectedSelfAttention, CountsUpdates):
         self.redraw()
 
     def redraw(self) -> None:
-        """A new projection: a function of the seed, the layer and the number of training steps."""
+        """Draw a new projection, as a function of the seed, the layer and the number of training
+        steps."""
         generator = torch.Generator().manual_seed(
             (self.config.seed * 1_000_003 + self.layer) * 1_000_003 + int(self.steps)
         )
@@ -89,114 +91,111 @@ class PerformerSelfAttention(ProjectedSelfAttention, CountsUpdates):
             if int(self.steps) % self.config.redraw_every == 0:
                 self.redraw()
 
-    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, real_BL: Tensor) -> Tensor:
-        # Features are exponentials, and sums over the length follow: single precision at least,
-        # whatever autocast says.
+    def attend(self, query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, token_mask_BL: Tensor) -> Tensor:
+        # Exponentials, summed over the length: fp32 or better, also under autocast.
         with torch.autocast(query_BHLD.device.type, enabled=False):
             query, key, value = (
                 x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query_BHLD, key_BHLD, value_BHLD)
             )
             projection_MD = self.projection.to(query.dtype)
-            out = random_feature_attention(query, key, value, projection_MD, real_BL, self.config.kernel).to(
-                value_BHLD.dtype
-            )
+            out = random_feature_attention(query, key, value, projection_MD, token_mask_BL, self.config.kernel)
+            out = out.to(value_BHLD.dtype)
         return F.dropout(out, self.dropout, self.training)
 
 
 def draw_projection(rows: int, width: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
-    """Gaussian rows, (`rows`, `width`) float32; with `orthogonal` they are so within blocks of
-    `width`, their lengths those of independent ones."""
+    """Gaussian rows, (`rows`, `width`) float32; with `orthogonal`, rows are orthogonal within
+    blocks of `width` and have the norms of independent Gaussian rows."""
     if not orthogonal:
         return torch.randn(rows, width, generator=generator)
     blocks = []
     for _ in range(-(-rows // width)):
         q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-        blocks.append((q * r.diagonal().sign()).T)  # the sign makes the distribution uniform over rotations
-    lengths = torch.randn(rows, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return (torch.cat(blocks)[:rows] * lengths).float()
+        blocks.append((q * r.diagonal().sign()).T)  # the signs make the distribution uniform over rotations
+    norms = torch.randn(rows, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+    return (torch.cat(blocks)[:rows] * norms).float()
 
 
 def random_feature_attention(
-    query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, projection_MD: Tensor, real_BL: Tensor, kernel: str
+    query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, projection_MD: Tensor, token_mask_BL: Tensor, kernel: str
 ) -> Tensor:
-    """φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1), (B, H, L, D), keys where `real_BL` is false left out.
+    """φ(Q) (φ(K)ᵀ V) / φ(Q) (φ(K)ᵀ 1), (B, H, L, D), without keys where `token_mask_BL` is false.
 
-    Texts longer than a chunk are worked off chunk by chunk, and the gradient makes a chunk's
-    features again: what is kept is of the size of queries, keys and values, not of their features.
+    Texts longer than a chunk are processed in chunks whose features the backward pass recomputes:
+    saved tensors have the size of queries, keys and values, not of their features.
     """
-    short, padded = query_BHLD.shape[2] <= CHUNK, may_be_padded(real_BL)
+    one_chunk, padded = query_BHLD.shape[2] <= CHUNK, may_be_padded(token_mask_BL)
 
-    def in_chunk(work: Callable[..., Any], *arguments: Tensor | None) -> Any:
-        if short or not torch.is_grad_enabled():
-            return work(*arguments, projection_MD, kernel)
-        return checkpoint(work, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
+    def run_chunk(function: Callable[..., Any], *arguments: Tensor | None) -> Any:
+        if one_chunk or not torch.is_grad_enabled():
+            return function(*arguments, projection_MD, kernel)
+        return checkpoint(function, *arguments, projection_MD, kernel, use_reentrant=False, preserve_rng_state=False)
 
-    projection_MD = projection_MD * projection_MD.shape[1] ** -0.25  # √ of the 1/√D that softmax attention divides by
-    value_BHLE = F.pad(value_BHLD, (0, 1), value=1.0)  # its sums are the denominators
-    parts = zip(key_BHLD.split(CHUNK, 2), value_BHLE.split(CHUNK, 2), real_BL.split(CHUNK, 1), strict=True)
-    memories, levels = zip(
-        *(in_chunk(_written, key, value, ~real if padded else None) for key, value, real in parts), strict=True
+    projection_MD = projection_MD * projection_MD.shape[1] ** -0.25  # √ of softmax attention's scale 1/√D
+    value_BHLE = F.pad(value_BHLD, (0, 1), value=1.0)  # the sums of the ones are the denominators
+    chunks = zip(key_BHLD.split(CHUNK, 2), value_BHLE.split(CHUNK, 2), token_mask_BL.split(CHUNK, 1), strict=True)
+    sums, log_scales = zip(
+        *(run_chunk(_sum_values, key, value, ~mask if padded else None) for key, value, mask in chunks), strict=True
     )
-    highest_BH11 = torch.stack(levels).amax(0)
-    memory_BHME = sum(memory * (level - highest_BH11).exp() for memory, level in zip(memories, levels, strict=True))
-    return torch.cat([in_chunk(_read, query, memory_BHME) for query in query_BHLD.split(CHUNK, 2)], 2)
+    max_log_scale_BH11 = torch.stack(log_scales).amax(0)
+    sum_BHME = sum(
+        chunk_sum * (log_scale - max_log_scale_BH11).exp()
+        for chunk_sum, log_scale in zip(sums, log_scales, strict=True)
+    )
+    return torch.cat([run_chunk(_weighted_mean, query, sum_BHME) for query in query_BHLD.split(CHUNK, 2)], 2)
 
 
-def _written(
+def _sum_values(
     key_BHLD: Tensor, value_BHLE: Tensor, padding_BL: Tensor | None, projection_MD: Tensor, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """φ(K)ᵀ V of a chunk, (B, H, M, E), and the logarithm of what it is divided by, (B, H, 1, 1)."""
-    feature_BHLM, level_BH11 = key_features(key_BHLD, projection_MD, padding_BL, kernel)
-    return feature_BHLM.transpose(-1, -2) @ value_BHLE, level_BH11
+    """φ(K)ᵀ V of a chunk, (B, H, M, E), and the logarithm of its divisor, (B, H, 1, 1)."""
+    feature_BHLM, log_scale_BH11 = key_features(key_BHLD, projection_MD, padding_BL, kernel)
+    return feature_BHLM.transpose(-1, -2) @ value_BHLE, log_scale_BH11
 
 
-def _read(query_BHLD: Tensor, memory_BHME: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
-    """(B, H, L, D)."""
-    read_BHLE = query_features(query_BHLD, projection_MD, kernel) @ memory_BHME
-    return read_BHLE[..., :-1] / _away_from_zero(read_BHLE[..., -1:])
+def _weighted_mean(query_BHLD: Tensor, sum_BHME: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
+    """Attention output of a chunk of queries, (B, H, L, D)."""
+    out_BHLE = query_features(query_BHLD, projection_MD, kernel) @ sum_BHME
+    return out_BHLE[..., :-1] / _nonzero(out_BHLE[..., -1:])
 
 
 def query_features(query_BHLD: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
-    """Features, (B, H, L, M), but for a factor of each query, which stands in numerator and
-    denominator alike."""
+    """Features, (B, H, L, M), up to a factor per query, which numerator and denominator share."""
     projected_BHLM = query_BHLD @ projection_MD.T
     if kernel == "relu":
-        return F.relu(projected_BHLM) + _RELU_FLOOR
+        return F.relu(projected_BHLM) + _RELU_OFFSET
     if kernel == "trigonometric":
         return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1)
-    return projected_BHLM.sub_(
-        projected_BHLM.detach().amax(-1, keepdim=True)
-    ).exp_()  # exp(-|q|²/2) is such a factor, and so is this
+    # exp(-|q|²/2) is a factor per query, and so is the exponential of the maximum subtracted here.
+    return projected_BHLM.sub_(projected_BHLM.detach().amax(-1, keepdim=True)).exp_()
 
 
 def key_features(
     key_BHLD: Tensor, projection_MD: Tensor, padding_BL: Tensor | None, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """Features of keys, (B, H, L, M), zero where `padding_BL` is true, and the logarithm of what
-    they are divided by lest an exponential overflows, (B, H, 1, 1)."""
+    """Features of keys, (B, H, L, M), zero where `padding_BL` is true, and the logarithm of their
+    divisor, which avoids overflow, (B, H, 1, 1)."""
     projected_BHLM = key_BHLD @ projection_MD.T
     padding_B1L1 = None if padding_BL is None else padding_BL[:, None, :, None]
     if kernel == "relu":
-        feature_BHLM, level_BH11 = (
-            F.relu(projected_BHLM) + _RELU_FLOOR,
-            projected_BHLM.new_zeros(*key_BHLD.shape[:2], 1, 1),
-        )
-        return feature_BHLM if padding_B1L1 is None else feature_BHLM.masked_fill(padding_B1L1, 0.0), level_BH11
-    norm_BHL1 = key_BHLD.square().sum(-1, keepdim=True) * (key_BHLD.shape[-1] ** -0.5 / 2)
-    # exp(q·k) = exp(|q|²/2) cos(w·(q-k)) exp(|k|²/2) in expectation, or exp(w·q - |q|²/2) exp(w·k -
-    # |k|²/2)
-    logarithm = norm_BHL1 if kernel == "trigonometric" else projected_BHLM.add_(-norm_BHL1)
+        feature_BHLM = F.relu(projected_BHLM) + _RELU_OFFSET
+        log_scale_BH11 = projected_BHLM.new_zeros(*key_BHLD.shape[:2], 1, 1)
+        return feature_BHLM if padding_B1L1 is None else feature_BHLM.masked_fill(padding_B1L1, 0.0), log_scale_BH11
+    half_norm_BHL1 = key_BHLD.square().sum(-1, keepdim=True) * (key_BHLD.shape[-1] ** -0.5 / 2)
+    # In expectation, exp(q·k) = exp(|q|²/2) cos(w·(q-k)) exp(|k|²/2), and
+    # exp(q·k) = exp(w·q - |q|²/2) exp(w·k - |k|²/2).
+    log_feature = half_norm_BHL1 if kernel == "trigonometric" else projected_BHLM.add_(-half_norm_BHL1)
     if padding_B1L1 is not None:
-        logarithm = logarithm.masked_fill(padding_B1L1, -math.inf)
-    level_BH11 = logarithm.detach().amax((2, 3), keepdim=True).clamp(min=torch.finfo(logarithm.dtype).min)
-    factor = logarithm.sub_(level_BH11).exp_()
+        log_feature = log_feature.masked_fill(padding_B1L1, -math.inf)
+    log_scale_BH11 = log_feature.detach().amax((2, 3), keepdim=True).clamp(min=torch.finfo(log_feature.dtype).min)
+    factor = log_feature.sub_(log_scale_BH11).exp_()
     if kernel == "trigonometric":
-        return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1) * factor, level_BH11
-    return factor, level_BH11
+        return torch.cat((projected_BHLM.cos(), projected_BHLM.sin()), -1) * factor, log_scale_BH11
+    return factor, log_scale_BH11
 
 
-def _away_from_zero(total: Tensor) -> Tensor:
-    """Denominators of positive features only underflow; those of trigonometric ones may be
-    anything."""
-    tiny = torch.finfo(total.dtype).tiny * 1e4
-    return torch.where(total.abs() < tiny, torch.full_like(total, tiny), total)
+def _nonzero(denominator: Tensor) -> Tensor:
+    """Replace denominators near zero by a tiny value: those of positive features may underflow,
+    those of trigonometric features may have any value."""
+    tiny = torch.finfo(denominator.dtype).tiny * 1e4
+    return torch.where(denominator.abs() < tiny, torch.full_like(denominator, tiny), denominator)

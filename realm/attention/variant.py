@@ -1,5 +1,5 @@
-"""What a variant of the reader's self-attention is: its config, and how it counts updates where
-it has a schedule."""
+"""The base of attention configs, and the hook for modules that depend on the number of parameter
+updates."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,33 +15,33 @@ class AttentionConfig(draccus.ChoiceRegistry):
     """Base of all variants."""
 
     fixed_length: ClassVar[bool] = False
-    """Whether what is trained is made for a number of positions, and reads no longer texts."""
+    """Whether the trained parameters fix the maximum number of positions."""
 
     @classmethod
     def default_choice_name(cls) -> str:
         return "dense"
 
     def replace(self, attention: nn.Module, layer: int) -> nn.Module:
-        """The module that takes the place of BERT's self-attention in layer number `layer` (0 is
-        the lowest)."""
-        raise TypeError(f"{type(self).__name__} does not say how it replaces a self-attention module")
+        """The module that replaces BERT's self-attention in layer number `layer` (0 is the
+        lowest)."""
+        raise TypeError(f"{type(self).__name__} must implement replace() or replace_all()")
 
     def replace_all(self, attentions: Sequence[nn.Module]) -> list[nn.Module]:
-        """The modules that take the place of all layers' self-attention, lowest first."""
+        """The modules that replace the self-attention of all layers, lowest first."""
         return [self.replace(attention, layer) for layer, attention in enumerate(attentions)]
 
 
 class CountsUpdates(ABC):
-    """A self-attention module with a schedule of its own."""
+    """A self-attention module with a schedule in parameter updates."""
 
     @abstractmethod
     def count_update(self) -> None:
-        """Called after each update of the parameters, between two forwards."""
+        """Called after each parameter update, between two forward passes."""
 
 
 def count_update(model: nn.Module) -> None:
-    """Tell the attentions of `model` that its parameters were updated; every training loop is to
-    call this after the optimizer's step."""
+    """Notify the attention modules of `model` of a parameter update; every training loop must call
+    this after the optimizer step."""
     for module in model.modules():
         if isinstance(module, CountsUpdates):
             module.count_update()

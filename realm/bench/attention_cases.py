@@ -1,9 +1,10 @@
-"""What `realm bench attention` measures: a self-attention module, with projections or without, of
-every variant, and of peers where installed.
+"""The modules that `realm bench attention` measures: the self-attention of every variant and of
+installed peers (other implementations), with or without projections.
 
-All have the same heads and widths and see [CLS] and a question of 32 tokens as global where they
-know global tokens. Peers' output projection, which BERT has outside its self-attention, is taken
-off. Windows, features and projected lengths are equal where both have them.
+All have the same number of heads and the same width. If they support global tokens, the first 32
+tokens ([CLS] and a question) are global. The output projection of peers, which BERT has outside its
+self-attention, is removed. Windows, features and projected lengths are the same in variant and
+peer.
 
 Shape legend: B rows (1), L tokens, W hidden width.
 """
@@ -26,17 +27,17 @@ from realm.run.config_file import decode
 
 NUM_GLOBAL = 32
 _WINDOW, _FEATURES, _SEGMENT = 256, 256, 512
-"""Tokens seen on each side, random features or projected tokens, and segment: the variants'
-defaults, given to peers likewise."""
+"""Window (tokens visible on each side), random features or projected tokens, and segment of the
+peers: the variants' defaults."""
 
 Call = Callable[[Tensor], Tensor]
-"""Hidden states (1, L, W) to outputs of that shape."""
+"""Maps hidden states (1, L, W) to outputs of the same shape."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of the module, and whether it makes queries, keys and values, or takes hidden states
-    for them: the attention alone."""
+    """Size of the module; without `projections` it uses hidden states as queries, keys and values,
+    to measure only the attention."""
 
     heads: int
     head_width: int
@@ -50,8 +51,8 @@ class Shape:
 
 
 def parse_variant(text: str) -> AttentionConfig:
-    """A variant by its name, or as in a config: `{type: longformer, window: 128}`. Raises
-    UserError where there is none such."""
+    """Parse a variant's name, or its config in YAML: `{type: longformer, window: 128}`. Raises
+    UserError if there is no such variant or field."""
     known = sorted(AttentionConfig.get_known_choices())
     try:
         tree = yaml.safe_load(text)
@@ -60,13 +61,14 @@ def parse_variant(text: str) -> AttentionConfig:
     tree = {"type": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict) or tree.get("type") not in known:
         raise UserError(
-            f"{text!r} is no attention variant; name one of {', '.join(known)}, or give it as '{{type: longformer, window: 128}}'."
+            f"{text!r} is not an attention variant; use one of {', '.join(known)}, or a config such as "
+            "'{type: longformer, window: 128}'."
         )
     return decode(AttentionConfig, tree, repr(text))
 
 
-def every_variant() -> dict[str, AttentionConfig]:
-    """All that are registered, with their defaults."""
+def registered_variants() -> dict[str, AttentionConfig]:
+    """All registered variants with their defaults, dense first."""
     return {
         name: parse_variant(name)
         for name in sorted(AttentionConfig.get_known_choices(), key=lambda name: (name != "dense", name))
@@ -74,7 +76,7 @@ def every_variant() -> dict[str, AttentionConfig]:
 
 
 def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
-    """The variant's module as it stands in a BERT layer of this size."""
+    """The variant's module in a BERT layer of this size."""
     config = BertConfig(
         vocab_size=8,
         hidden_size=shape.width,
@@ -90,33 +92,35 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
     return layers[0].attention.self
 
 
-class Given(nn.Module):
-    """In the place of a projection: hidden states as they are, in the dtype that a projection
-    would give them under autocast."""
+class IdentityProjection(nn.Module):
+    """Replaces a projection by the identity, with the output dtype of a projection under
+    autocast."""
 
     def forward(self, hidden_BLW: Tensor) -> Tensor:
-        """(1, L, W) to the same."""
-        kind = hidden_BLW.device.type
-        return hidden_BLW.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden_BLW
+        """(1, L, W) to (1, L, W)."""
+        device_type = hidden_BLW.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return hidden_BLW
+        return hidden_BLW.to(torch.get_autocast_dtype(device_type))
 
 
-def placed(module: nn.Module, shape: Shape, device: str) -> Any:
-    """On the device, and without its projections where the shape says so."""
+def prepare_module(module: nn.Module, shape: Shape, device: str) -> Any:
+    """Move the module to the device, and remove its projections if `shape` has none."""
     if not shape.projections:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Given())
+                setattr(module, name, IdentityProjection())
     return module.to(device)
 
 
 def global_mask(length: int, device: torch.device | str = "cpu") -> Tensor:
-    """True on the tokens that see all and are seen by all, (1, L)."""
+    """True on global tokens, (1, L)."""
     return torch.arange(length, device=device)[None] < NUM_GLOBAL
 
 
 def call_variant(attention: AttentionConfig, shape: Shape, device: str) -> Call:
-    """A variant, ready to be called."""
-    module, mask_BL = placed(build_variant(attention, shape), shape, device), global_mask(shape.length, device)
+    """A callable of the variant's module."""
+    module, mask_BL = prepare_module(build_variant(attention, shape), shape, device), global_mask(shape.length, device)
     extra = {"global_mask": mask_BL} if "global_mask" in inspect.signature(module.forward).parameters else {}
     return lambda hidden_BLW: module(hidden_BLW, None, **extra)[0]
 
@@ -131,10 +135,8 @@ def _transformers_longformer(shape: Shape, device: str) -> Call:
         attention_window=[2 * _WINDOW],
         attention_probs_dropout_prob=0.0,
     )
-    module, length = (
-        placed(LongformerSelfAttention(config, 0), shape, device),
-        -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW,
-    )
+    module = prepare_module(LongformerSelfAttention(config, 0), shape, device)
+    length = -(-shape.length // (2 * _WINDOW)) * 2 * _WINDOW
     is_global = global_mask(length, device)
     arguments = {
         "attention_mask": torch.where(is_global, 10000.0, 0.0),
@@ -142,9 +144,8 @@ def _transformers_longformer(shape: Shape, device: str) -> Call:
         "is_index_global_attn": is_global,
         "is_global_attn": True,
     }
-    return lambda hidden_BLW: module(nn.functional.pad(hidden_BLW, (0, 0, 0, length - shape.length)), **arguments)[0][
-        :, : shape.length
-    ]
+    padding = (0, 0, 0, length - shape.length)
+    return lambda hidden_BLW: module(nn.functional.pad(hidden_BLW, padding), **arguments)[0][:, : shape.length]
 
 
 def _transformers_bigbird(shape: Shape, device: str) -> Call:
@@ -157,7 +158,7 @@ def _transformers_bigbird(shape: Shape, device: str) -> Call:
         max_position_embeddings=shape.length,
         attention_probs_dropout_prob=0.0,
     )
-    module = placed(BigBirdBlockSparseAttention(config, seed=0), shape, device)
+    module = prepare_module(BigBirdBlockSparseAttention(config, seed=0), shape, device)
     masks = BigBirdModel.create_masks_for_block_sparse_attn(
         torch.ones(1, shape.length, device=device), config.block_size
     )
@@ -170,7 +171,7 @@ def _performer_pytorch(shape: Shape, device: str) -> Call:
 
     module = SelfAttention(shape.width, heads=shape.heads, dim_head=shape.head_width, nb_features=_FEATURES)
     module.to_out = nn.Identity()
-    return placed(module, shape, device)
+    return prepare_module(module, shape, device)
 
 
 def _linformer(shape: Shape, device: str) -> Call:
@@ -178,18 +179,18 @@ def _linformer(shape: Shape, device: str) -> Call:
 
     module = LinformerSelfAttention(shape.width, shape.length, k=_FEATURES, heads=shape.heads)
     module.to_out = nn.Identity()
-    return placed(module, shape, device)
+    return prepare_module(module, shape, device)
 
 
 def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
-    """Its attention is causal: one memory, half of the scores; segment by segment as its own
-    model calls it."""
+    """Its attention is causal: one memory and half of the scores; called segment by segment, as in
+    its own model."""
     from infini_transformer_pytorch.infini_transformer import CausalAttention
 
     module = CausalAttention(shape.width, dim_head=shape.head_width, heads=shape.heads, use_mem_delta_rule=True)
     module.to_out = nn.Identity()
     if not shape.projections:
-        raise UserError("its queries, keys and values are one projection that cannot be taken off")
+        raise UserError("its queries, keys and values are one projection, which cannot be removed")
     module.to(device)
 
     def call(hidden_BLW: Tensor) -> Tensor:
@@ -203,12 +204,12 @@ def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
 
 
 class Peer(NamedTuple):
-    """Another implementation."""
+    """An implementation in another package."""
 
     package: str
-    """What must be installed."""
+    """The package that must be installed."""
     variant: str | None
-    """Our variant of the same mechanism."""
+    """The variant with the same mechanism, if there is one."""
     build: Callable[[Shape, str], Call]
 
 
@@ -221,23 +222,23 @@ PEERS = {
 }
 
 PEER_OF = {peer.variant: name for name, peer in PEERS.items() if peer.variant is not None}
-"""The peer of a variant's own mechanism."""
+"""The peer of each variant."""
 
 
 def installed_peers(wanted: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
-    """Names of the peers that can be imported, and why the others cannot."""
-    there, missing = [], {}
+    """Names of the peers that can be imported, and for the others the reason why not."""
+    installed, missing = [], {}
     for name, peer in PEERS.items():
         if wanted is not None and name not in wanted:
             continue
         try:
             importlib.import_module(peer.package)
-            there.append(name)
-        except Exception as error:  # whatever a foreign package raises while it is imported
+            installed.append(name)
+        except Exception as error:  # importing another package may raise anything
             missing[name] = f"{type(error).__name__}: {error}"
-    return there, missing
+    return installed, missing
 
 
 def build_call(case: AttentionConfig | str, shape: Shape, device: str) -> Any:
-    """The variant, or the peer of this name, ready to be called."""
+    """A callable of the variant, or of the peer with this name."""
     return PEERS[case].build(shape, device) if isinstance(case, str) else call_variant(case, shape, device)

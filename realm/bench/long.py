@@ -1,9 +1,9 @@
-"""`realm bench long`: what the attention variants can do on texts longer than they were trained on,
-beside what that costs.
+"""`realm bench long`: accuracy and cost of the attention variants on texts longer than those they
+were trained on.
 
-A reader of a few narrow layers is trained from scratch on each task and variant, with the same
-seed, steps and batches. Positions start as sinusoids and are shifted at random in training, so that
-all of those of the longest test have been seen.
+A small reader is trained from scratch for each task and variant, with the same seed, steps and
+batches. Position embeddings are initialized as sinusoids, and positions are shifted by a random
+offset in training, so that all positions of the longest test texts are trained.
 """
 
 import time
@@ -34,24 +34,24 @@ VARIANTS = (
     "{type: infini, segment: 32}",
 )
 _LAYERS, _WIDTH, _HEADS = 2, 128, 4
-_TEST_TOKENS_A_BATCH = 2**15
+_TEST_TOKENS_PER_BATCH = 2**15
 Row = dict[str, Any]
 
 
 def bench_long(
     variants: Sequence[str], tasks: Sequence[str], seed: int, tests: int, steps: int | None, json_file: Path | None
 ) -> list[Row]:
-    """Train and test every variant on every task, print one table, write rows where asked;
-    returns a row for each variant, task and length."""
+    """Train and test every variant on every task, print one table, and write the rows to
+    `json_file` if given; returns one row per variant, task and length."""
     unknown = sorted(set(tasks) - set(TASKS))
     if unknown:
-        raise UserError(f"--tasks {unknown[0]!r} is none; name some of {', '.join(TASKS)}.")
+        raise UserError(f"--tasks: {unknown[0]!r} is not a task; choose from {', '.join(TASKS)}.")
     if tests < 1 or (steps is not None and steps < 1):
         raise UserError(f"--tests and --steps must be at least 1, got {tests} and {steps}.")
     if json_file is not None and not json_file.parent.is_dir():
-        raise UserError(f"{json_file}: there is no folder {json_file.parent}; make it first.")
+        raise UserError(f"{json_file}: the folder {json_file.parent} does not exist; create it first.")
     cases = [(name, text, parse_variant(text)) for name in tasks for text in variants]
-    for name, _, attention in cases:  # what a task's lengths do not allow is said before anything is trained
+    for name, _, attention in cases:  # raise for a variant that does not fit a task's lengths before any training
         tiny_reader(TASKS[name], attention)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     setting = {
@@ -78,55 +78,55 @@ def bench_long(
 def run_task(
     task: Task, attention: AttentionConfig, seed: int, tests: int, steps: int | None, label: str, device: str
 ) -> list[Row]:
-    """A row for each test length: share right, milliseconds of a training step (without making
-    the texts) and of a tested text."""
+    """One row per test length: accuracy, and milliseconds per training step (without generating the
+    texts) and per test text."""
     torch.manual_seed(seed)
     reader = tiny_reader(task, attention).to(device)
     steps = steps or task.steps
     step_ms = 1000 * train(reader, task, steps, seed, label) / steps
     rows = []
     for tokens in task.test_tokens:
-        right, text_ms = test(reader, task, tokens, seed, tests)
+        accuracy, text_ms = evaluate(reader, task, tokens, seed, tests)
         row = {"tokens": tokens, "times the training length": tokens // task.train_tokens, "steps": steps}
-        rows.append({**row, "right": right, "step_ms": step_ms, "text_ms": text_ms})
+        rows.append({**row, "right": accuracy, "step_ms": step_ms, "text_ms": text_ms})
     return rows
 
 
 class ShiftedPositions(nn.Embedding):
-    """Learned positions started as sinusoids, all of a batch shifted by the same random number
-    in training (Kiyono et al. 2021, "SHAPE")."""
+    """Learned position embeddings; in training, all positions of a batch are shifted by the same
+    random offset (Kiyono et al. 2021, "SHAPE")."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """(1, L) position ids to (1, L, H)."""
-        shift = 0
+        """(1, L) position ids to embeddings (1, L, H)."""
+        offset = 0
         if self.training:
-            shift = int(torch.randint(self.num_embeddings - position_ids.shape[-1] + 1, ()))
-        return super().forward(position_ids + shift)
+            offset = int(torch.randint(self.num_embeddings - position_ids.shape[-1] + 1, ()))
+        return super().forward(position_ids + offset)
 
 
 def tiny_reader(task: Task, attention: AttentionConfig) -> Reader:
-    """From random weights, for the longest text of a task."""
-    longest = max(task.test_tokens)
+    """A small reader with random weights and the positions of the task's longest texts."""
+    max_tokens = max(task.test_tokens)
     config = BertConfig(
         vocab_size=task.vocabulary,
         hidden_size=_WIDTH,
         num_hidden_layers=_LAYERS,
         num_attention_heads=_HEADS,
         intermediate_size=2 * _WIDTH,
-        max_position_embeddings=longest,
+        max_position_embeddings=max_tokens,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
     bert = BertModel(config, add_pooling_layer=False)
     mimetic_init(bert)
-    positions = ShiftedPositions(longest, _WIDTH)
+    positions = ShiftedPositions(max_tokens, _WIDTH)
     positions.weight.data.copy_(bert.embeddings.position_embeddings.weight)
     bert.embeddings.position_embeddings = positions
-    return Reader(bert, ReaderConfig(attention=attention, mlm_head="tied", span_hidden=8, max_tokens=longest))
+    return Reader(bert, ReaderConfig(attention=attention, mlm_head="tied", span_hidden=8, max_tokens=max_tokens))
 
 
 def logits(reader: Reader, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Scores of the vocabulary at every mask, (B, M, V), and the answers, (B, M)."""
+    """Vocabulary logits at every mask, (B, M, V), and the target ids, (B, M)."""
     device = reader.mlm_bias.device
     batch = pad_joint([example.ids for example in examples], [example.first for example in examples], PAD)
     ids_BL, mask_BL, type_BL = (tensor.to(device) for tensor in batch)
@@ -136,8 +136,8 @@ def logits(reader: Reader, examples: Sequence[Example]) -> tuple[Tensor, Tensor]
 
 
 def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> float:
-    """AdamW with warm-up and a linear descent; returns the seconds of all steps, without those
-    that making the texts took."""
+    """Train with AdamW, linear warmup and linear decay; returns the seconds of all steps without
+    generating the texts."""
     optimizer = torch.optim.AdamW(reader.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 100, (steps - step) / steps))
     rng, seconds = np.random.default_rng((seed, 1)), 0.0
@@ -146,56 +146,53 @@ def train(reader: Reader, task: Task, steps: int, seed: int, label: str) -> floa
         for step in range(steps):
             examples = [task.example(task.train_tokens, rng) for _ in range(task.batch_size)]
             began = time.perf_counter()
-            score_BMV, answer_BM = logits(reader, examples)
-            loss = F.cross_entropy(score_BMV.flatten(0, 1), answer_BM.flatten())
+            logits_BMV, answer_BM = logits(reader, examples)
+            loss = F.cross_entropy(logits_BMV.flatten(0, 1), answer_BM.flatten())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
             optimizer.step()
             count_update(reader)
             schedule.step()
-            last = loss.item()  # on a GPU: waits for the step
+            loss_value = loss.item()  # on a GPU this waits for the end of the step
             seconds += time.perf_counter() - began
-            ticker.update(step + 1, f"loss {last:.3f}")
+            ticker.update(step + 1, f"loss {loss_value:.3f}")
     return seconds
 
 
 @torch.inference_mode()
-def test(reader: Reader, task: Task, tokens: int, seed: int, count: int) -> tuple[float, float]:
-    """Share of texts whose masks are all right, and milliseconds a text."""
+def evaluate(reader: Reader, task: Task, tokens: int, seed: int, count: int) -> tuple[float, float]:
+    """Accuracy (fraction of texts with all masks predicted), and milliseconds per text."""
     rng = np.random.default_rng((seed, 2, tokens))
     reader.eval()
     examples = [task.example(tokens, rng) for _ in range(count)]
-    size, right, seconds = max(1, _TEST_TOKENS_A_BATCH // tokens), 0, 0.0
-    for start in range(0, count, size):
+    batch_size, num_correct, seconds = max(1, _TEST_TOKENS_PER_BATCH // tokens), 0, 0.0
+    for start in range(0, count, batch_size):
         began = time.perf_counter()
-        score_BMV, answer_BM = logits(reader, examples[start : start + size])
-        right += int((score_BMV.argmax(-1) == answer_BM).all(1).sum())
+        logits_BMV, answer_BM = logits(reader, examples[start : start + batch_size])
+        num_correct += int((logits_BMV.argmax(-1) == answer_BM).all(1).sum())
         seconds += time.perf_counter() - began
-    return right / count, 1000 * seconds / count
+    return num_correct / count, 1000 * seconds / count
 
 
 def report(rows: Sequence[Row], tasks: Sequence[str], seed: int) -> None:
-    """One table: a row for each variant, for each task a column for each length and what a
-    training step and the longest text cost."""
-    found = {(row["variant"], row["task"], row["tokens"]): row for row in rows}
+    """Print one table: a row per variant; per task, columns with the accuracy at each length and
+    the time of a training step and of the longest text."""
+    row_of = {(row["variant"], row["task"], row["tokens"]): row for row in rows}
     rng = np.random.default_rng(seed)
-    heads, guesses = [], []
+    columns, guesses = [], []
     for name in tasks:
         lengths = TASKS[name].test_tokens
-        heads += [f"{name}, {tokens // TASKS[name].train_tokens}x" for tokens in lengths] + [
-            "ms a step",
-            f"ms a text of {max(lengths):,}",
-        ]
+        columns += [f"{name}, {tokens // TASKS[name].train_tokens}x" for tokens in lengths]
+        columns += ["ms per step", f"ms per text of {max(lengths):,}"]
         guesses += [f"{100 * TASKS[name].guess(rng):.1f}"] * len(lengths) + [None, None]
-    table: list[list[object]] = [["a guess", *guesses]]
+    table: list[list[object]] = [["guess baseline", *guesses]]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells: list[object] = [variant]
         for name in tasks:
-            mine = [found[variant, name, tokens] for tokens in TASKS[name].test_tokens]
-            cells += [f"{100 * row['right']:.1f}" for row in mine] + [
-                f"{mine[0]['step_ms']:.0f}",
-                f"{mine[-1]['text_ms']:.1f}",
-            ]
+            task_rows = [row_of[variant, name, tokens] for tokens in TASKS[name].test_tokens]
+            cells += [f"{100 * row['right']:.1f}" for row in task_rows]
+            cells += [f"{task_rows[0]['step_ms']:.0f}", f"{task_rows[-1]['text_ms']:.1f}"]
         table.append(cells)
-    print_table("Right, %, by test length in training lengths, and cost", ["variant", *heads], table)
+    title = "Accuracy, %, by test length as a multiple of the training length, and cost"
+    print_table(title, ["variant", *columns], table)

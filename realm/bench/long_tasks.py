@@ -1,8 +1,7 @@
-"""Tasks made up on the spot that ask what a reader of long texts can do, in a small vocabulary of
-their own.
+"""Synthetic long-text tasks for a reader, generated on the fly, each with its own small vocabulary.
 
-Each is put as the reader is asked: `[CLS] x [SEP] text [SEP]`, x with masks whose wordpieces the
-text decides.
+Examples have the reader's joint input format, `[CLS] x [SEP] text [SEP]`; x contains masks whose
+wordpieces follow from the text.
 """
 
 import random
@@ -16,7 +15,7 @@ import numpy as np
 
 PAD, CLS, SEP, MASK = range(4)
 _FIRST = 4
-"""The first id that means something to a task."""
+"""First id available to a task."""
 
 
 class Example(NamedTuple):
@@ -26,7 +25,7 @@ class Example(NamedTuple):
     first: int
     """Length of `[CLS] x [SEP]`."""
     answer: tuple[int, ...]
-    """What stands behind the masks, in their order."""
+    """Target ids of the masks, in order."""
 
 
 def joint(x: list[int], text: list[int], answer: tuple[int, ...]) -> Example:
@@ -36,7 +35,7 @@ def joint(x: list[int], text: list[int], answer: tuple[int, ...]) -> Example:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What is asked; `tokens` below are those of the whole joint input."""
+    """A task; numbers of tokens refer to the whole joint input."""
 
     train_tokens: int = 64
     test_tokens: tuple[int, ...] = (64,)
@@ -46,26 +45,26 @@ class Task(ABC):
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Ids in use."""
+        """Vocabulary size."""
 
     @abstractmethod
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
-        """A text of at most `tokens` with its question."""
+        """A text of at most `tokens` tokens with its question."""
 
     def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
-        """Share right without an idea of the question: here of always giving the commonest answer."""
+        """Accuracy of a baseline that ignores the question; default: the most frequent answer."""
         answers = [self.example(self.train_tokens, rng).answer for _ in range(count)]
         return max(answers.count(answer) for answer in set(answers)) / count
 
 
 @dataclass(frozen=True)
 class Kinds(Task):
-    """Texts of words that each belong to a kind, strewn over words that mean nothing; x asks for
-    a word by its kind, a mask behind it."""
+    """Texts of noise words with inserted words, each of which belongs to a kind; x is a kind
+    followed by a mask, and asks for a word of that kind."""
 
     kinds: int = 8
     words: int = 16
-    """Of each kind."""
+    """Words per kind."""
     noise: int = 32
 
     @property
@@ -73,24 +72,24 @@ class Kinds(Task):
         return _FIRST + self.kinds * (1 + self.words) + self.noise
 
     def word(self, kind: np.ndarray | int, number: np.ndarray) -> np.ndarray:
-        """Ids of words by kind and number."""
+        """Ids of words, by kind and number within the kind."""
         return _FIRST + self.kinds + kind * self.words + number
 
-    def ask(self, kind: int, answer: int, strewn: np.ndarray, tokens: int, rng: np.random.Generator) -> Example:
-        """For the word `answer` of a kind, in a text of noise with the words `strewn`."""
+    def ask(self, kind: int, answer: int, inserted: np.ndarray, tokens: int, rng: np.random.Generator) -> Example:
+        """Ask for the word `answer` of `kind` in noise with the words `inserted` at random
+        positions."""
         room = tokens - len((CLS, kind, MASK, SEP, SEP))
         text = self.word(self.kinds, rng.integers(self.noise, size=room))
-        text[rng.choice(room, len(strewn), replace=False)] = strewn
+        text[rng.choice(room, len(inserted), replace=False)] = inserted
         return joint([_FIRST + kind, MASK], text.tolist(), (answer,))
 
 
 @dataclass(frozen=True)
 class Passkey(Kinds):
-    """Several keys stand in noise, each a word of a kind of its own; x names a kind, and the key of
-    that kind is to be returned.
+    """Several keys in noise, each a word of a different kind; x asks for the key of one kind.
 
-    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. A guess is one of the keys
-    in the text.
+    After Mohtashami & Jaggi (2023, section 4.2), with more than one key. The guess baseline returns
+    one of the keys in the text.
     """
 
     test_tokens: tuple[int, ...] = (64, 256, 1024)
@@ -107,18 +106,18 @@ class Passkey(Kinds):
 
 @dataclass(frozen=True)
 class MaskedSpan(Kinds):
-    """A document about one entity of every kind, which names others too, less often; x is a
+    """A document about one entity of each kind that also mentions others, less often; x is a
     sentence with the entity of one kind masked.
 
-    What is to be filled in is what the whole document speaks of most, so that the evidence is
-    spread over all of it and grows with it: of every kind one word stands in the text three times
-    for each training length, and two others once. A guess is a mention of the kind.
+    The target is the entity that the whole document mentions most, so the evidence is spread over
+    the document and grows with it: of each kind, one word appears three times per training length,
+    and two others once. The guess baseline returns a random mention of the kind.
     """
 
     train_tokens: int = 128
     test_tokens: tuple[int, ...] = (128, 512, 2048)
     mentions: tuple[int, ...] = (3, 1, 1)
-    """Of the entity and of the others, for each training length."""
+    """Mentions of the entity and of each other one, per training length."""
 
     def guess(self, rng: np.random.Generator, count: int = 2000) -> float:
         return self.mentions[0] / sum(self.mentions)
@@ -126,19 +125,20 @@ class MaskedSpan(Kinds):
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         kinds = np.arange(self.kinds)[:, None]
         named = self.word(kinds, rng.random((self.kinds, self.words)).argsort(1)[:, : len(self.mentions)])
-        strewn = named.repeat(np.array(self.mentions) * max(1, tokens // self.train_tokens), axis=1).ravel()
+        inserted = named.repeat(np.array(self.mentions) * max(1, tokens // self.train_tokens), axis=1).ravel()
         asked = int(rng.integers(self.kinds))
-        return self.ask(asked, int(named[asked, 0]), strewn, tokens, rng)
+        return self.ask(asked, int(named[asked, 0]), inserted, tokens, rng)
 
 
 @dataclass(frozen=True)
 class ListOps(Task):
-    """Nested lists of digits under MAX, MIN, MED and SM (sum modulo 10), by the published grammar
-    (Nangia & Bowman 2018, section 3).
+    """Nested lists of digits with the operators MAX, MIN, MED and SM (sum modulo 10), by the
+    published grammar (Nangia & Bowman 2018, section 3).
 
-    A node is an operator with probability ¼ and a digit otherwise, with two to `max_arguments`
-    arguments and at most `max_depth` levels; as in Long Range Arena (Tay et al. 2021, section
-    2.2.1), only lists of a certain length are kept: here more than half of the tokens there are.
+    A node is an operator with probability 0.25 and a digit otherwise; operators have two to
+    `max_arguments` arguments, lists at most `max_depth` levels. As in Long Range Arena (Tay et al.
+    2021, section 2.2.1), only lists in a range of lengths are kept, here those that fill more than
+    half of the available tokens.
     """
 
     train_tokens: int = 128
@@ -152,9 +152,7 @@ class ListOps(Task):
 
     def example(self, tokens: int, rng: np.random.Generator) -> Example:
         room = tokens - len((CLS, MASK, SEP, SEP))
-        draws = random.Random(
-            int(rng.integers(2**63))
-        )  # one number at a time is what Python's own generator is fast at
+        draws = random.Random(int(rng.integers(2**63)))  # faster than numpy for single numbers
         while True:
             text: list[int] = []
             value = self._append(text, 1, draws, room)
@@ -162,11 +160,11 @@ class ListOps(Task):
                 return joint([MASK], text, (_FIRST + value,))
 
     def _append(self, text: list[int], depth: int, draws: random.Random, room: int) -> int:
-        """Append an operator with its arguments to `text` and return its value; the root is always
-        one.
+        """Append an operator and its arguments to `text` and return its value; the root is always
+        an operator.
 
-        A text beyond `room` is thrown away whatever follows, so that its making stops there, with
-        no value.
+        Texts longer than `room` are discarded, so generation stops there and the value is
+        meaningless.
         """
         operator = draws.randrange(len(OPERATORS))
         text.append(_FIRST + 10 + operator)

@@ -1,10 +1,10 @@
 """`realm bench spans`: precision, recall, F1 and speed of a salient-span pipeline against annotated
 sentences.
 
-Annotations are CoNLL files, plain or gzip, with BIO tags: one token a line (`token TAB tag` or
+Annotations are CoNLL files, plain or gzip, with BIO tags: one token per line (`token TAB tag` or
 `number TAB token TAB tag`), a blank line between sentences. A sentence's tokens are joined by
-single blanks for tagging; a predicted span counts where both its ends are those of an annotated
-one.
+single spaces for tagging; a predicted span is correct if start and end equal those of an annotated
+span.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _TAG = re.compile(r"O|[BI]-\S+")
 
 @dataclass(frozen=True)
 class AnnotatedSentence:
-    """A sentence's text, its tokens joined by single blanks, and its annotated spans as (start,
+    """A sentence's text, its tokens joined by single spaces, and its annotated spans as (start,
     end, label) in characters."""
 
     text: str
@@ -34,8 +34,8 @@ class AnnotatedSentence:
 
 
 def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
-    """The sentences of a CoNLL file. Raises UserError, naming file and line, on a line that is
-    not one, and on a file it cannot read."""
+    """The sentences of a CoNLL file. Raises UserError with file and line for a malformed line, and
+    for a file that cannot be read."""
     tokens: list[str] = []
     tags: list[str] = []
     try:
@@ -45,8 +45,8 @@ def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
                     fields = line.rstrip("\r\n").split("\t")
                     if len(fields) not in (2, 3) or not fields[-2].strip() or not _TAG.fullmatch(fields[-1]):
                         raise UserError(
-                            f"{path}, line {number}: expected a token and O, B-… or I-… in the last two of two or three tab-separated "
-                            f"fields, got {line.rstrip()!r}"
+                            f"{path}, line {number}: expected two or three tab-separated fields, the last two a token "
+                            f"and a tag (O, B-… or I-…), got {line.rstrip()!r}"
                         )
                     tokens.append(fields[-2])
                     tags.append(fields[-1])
@@ -70,7 +70,7 @@ def _sentence(tokens: list[str], tags: list[str]) -> AnnotatedSentence:
         if tag.startswith("I-") and tag[2:] == label:
             spans[-1] = (spans[-1][0], end, label)
         elif tag != "O":
-            # an I- that continues nothing opens a span, as in the IOB1 files of CoNLL 2003
+            # An I- tag that continues no span starts one, as in the IOB1 files of CoNLL 2003.
             spans.append((position, end, tag[2:]))
         label = "" if tag == "O" else tag[2:]
         position = end + 1
@@ -78,12 +78,12 @@ def _sentence(tokens: list[str], tags: list[str]) -> AnnotatedSentence:
 
 
 def bench_spans(entities: Path | None, dates: Path | None, config: SpanConfig) -> list[dict]:
-    """One row for each file given: what, pipeline, sentences, annotated, precision, recall, f1
-    (shares of 1) and sentences_per_s.
+    """One row per file: what, pipeline, file, sentences, annotated, precision, recall, f1
+    (fractions of 1) and sentences_per_s.
 
-    On `entities` boundaries alone count, and predicted dates and numbers are left out; on `dates`
-    only predicted dates count. Raises UserError on a malformed or empty file and where the pipeline
-    is not installed.
+    On `entities` only boundaries are compared, and predicted dates and numbers are ignored; on
+    `dates` all predictions except dates are ignored. Raises UserError if a file is malformed or
+    empty, and if the pipeline is not installed.
     """
     tagger = SpanTagger.load(config)
     files = [("entities", entities), ("dates", dates)]
@@ -93,15 +93,15 @@ def bench_spans(entities: Path | None, dates: Path | None, config: SpanConfig) -
 def _bench_file(what: str, path: Path, tagger: SpanTagger) -> dict:
     sentences = list(read_conll(path))
     if not sentences:
-        raise UserError(f"{path} holds no sentence: give a CoNLL file with one token a line")
+        raise UserError(f"{path} contains no sentences; use a CoNLL file with one token per line")
     began = time.perf_counter()
     tagged = list(tagger.tag(sentence.text for sentence in sentences))
     seconds = time.perf_counter() - began
-    num_right = num_predicted = num_annotated = 0
+    num_correct = num_predicted = num_annotated = 0
     for sentence, spans in zip(sentences, tagged, strict=True):
-        predicted = {(span.start, span.end) for span in spans if _counts(span, what)}
+        predicted = {(span.start, span.end) for span in spans if _is_evaluated(span, what)}
         annotated = {(start, end) for start, end, _ in sentence.spans}
-        num_right += len(predicted & annotated)
+        num_correct += len(predicted & annotated)
         num_predicted += len(predicted)
         num_annotated += len(annotated)
     return {
@@ -110,14 +110,14 @@ def _bench_file(what: str, path: Path, tagger: SpanTagger) -> dict:
         "file": path.name,
         "sentences": len(sentences),
         "annotated": num_annotated,
-        "precision": num_right / num_predicted if num_predicted else 0.0,
-        "recall": num_right / num_annotated if num_annotated else 0.0,
-        "f1": 2 * num_right / (num_predicted + num_annotated) if num_predicted + num_annotated else 0.0,
+        "precision": num_correct / num_predicted if num_predicted else 0.0,
+        "recall": num_correct / num_annotated if num_annotated else 0.0,
+        "f1": 2 * num_correct / (num_predicted + num_annotated) if num_predicted + num_annotated else 0.0,
         "sentences_per_s": len(sentences) / seconds,
     }
 
 
-def _counts(span: SalientSpan, what: str) -> bool:
+def _is_evaluated(span: SalientSpan, what: str) -> bool:
     return span.type == "date" if what == "dates" else span.type not in ("date", "number")
 
 
@@ -132,35 +132,35 @@ def _table(rows: list[dict]) -> str:
     }
     cells = [[*rows[0]], *([formats.get(name, "{}").format(value) for name, value in row.items()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [name in formats for name in rows[0]]
+    is_numeric = [name in formats for name in rows[0]]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(line, widths, numeric, strict=True)
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(line, widths, is_numeric, strict=True)
         ).rstrip()
         for line in cells
     )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """Add the options of the command."""
     parser.add_argument("--entities", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of named entities")
     parser.add_argument("--dates", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of date expressions")
     parser.add_argument(
         "--pipeline", default="builtin", help='"builtin" or a spaCy pipeline by name or path (default: %(default)s)'
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Benchmarks as `argv` says, prints one table and returns 0; raises UserError."""
+    """Run the benchmark with the options `argv`, print one table and return 0. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="realm bench spans", description="Precision, recall, F1 and speed of a salient-span pipeline."
     )
     add_options(parser)
     args = parser.parse_args(argv)
     if args.entities is None and args.dates is None:
-        raise UserError("nothing to measure: give --entities FILE, --dates FILE or both")
+        raise UserError("nothing to measure; give --entities FILE, --dates FILE or both")
     rows = bench_spans(args.entities, args.dates, SpanConfig(pipeline=args.pipeline))
     print(_table(rows))
     if args.json is not None:

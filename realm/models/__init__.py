@@ -1,1 +1,1 @@
-"""Retriever, reader, and the module that each stage trains."""
+"""Retriever, reader, training objectives, and the module and batches of each training stage."""

@@ -16,39 +16,40 @@ from realm.runtime.hub import require_on_hub
 
 @dataclass(frozen=True)
 class BertSource:
-    """Where a BERT comes from; the sizes count only when it is made from scratch."""
+    """Source of a BERT encoder; the sizes apply only to one trained from scratch."""
 
     path: str | None = None
-    """Hub name or local folder of a BERT checkpoint; none: random weights of the sizes below."""
+    """Hub name or local folder of a BERT checkpoint (default: random weights)."""
     layers: int = 12
     """Transformer layers."""
     hidden: int = 768
-    """Width of a token's representation."""
+    """Hidden width."""
     heads: int = 12
     """Attention heads; must divide `hidden`."""
     intermediate: int = 3072
     """Width of the feed-forward layers."""
     dropout: float = 0.1
-    """Dropout on hidden states and attention, of checkpoints too."""
+    """Dropout of hidden states and attention probabilities, also for checkpoints."""
     max_positions: int = 512
-    """Learned positions of a model made from scratch."""
+    """Learned position embeddings of a model trained from scratch."""
     init_std: float = 0.02
-    """Standard deviation of random weights."""
+    """Standard deviation of the random initialization."""
     init: Literal["normal", "mimetic"] = "normal"
-    """Random weights as they are, or with attention started as trained models end up: see
+    """Plain random initialization, or attention initialized similar to that of trained models: see
     `mimetic_init`."""
 
 
 def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:
-    """The encoder without BERT's pooler. `field` names the config section in messages.
+    """The encoder without BERT's pooler. Error messages name the config section `field`.
 
-    Raises UserError where the checkpoint cannot be found or read, is no BERT, or has fewer
+    Raises UserError if the checkpoint cannot be found or read, is not a BERT model, or has fewer
     embeddings than the tokenizer has wordpieces.
     """
     if source.path is None:
         if source.hidden % source.heads:
             raise UserError(
-                f"{field}.hidden ({source.hidden}) is no multiple of {field}.heads ({source.heads}); choose a divisor."
+                f"{field}.hidden ({source.hidden}) is not a multiple of {field}.heads ({source.heads}); "
+                "choose a number of heads that divides it."
             )
         config = BertConfig(
             vocab_size=vocab_size,
@@ -70,25 +71,24 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
     try:
         with quiet_loading():
-            # Whatever the checkpoint was saved in, parameters are fp32; lower precision is
-            # autocast.
+            # Parameters are fp32 whatever dtype the checkpoint has; lower precision is autocast.
             bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{field}.path: no BERT weights could be read from {source.path!r} ({first_line(error)})."
+            f"{field}.path: cannot read BERT weights from {source.path!r} ({first_line(error)})."
         ) from error
     if bert.config.vocab_size < vocab_size:
         raise UserError(
-            f"{field}.path: {source.path!r} embeds {bert.config.vocab_size} wordpieces, the tokenizer has {vocab_size}; "
-            "use the checkpoint's own tokenizer (tokenizer.path)."
+            f"{field}.path: {source.path!r} has embeddings for {bert.config.vocab_size} wordpieces, but the tokenizer "
+            f"has {vocab_size}; use the checkpoint's tokenizer (tokenizer.path)."
         )
     return bert
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers from reporting the heads that a checkpoint lacks, or has and we do not
-    use: those that matter we report ourselves."""
+    """Suppress transformers' reports of missing and unused heads; callers report the missing heads
+    that matter."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -100,14 +100,15 @@ def quiet_loading() -> Iterator[None]:
 
 
 def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> None:
-    """Add to every attention what training from scratch takes long to find (after Trockman & Kolter
-    2023, "Mimetic Initialization").
+    """Add to every attention layer a structure that training from scratch is slow to find (after
+    Trockman & Kolter 2023, "Mimetic Initialization").
 
-    Values and output together pass a share `copy` of each attended token on as it is; queries and
-    keys together let like attend to like, at scale `match`. The sign of the first is that of a
-    model that copies: with tied output embeddings a mask then predicts what it attends to.
-    Positions start as sinusoids as large as the word embeddings (Vaswani et al. 2017, section 3.5),
-    so that near positions are alike.
+    The product of value and output projection is about `copy` times the identity, so attended
+    tokens are copied; the product of query and key projection is about `match` times the identity,
+    so similar tokens attend to each other. The positive sign of the first is that of a model that
+    copies: with tied output embeddings, a mask then predicts what it attends to. Positions are
+    initialized as sinusoids as large as the word embeddings (Vaswani et al. 2017, section 3.5), so
+    that near positions are similar.
     """
     with torch.no_grad():
         positions = bert.embeddings.position_embeddings.weight
@@ -126,23 +127,22 @@ def mimetic_init(bert: BertModel, copy: float = 1.0, match: float = 0.25) -> Non
 
 
 def bert_config(path: str, field: str) -> BertConfig:
-    """The checkpoint's config; raises UserError with the remedy when it is out of reach or of
-    another family."""
+    """The checkpoint's config. Raises UserError if it cannot be found or is not a BERT config."""
     local = Path(path).exists() or path.startswith(("/", ".", "~"))
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         if local:
             raise UserError(
-                f"{field}.path: {path!r} is no folder of a transformers checkpoint ({first_line(error)})."
+                f"{field}.path: {path!r} is not a transformers checkpoint folder ({first_line(error)})."
             ) from error
         require_on_hub(path, f"{field}.path:")
         config = AutoConfig.from_pretrained(path)
     if not isinstance(config, BertConfig):
-        raise UserError(f"{field}.path: {path!r} is a {config.model_type!r} model; give a BERT checkpoint.")
+        raise UserError(f"{field}.path: {path!r} is a {config.model_type!r} model; use a BERT checkpoint.")
     return config
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's message, for quoting inside ours."""
+    """The first line of another library's error message, for quotation in an error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

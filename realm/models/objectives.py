@@ -1,7 +1,7 @@
-"""Training objectives as functions of scores and log-probabilities; no model, no data.
+"""Training objectives as functions of scores and log-probabilities, independent of models and data.
 
-Shape legend: B queries, N candidates a query, M masked wordpieces, S spans of a passage, D
-embedding width.
+Shape legend: B queries, N candidates per query, K retrieved passages, C passages of a batch, M
+masked wordpieces, S spans of a passage, D embedding width.
 """
 
 import torch
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MASKED_SCORE = -1e9
-"""Log-score of a slot that holds nothing: finite, so that no gradient turns to NaN."""
+"""Score of empty slots: finite, so that gradients are never NaN."""
 
 
 def candidate_log_prior(score_BN: Tensor, valid_BN: Tensor) -> Tensor:
     """log p(z|x), (B, N): softmax of relevance scores over the candidates (Guu et al. 2020, section
     3.1).
 
-    `valid_BN` is false on slots without a candidate; they get probability 0.
+    `valid_BN` is false on empty slots, which get probability 0.
     """
     return F.log_softmax(score_BN.masked_fill(~valid_BN, MASKED_SCORE), dim=-1)
 
@@ -25,57 +25,56 @@ def joint_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, t
     """log p(y|x) = log Σ_z p(z|x) Π_m p(y_m|z,x), (B,) (Guu et al. 2020, section 3.1 and equation
     1).
 
-    `token_mask_BM` is true on the wordpieces of y, false on padding. The gradient on a candidate's score
-    is [p(y|z,x)/p(y|x) − 1]·p(z|x), negated in the loss (appendix A).
+    `token_mask_BM` is true on the wordpieces of y, false on padding. The gradient with respect to a
+    candidate's score is [p(y|z,x)/p(y|x) − 1]·p(z|x), negated in the loss (appendix A).
     """
     log_p_y_given_z_BN = (token_log_p_BNM * token_mask_BM[:, None]).sum(-1)
     return torch.logsumexp(log_p_z_BN + log_p_y_given_z_BN, dim=-1)
 
 
 def per_token_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tensor, token_mask_BM: Tensor) -> Tensor:
-    """Σ_m log Σ_z p(z|x) p(y_m|z,x), (B,): each wordpiece marginalised for itself, as in the
+    """Σ_m log Σ_z p(z|x) p(y_m|z,x), (B,): each wordpiece marginalized separately, as in the
     released TensorFlow code."""
     log_p_y_BM = torch.logsumexp(log_p_z_BN[..., None] + token_log_p_BNM, dim=1)
     return (log_p_y_BM * token_mask_BM).sum(-1)
 
 
 MARGINALS = {"joint": joint_marginal_log_likelihood, "per_token": per_token_marginal_log_likelihood}
-"""Marginal likelihoods by the name used in configs."""
+"""Marginal likelihoods by their names in configs."""
 
 
 def in_batch_loss(
     query_emb_BD: Tensor, passage_emb_CD: Tensor, target_B: Tensor, excluded_BC: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the C passages of a batch: loss and accuracy, both scalars.
+    """Softmax cross-entropy over the C passages of a batch: loss and accuracy, both scalars.
 
-    The inverse cloze task (Lee et al. 2019, section 4) and finetuning on questions with hard
-    negatives (Karpukhin et al. 2020, section 3.2) differ in what the batch holds. Query b should
-    choose passage `target_B[b]`; passages with `excluded_BC` are none of its candidates.
+    The loss of the inverse cloze task (Lee et al. 2019, section 4) and of finetuning on questions
+    with hard negatives (Karpukhin et al. 2020, section 3.2), which differ in their batches. The
+    target of query b is passage `target_B[b]`; passages where `excluded_BC` is true are ignored.
     """
-    with torch.autocast(
-        query_emb_BD.device.type, enabled=False
-    ):  # a product rounded to bf16 tells near passages no longer apart
+    # Scores rounded to bf16 would not distinguish similar passages.
+    with torch.autocast(query_emb_BD.device.type, enabled=False):
         score_BC = query_emb_BD.float() @ passage_emb_CD.float().T / temperature
     score_BC = score_BC.masked_fill(excluded_BC, MASKED_SCORE)
     return F.cross_entropy(score_BC, target_B), (score_BC.argmax(-1) == target_B).float().mean()
 
 
 def merge_slot_scores(score_BN: Tensor, read_slot_BN: Tensor) -> Tensor:
-    """Relevance score of what is read, (B, N): log Σ exp of the scores of all passages read at that
-    place, MASKED_SCORE where none is.
+    """Relevance score of each read slot, (B, N): log Σ exp of the scores of its passages, or
+    MASKED_SCORE if it has none.
 
-    `read_slot_BN` is the place at which each passage is read: its own, or that of a passage of the
-    same document; -1 where there is no passage.
+    `read_slot_BN` is the slot in which each passage is read: its own, or that of another passage of
+    the same document; -1 for empty slots.
     """
     member_BNN = read_slot_BN[:, None, :] == torch.arange(read_slot_BN.shape[1], device=read_slot_BN.device)[:, None]
     return torch.logsumexp(score_BN[:, None, :].masked_fill(~member_BNN, MASKED_SCORE), dim=-1)
 
 
 def positive_log_marginal(log_p: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ p over the positives of the last axis, and whether there is any; both with the last
-    axis gone (Lee et al. 2019, equation 6).
+    """log Σ p over the positives of the last axis, and whether there are any; both without the
+    last axis (Lee et al. 2019, equation 6).
 
-    Rows without a positive return 0 as log-likelihood and must be left out of the mean.
+    The log-likelihood of rows without a positive is 0; exclude them from the mean.
     """
     has_positive = positive.any(-1)
     log_likelihood = torch.logsumexp(log_p.masked_fill(~positive, MASKED_SCORE), dim=-1)
@@ -90,26 +89,25 @@ def open_qa_loss(
     is_answer_BNS: Tensor,
     valid_BNS: Tensor,
 ) -> dict[str, Tensor]:
-    """ORQA's finetuning loss (Lee et al. 2019, section 5): retriever marginal plus reader marginal,
-    each mean over the rows with a positive.
+    """ORQA's finetuning loss (Lee et al. 2019, section 5): the sum of a retriever loss and a reader
+    loss, each averaged over the rows with a positive.
 
-    The retriever's softmax runs over K retrieved passages, the reader's over all spans S of the N
+    The retriever's softmax is over K retrieved passages, the reader's over all spans S of the N
     passages read, whose scores already include the passage's retrieval score. Returns `loss`,
-    `retriever_loss`, `reader_loss`, `retriever_rows`, `reader_rows` (shares of B).
+    `retriever_loss`, `reader_loss`, and the fractions of B with a positive, `retriever_rows` and
+    `reader_rows`.
     """
     log_p_BK = F.log_softmax(retrieval_score_BK.masked_fill(~valid_BK, MASKED_SCORE), dim=-1)
-    retriever_B, retrieved_B = positive_log_marginal(log_p_BK, has_answer_BK & valid_BK)
-    flat_score, flat_answer = (
-        span_score_BNS.masked_fill(~valid_BNS, MASKED_SCORE).flatten(1),
-        (is_answer_BNS & valid_BNS).flatten(1),
-    )
-    reader_B, readable_B = positive_log_marginal(F.log_softmax(flat_score, dim=-1), flat_answer)
-    retriever_loss = -retriever_B.sum() / retrieved_B.sum().clamp(min=1)
-    reader_loss = -reader_B.sum() / readable_B.sum().clamp(min=1)
+    retriever_log_p_B, retriever_rows_B = positive_log_marginal(log_p_BK, has_answer_BK & valid_BK)
+    flat_score = span_score_BNS.masked_fill(~valid_BNS, MASKED_SCORE).flatten(1)
+    flat_answer = (is_answer_BNS & valid_BNS).flatten(1)
+    reader_log_p_B, reader_rows_B = positive_log_marginal(F.log_softmax(flat_score, dim=-1), flat_answer)
+    retriever_loss = -retriever_log_p_B.sum() / retriever_rows_B.sum().clamp(min=1)
+    reader_loss = -reader_log_p_B.sum() / reader_rows_B.sum().clamp(min=1)
     return {
         "loss": retriever_loss + reader_loss,
         "retriever_loss": retriever_loss,
         "reader_loss": reader_loss,
-        "retriever_rows": retrieved_B.float().mean(),
-        "reader_rows": readable_B.float().mean(),
+        "retriever_rows": retriever_rows_B.float().mean(),
+        "reader_rows": reader_rows_B.float().mean(),
     }

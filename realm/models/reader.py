@@ -1,10 +1,10 @@
 """The reader: a BERT over `[CLS] x [SEP] title [SEP] text [SEP]` with a masked-language head and a
 span head.
 
-Token type 0 marks `[CLS] x [SEP]` (global tokens of a long-context attention), type 1 the passage.
+Token type 0 marks `[CLS] x [SEP]` (global tokens in long-context attention), type 1 the passage.
 
-Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, W
-longest answer in wordpieces.
+Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, K
+hidden width of the span head, W maximum answer length in wordpieces.
 """
 
 import json
@@ -35,20 +35,21 @@ class ReaderConfig:
     bert: BertSource = field(default_factory=BertSource)
     """The encoder."""
     attention: AttentionConfig = field(default_factory=DenseAttention)
-    """Self-attention variant, by `type`."""
+    """Self-attention variant, selected by `type`."""
     mlm_head: Literal["transform", "tied"] = "transform"
-    """BERT's dense transform before the tied output embeddings, or the tied output alone (better
-    from scratch with few steps)."""
+    """BERT's dense transform before the tied output embeddings, or only the tied output embeddings
+    (better with few steps from scratch)."""
     span_hidden: int = 256
     """Width of the span head's hidden layer."""
     max_span_tokens: int = 10
-    """Longest answer span W in wordpieces."""
+    """Maximum length W of an answer span in wordpieces."""
     max_tokens: int = 384
-    """Longest joint input; positions are extended when the encoder has fewer."""
+    """Maximum length of a joint input in wordpieces; if the encoder has fewer positions, they are
+    extended."""
 
 
 class Reader(nn.Module):
-    """Encoder with both heads."""
+    """Encoder with a masked-language head and a span head."""
 
     def __init__(self, bert: BertModel, config: ReaderConfig) -> None:
         super().__init__()
@@ -70,55 +71,56 @@ class Reader(nn.Module):
         self.span_score = nn.Linear(config.span_hidden, 1)
 
     def adapt(self, config: ReaderConfig) -> None:
-        """Read as `config` says from now on: longer inputs, and another attention in the place of
-        dense attention.
+        """Change to `config`, in place: longer inputs, or another variant instead of dense
+        attention.
 
-        Raises UserError where what was trained cannot be carried over: from one variant to another,
-        to another span length, or to longer texts with a variant made for a number of positions.
+        Raises UserError if the trained parameters do not fit: if a variant other than dense would
+        change, if a head or the span length differs, and for longer inputs with a variant of fixed
+        length.
         """
         old = self.config
         for name in ("mlm_head", "span_hidden", "max_span_tokens"):
             if getattr(config, name) != getattr(old, name):
                 raise UserError(
-                    f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with {getattr(old, name)!r}; keep that."
+                    f"reader.{name} is {getattr(config, name)!r}, but the reader was trained with "
+                    f"{getattr(old, name)!r}; use that value."
                 )
         positions = self.bert.config.max_position_embeddings
         if old.attention.fixed_length and config.max_tokens > positions:
             raise UserError(
-                f"reader.max_tokens is {config.max_tokens}, but {old.attention} was trained for {positions} positions; lower it to that."
+                f"reader.max_tokens is {config.max_tokens}, but {old.attention} was trained for {positions} positions; "
+                f"set it to at most {positions}."
             )
         extend_positions(self.bert, config.max_tokens)
         if config.attention != old.attention:
             if not isinstance(old.attention, DenseAttention):
                 raise UserError(
-                    f"reader.attention differs from what the reader was trained with ({old.attention}); only a reader of dense attention can change."
+                    f"reader.attention is {config.attention}, but the reader was trained with {old.attention}; "
+                    "only a reader with dense attention can change to another variant."
                 )
             bind_attention(self.bert, config.attention)
         self.config = config
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor, type_BL: Tensor) -> Tensor:
         """Hidden states (B, L, H)."""
-        # Dense attention has no use for the global mask; replaced modules receive it through BERT's
-        # keyword arguments.
-        extra = (
-            {}
-            if isinstance(self.config.attention, DenseAttention)
-            else {"global_mask": (type_BL == 0) & mask_BL.bool()}
-        )
+        # Variants receive the global mask through BERT's keyword arguments; dense attention needs
+        # none.
+        extra = {}
+        if not isinstance(self.config.attention, DenseAttention):
+            extra["global_mask"] = (type_BL == 0) & mask_BL.bool()
         return self.bert(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL, **extra).last_hidden_state
 
     def mlm_logits(self, hidden_BLH: Tensor, position_BM: Tensor) -> Tensor:
         """Vocabulary logits at the given positions, (B, M, V)."""
-        picked_BMH = hidden_BLH.gather(1, position_BM[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
-        return F.linear(
-            self.mlm_transform(picked_BMH), self.bert.embeddings.word_embeddings.weight, self.mlm_bias
-        ).float()
+        hidden_BMH = hidden_BLH.gather(1, position_BM[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
+        word_embeddings = self.bert.embeddings.word_embeddings.weight
+        return F.linear(self.mlm_transform(hidden_BMH), word_embeddings, self.mlm_bias).float()
 
     def span_scores(self, hidden_BLH: Tensor) -> Tensor:
         """Scores of all spans, (B, L, W): entry [b, s, w] is the span from s to s + w inclusive
         (Lee et al. 2019, section 3.3).
 
-        Spans that run past the end hold values of no meaning; `span_mask` tells them apart.
+        Scores of spans that exceed the input are meaningless; `span_mask` is false on them.
         """
         start_BLK, end_BLK = self.span_start(hidden_BLH), self.span_end(hidden_BLH)
         width = self.config.max_span_tokens
@@ -128,11 +130,10 @@ class Reader(nn.Module):
 
 
 def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
-    """True where a span lies inside what may be chosen from and begins and ends with whole words,
-    (B, L, W).
+    """True on spans of whole words inside the passage, (B, L, W).
 
-    `inside_BL`: true on wordpieces of the passage that are no special tokens; `continuation_BL`:
-    true on those that continue a word.
+    `inside_BL`: true on wordpieces of the passage except special tokens; `continuation_BL`: true on
+    wordpieces that continue a word.
     """
     inside_BLW = F.pad(inside_BL, (0, width - 1)).unfold(1, width, 1)
     word_ends_BL = F.pad(~continuation_BL[:, 1:], (0, 1), value=True)
@@ -141,22 +142,22 @@ def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
 
 
 def span_targets(
-    places: Sequence[Sequence[tuple[int, int]]],
+    occurrences: Sequence[Sequence[tuple[int, int]]],
     ids_BL: Tensor,
     mask_BL: Tensor,
     type_BL: Tensor,
     words: Wordpieces,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Which spans of joint inputs are the answer, and which may be one, both (B, L, W): see
-    `Reader.span_scores`, `span_mask`.
+    """Masks of the spans that are the answer and of those that are allowed, both (B, L, W); see
+    `Reader.span_scores` and `span_mask`.
 
-    `places` has for each input the start and the length in wordpieces of every occurrence; longer
-    ones than W cannot be chosen.
+    `occurrences` lists start and length in wordpieces of every occurrence of the answer, per joint
+    input; occurrences longer than W are ignored.
     """
     is_answer_BLW = torch.zeros(*ids_BL.shape, width, dtype=torch.bool)
-    for row, spots in enumerate(places):
-        for start, length in spots:
+    for row, spans in enumerate(occurrences):
+        for start, length in spans:
             if length <= width:
                 is_answer_BLW[row, start, length - 1] = True
     inside_BL = mask_BL.bool() & (type_BL == 1) & ~torch.isin(ids_BL, torch.tensor((words.cls, words.sep)))
@@ -164,15 +165,16 @@ def span_targets(
 
 
 def pad_joint(sequences: list[IntArray], first_segments: list[int], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded ids, mask and token types of joint inputs, each (B, L)."""
+    """Padded ids, mask and token types of joint inputs, each (B, L); `first_segments` are the
+    lengths of `[CLS] x [SEP]`."""
     ids_BL, mask_BL = pad_batch(sequences, pad_id)
     type_BL = (torch.arange(ids_BL.shape[1])[None] >= torch.tensor(first_segments)[:, None]).long() * mask_BL
     return ids_BL, mask_BL, type_BL
 
 
 def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Reader, list[str]]:
-    """A reader as the config says, and notes for the user on what the checkpoint did not bring
-    along."""
+    """Build a reader from the config; returns it and notes for the user about weights missing in
+    the checkpoint."""
     bert = load_bert(config.bert, len(tokenizer), tokenizer.pad_token_id, "reader.bert")
     reader = Reader(bert, config)
     std = bert.config.initializer_range
@@ -187,7 +189,8 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
     masked_lm, info = loaded
     if any(name.startswith("cls.predictions") and "decoder" not in name for name in info["missing_keys"]):
         return reader, [
-            f"reader.bert.path {config.bert.path!r} holds no masked-language head: it starts untrained, so warm the reader up."
+            f"reader.bert.path: {config.bert.path!r} has no masked-language head; the head is initialized randomly, so "
+            "run `realm reader-pretraining`."
         ]
     head = masked_lm.cls.predictions
     with torch.no_grad():
@@ -200,7 +203,7 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write weights (safetensors), both configs and the tokenizer."""
+    """Save weights (safetensors), both configs and the tokenizer."""
     path.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in reader.state_dict().items()},
@@ -213,12 +216,14 @@ def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) 
 
 
 def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
-    """Read what `save_reader` wrote, parameters of the attention variant included, in evaluation
-    mode; with `config` see `Reader.adapt`."""
+    """Load a reader saved by `save_reader`, with the parameters of its attention variant, in
+    evaluation mode; with `config`, adapt it (`Reader.adapt`)."""
     try:
         saved = draccus.decode(ReaderConfig, json.loads((path / "reader.json").read_text()))
     except OSError as error:
-        raise UserError(f"{path} is no saved reader (no reader.json); give a model folder of a run's stage.") from error
+        raise UserError(
+            f"{path} is not a saved reader (no reader.json); use a model folder of one of a run's stages."
+        ) from error
     reader = Reader(BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False), saved)
     reader.load_state_dict(load_file(path / "model.safetensors"))
     if config is not None:

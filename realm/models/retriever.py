@@ -1,10 +1,10 @@
 """The retriever: BERT towers that embed queries and passages for maximum inner product search (Guu
 et al. 2020, section 3.2).
 
-Exported folders have the layout of sentence-transformers and load there as they are; passages are
-encoded as `[CLS] title [SEP] text [SEP]` with every token of type 0, queries as `[CLS] text [SEP]`.
+Passages are encoded as `[CLS] title [SEP] text [SEP]` with token type 0 throughout, queries as
+`[CLS] text [SEP]`.
 
-Shape legend: B rows, L wordpieces, H hidden width, D embedding width.
+Shape legend: B rows, N candidates per query, L wordpieces, H hidden width, D embedding width.
 """
 
 from collections.abc import Callable
@@ -31,27 +31,26 @@ class RetrieverConfig:
     bert: BertSource = field(default_factory=BertSource)
     """The encoder of each tower."""
     pooling: Literal["cls", "mean"] = "cls"
-    """What stands for the whole text: the first token, or the mean of all real tokens
-    (off-the-shelf sentence encoders)."""
+    """Pooling of the hidden states: the first token, or the mean of all real tokens (off-the-shelf
+    sentence encoders)."""
     projection: Literal["linear", "none"] = "linear"
-    """A linear map to `projection_dim` (the paper's W), or the pooled vector itself."""
+    """Linear projection to `projection_dim` (the paper's W), or none."""
     projection_dim: int = 128
     """Embedding width D with a linear projection."""
     normalize: bool = False
-    """Scale embeddings to length 1; set a `temperature` well below 1 with it."""
+    """Scale embeddings to length 1; use it with a `temperature` well below 1."""
     temperature: float = 1.0
-    """Inner products are divided by this before the softmax over candidates; the ranking does
-    not change."""
+    """Divisor of inner products before the softmax over candidates; does not change the ranking."""
     shared_tower: bool = True
-    """One tower for queries and passages, or one each (started alike)."""
+    """One tower for queries and passages, or one for each (with the same initial weights)."""
     max_query_tokens: int = 96
-    """Longest query, special tokens included."""
+    """Maximum length of a query in wordpieces, including special tokens."""
     max_passage_tokens: int = 288
-    """Longest passage, title and special tokens included."""
+    """Maximum length of a passage in wordpieces, including its title and special tokens."""
 
 
 class Tower(nn.Module):
-    """One BERT with pooling and projection: (B, L) token ids to (B, D)."""
+    """One BERT with pooling and projection: (B, L) token ids to embeddings (B, D)."""
 
     def __init__(self, bert: BertModel, pooling: str, projection_dim: int | None, normalize: bool) -> None:
         super().__init__()
@@ -65,15 +64,13 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         hidden_BLH = self.bert(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        dtype = torch.promote_types(
-            hidden_BLH.dtype, torch.float32
-        )  # from here on, whatever autocast says: scores must not be rounded
+        # From here on fp32 or better, also under autocast: scores must not be rounded.
+        dtype = torch.promote_types(hidden_BLH.dtype, torch.float32)
         if self.pooling == "cls":
             pooled_BH = hidden_BLH[:, 0].to(dtype)
         else:
-            pooled_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype) / mask_BL.sum(
-                1, keepdim=True
-            )
+            sum_BH = (hidden_BLH * mask_BL[..., None].to(hidden_BLH.dtype)).sum(1, dtype=dtype)
+            pooled_BH = sum_BH / mask_BL.sum(1, keepdim=True)
         if isinstance(self.projection, nn.Linear):
             pooled_BH = pooled_BH.to(self.projection.weight.dtype)
         with torch.autocast(pooled_BH.device.type, enabled=False):
@@ -82,7 +79,7 @@ class Tower(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Query tower and passage tower; with `shared_tower` they are one module."""
+    """Query tower and passage tower; with `shared_tower` they are the same module."""
 
     def __init__(self, query_tower: Tower, passage_tower: Tower, temperature: float) -> None:
         super().__init__()
@@ -97,7 +94,7 @@ class Retriever(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """Whether both towers are one."""
+        """Whether both towers are the same module."""
         return self.query_tower is self.passage_tower
 
     def embed_queries(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
@@ -109,8 +106,8 @@ class Retriever(nn.Module):
         return self.passage_tower(ids_BL, mask_BL)
 
     def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
-        """Relevance f(x, z) of N candidates a query, (B, N): inner product over temperature
-        (section 3.1)."""
+        """Relevance f(x, z) of N candidates per query, (B, N): inner product divided by the
+        temperature (section 3.1)."""
         with torch.autocast(query_emb_BD.device.type, enabled=False):
             return torch.einsum("bd,bnd->bn", query_emb_BD.float(), candidate_emb_BND.float()) / self.temperature
 
@@ -119,23 +116,23 @@ def embed_by_length(
     embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4
 ) -> Tensor:
     """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not
-    computed as long as the longest.
+    padded to the longest.
 
-    The number of buckets is the same for every B, so that ranks issue the same collectives.
+    The number of buckets does not depend on B, so that all ranks issue the same collectives.
     """
     lengths_B = mask_BL.sum(1)
     order_B = lengths_B.argsort(descending=True, stable=True)
     parts = []
     for rows in order_B.tensor_split(num_buckets):
-        used = rows if len(rows) else order_B[-1:]
-        longest = int(lengths_B[used].max())
-        parts.append(embed(ids_BL[used, :longest], mask_BL[used, :longest])[: len(rows)])
+        bucket = rows if len(rows) else order_B[-1:]
+        max_length = int(lengths_B[bucket].max())
+        parts.append(embed(ids_BL[bucket, :max_length], mask_BL[bucket, :max_length])[: len(rows)])
     return torch.cat(parts)[order_B.argsort()]
 
 
 def embed_no_grad(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: Precision = "fp32") -> np.ndarray:
-    """Embeddings without gradient or dropout, on the tower's own device, (B, D) float32;
-    `precision` bf16 computes under autocast."""
+    """Embeddings without gradients and dropout, computed on the tower's device, (B, D) float32;
+    with `precision` bf16 under autocast."""
     device = next(tower.parameters()).device
     training = tower.training
     tower.eval()
@@ -146,19 +143,19 @@ def embed_no_grad(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: 
 
 
 def build_retriever(config: RetrieverConfig, tokenizer: PreTrainedTokenizerBase) -> Retriever:
-    """A retriever as the config says, from a checkpoint or from random weights."""
+    """Build a retriever from the config, with the weights of a checkpoint or random weights."""
 
     def tower() -> Tower:
         bert = load_bert(config.bert, len(tokenizer), tokenizer.pad_token_id, "retriever.bert")
-        return Tower(
-            bert, config.pooling, config.projection_dim if config.projection == "linear" else None, config.normalize
-        )
+        projection_dim = config.projection_dim if config.projection == "linear" else None
+        return Tower(bert, config.pooling, projection_dim, config.normalize)
 
     query_tower = tower()
-    longest = max(config.max_query_tokens, config.max_passage_tokens)
-    if longest > query_tower.bert.config.max_position_embeddings:
+    max_tokens = max(config.max_query_tokens, config.max_passage_tokens)
+    max_positions = query_tower.bert.config.max_position_embeddings
+    if max_tokens > max_positions:
         raise UserError(
-            f"retriever.max_query_tokens / max_passage_tokens ({longest}) exceed the encoder's {query_tower.bert.config.max_position_embeddings} "
+            f"retriever.max_query_tokens / max_passage_tokens ({max_tokens}) exceed the encoder's {max_positions} "
             "positions; lower them."
         )
     if config.shared_tower:

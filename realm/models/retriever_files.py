@@ -20,11 +20,11 @@ from realm.text.tokenizer import load_tokenizer
 def save_retriever(
     retriever: Retriever, tokenizer: PreTrainedTokenizerBase, path: Path, max_query_tokens: int, max_passage_tokens: int
 ) -> None:
-    """Write a folder that `load_retriever` and `SentenceTransformer(path)` both read (safetensors
+    """Save to a folder that `load_retriever` and `SentenceTransformer(path)` both load (safetensors
     and JSON, no pickle).
 
-    With two towers the folder holds a sentence-transformers Router: `encode_query` and
-    `encode_document` choose the tower.
+    With two towers the folder is a sentence-transformers Router: `encode_query` and
+    `encode_document` select the tower.
     """
     path.mkdir(parents=True, exist_ok=True)
     if retriever.shared:
@@ -41,7 +41,7 @@ def save_retriever(
             structure[route] = [module["path"] for module in modules]
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write_json(path / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
-        _write_json(path / "modules.json", [_module(0, "", "sentence_transformers.models.Router")])
+        _write_json(path / "modules.json", [_module_entry(0, "", "sentence_transformers.models.Router")])
     _write_json(
         path / "config_sentence_transformers.json", {"model_type": "SentenceTransformer", "similarity_fn_name": "dot"}
     )
@@ -58,46 +58,46 @@ def save_retriever(
 
 
 def load_retriever(path: Path) -> tuple[Retriever, PreTrainedTokenizerBase]:
-    """Read what `save_retriever` wrote, in evaluation mode.
+    """Load a retriever saved by `save_retriever`, in evaluation mode, and its tokenizer.
 
-    Raises UserError where the folder is missing or not an exported retriever.
+    Raises UserError if the folder does not exist or is not an exported retriever.
     """
     settings = read_retriever_settings(path)
 
-    def tower(prefix: str) -> Tower:
+    def load_tower(prefix: str) -> Tower:
         transformer = path / f"{prefix}0_Transformer" if prefix else path
         bert = BertModel(BertConfig.from_pretrained(transformer), add_pooling_layer=False)
         bert.load_state_dict(load_file(transformer / "model.safetensors"))
-        built = Tower(bert, settings["pooling"], settings["projection_dim"], settings["normalize"])
+        tower = Tower(bert, settings["pooling"], settings["projection_dim"], settings["normalize"])
         if settings["projection_dim"] is not None:
             dense = load_file(path / f"{prefix}2_Dense" / "model.safetensors")
-            built.projection.load_state_dict({name.removeprefix("linear."): value for name, value in dense.items()})
-        return built
+            tower.projection.load_state_dict({name.removeprefix("linear."): value for name, value in dense.items()})
+        return tower
 
     if settings["shared_tower"]:
-        shared = tower("")
-        retriever = Retriever(shared, shared, settings["temperature"])
+        tower = load_tower("")
+        retriever = Retriever(tower, tower, settings["temperature"])
         tokenizer = load_tokenizer(str(path))
     else:
-        retriever = Retriever(tower("query_"), tower("document_"), settings["temperature"])
+        retriever = Retriever(load_tower("query_"), load_tower("document_"), settings["temperature"])
         tokenizer = load_tokenizer(str(path / "query_0_Transformer"))
     return retriever.eval(), tokenizer
 
 
 def read_retriever_settings(path: Path) -> dict:
-    """The `retriever.json` of an exported retriever; raises UserError where there is none."""
+    """The `retriever.json` of an exported retriever. Raises UserError if it cannot be read."""
     try:
         return json.loads((path / "retriever.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} is no exported retriever (no readable retriever.json); give a folder under encoders/ of a run."
+            f"{path} is not an exported retriever (no readable retriever.json); use a folder under encoders/ of a run."
         ) from error
 
 
 def _save_tower(
     tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, prefix: str, max_tokens: int
 ) -> list[dict]:
-    """One tower's modules in sentence-transformers' layout; returns their entries for modules.json."""
+    """Save one tower as modules of sentence-transformers; returns their entries of modules.json."""
     package = "sentence_transformers.models"
     transformer = path / f"{prefix}0_Transformer" if prefix else path
     transformer.mkdir(exist_ok=True)
@@ -109,25 +109,24 @@ def _save_tower(
     tower.bert.config.architectures = ["BertModel"]
     tower.bert.config.save_pretrained(transformer)
     tokenizer.save_pretrained(transformer)
-    # Without its pooler the weights are complete, and loading them brings no report of missing
-    # ones.
-    arguments = {"add_pooling_layer": False}
+    # The weights have no pooler; without this argument, loading would report its weights missing.
+    model_args = {"add_pooling_layer": False}
     _write_json(
         transformer / "sentence_bert_config.json",
-        {"max_seq_length": max_tokens, "do_lower_case": False, "model_args": arguments},
+        {"max_seq_length": max_tokens, "do_lower_case": False, "model_args": model_args},
     )
-    # Both parts of a passage are of token type 0, so the tokenizer is told not to hand out types.
+    # All tokens of a passage have token type 0, so the tokenizer must not return token types.
     tokenizer_config = json.loads((transformer / "tokenizer_config.json").read_text())
     tokenizer_config |= {"model_input_names": ["input_ids", "attention_mask"], "model_max_length": max_tokens}
     _write_json(transformer / "tokenizer_config.json", tokenizer_config)
-    modules = [_module(0, transformer.name if prefix else "", f"{package}.Transformer")]
+    modules = [_module_entry(0, transformer.name if prefix else "", f"{package}.Transformer")]
 
     def add(name: str, config: dict) -> Path:
         folder = path / f"{prefix}{len(modules)}_{name}"
         folder.mkdir(exist_ok=True)
         if config:
             _write_json(folder / "config.json", config)
-        modules.append(_module(len(modules), folder.name, f"{package}.{name}"))
+        modules.append(_module_entry(len(modules), folder.name, f"{package}.{name}"))
         return folder
 
     hidden = tower.bert.config.hidden_size
@@ -155,7 +154,7 @@ def _save_tower(
     return modules
 
 
-def _module(number: int, path: str, kind: str) -> dict:
+def _module_entry(number: int, path: str, kind: str) -> dict:
     return {"idx": number, "name": str(number), "path": path, "type": kind}
 
 

@@ -1,5 +1,5 @@
-"""Attention variants inside BERT: what takes the place of self-attention, positions, saving, the
-config's choice."""
+"""Attention variants inside BERT: replacing self-attention, positions, saving, and the choice of a
+variant in the config."""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -50,7 +50,7 @@ def hidden(bert: BertModel, ids_BL: Tensor, mask_BL: Tensor, **extra: Tensor) ->
 
 
 @pytest.mark.parametrize("window", [20, 21, 500])
-def test_a_window_over_the_whole_length_is_dense_attention(window):
+def test_a_window_over_the_whole_length_equals_dense_attention(window):
     ids_BL, mask_BL = token_batch(21, 13, 1)
     bert = tiny_bert()
     bound = copy.deepcopy(bert)
@@ -62,7 +62,7 @@ def test_a_window_over_the_whole_length_is_dense_attention(window):
     )
 
 
-def test_a_smaller_window_is_not_dense_attention():
+def test_a_smaller_window_differs_from_dense_attention():
     ids_BL, mask_BL = token_batch(21)
     bert = tiny_bert()
     bound = copy.deepcopy(bert)
@@ -71,7 +71,7 @@ def test_a_smaller_window_is_not_dense_attention():
 
 
 @pytest.mark.parametrize("attention", [DenseAttention(), LongformerAttention(window=4)], ids=["dense", "longformer"])
-def test_padding_changes_no_real_token(attention):
+def test_padding_does_not_change_real_tokens(attention):
     bert = tiny_bert()
     bind_attention(bert, attention)
     ids_BL, mask_BL = token_batch(19, 11)
@@ -88,7 +88,7 @@ def test_padding_changes_no_real_token(attention):
 
 
 def test_query_tokens_are_global_in_the_reader(tokenizer):
-    """With one layer and a window of 2, a far token changes with x and not with the rest of the
+    """With one layer and a window of 2, a distant token depends on x but not on the rest of the
     passage."""
     torch.manual_seed(0)
     config = ReaderConfig(
@@ -107,24 +107,24 @@ def test_query_tokens_are_global_in_the_reader(tokenizer):
             ids[changed] = 9
         return reader.eval()(*pad_joint([ids], [6], 0))[0]
 
-    change_in_x, change_in_passage = ((read(at) - read(None)).abs().amax(-1) for at in (3, 15))
-    assert (change_in_x > 1e-6).all()
-    assert (change_in_passage[:6] > 1e-6).all(), "global tokens see the whole passage"
-    assert change_in_passage.nonzero().flatten().tolist() == [*range(6), *range(13, 18)]
+    difference_x_L, difference_passage_L = ((read(position) - read(None)).abs().amax(-1) for position in (3, 15))
+    assert (difference_x_L > 1e-6).all()
+    assert (difference_passage_L[:6] > 1e-6).all(), "global tokens attend to the whole passage"
+    assert difference_passage_L.nonzero().flatten().tolist() == [*range(6), *range(13, 18)]
 
 
-def test_every_layer_is_replaced_in_its_order():
+def test_layers_are_replaced_lowest_first():
     @dataclass(frozen=True)
     class Recorder(AttentionConfig):
-        seen: list[int] = field(default_factory=list)
+        layers: list[int] = field(default_factory=list)
 
         def replace(self, attention: nn.Module, layer: int) -> nn.Module:
-            self.seen.append(layer)
+            self.layers.append(layer)
             return LongformerSelfAttention(attention, 4)
 
     recorder, bert = Recorder(), tiny_bert(layers=3)
     bind_attention(bert.train(), recorder)
-    assert recorder.seen == [0, 1, 2]
+    assert recorder.layers == [0, 1, 2]
     assert all(
         isinstance(layer.attention.self, LongformerSelfAttention) and layer.attention.self.training
         for layer in bert.encoder.layer
@@ -143,7 +143,7 @@ def test_every_layer_is_replaced_in_its_order():
     ],
     ids=["dense", "longformer", "performer", "linformer-layerwise", "linformer-none", "infini"],
 )
-def test_saved_readers_compute_the_same(attention, tokenizer, tmp_path):
+def test_a_loaded_reader_has_the_outputs_of_the_saved_one(attention, tokenizer, tmp_path):
     torch.manual_seed(0)
     config = ReaderConfig(bert=SOURCE, attention=attention, span_hidden=8, max_tokens=90)
     reader = build_reader(config, tokenizer)[0].eval()
@@ -162,7 +162,7 @@ def test_saved_readers_compute_the_same(attention, tokenizer, tmp_path):
         assert torch.equal(reader(*batch), loaded(*batch))
 
 
-def test_extended_positions_repeat_the_learned_ones():
+def test_extended_positions_are_copies_of_the_learned_ones():
     bert = tiny_bert(max_positions=8)
     learned = bert.embeddings.position_embeddings.weight.detach().clone()
     ids_BL, mask_BL = token_batch(8)
@@ -170,13 +170,13 @@ def test_extended_positions_repeat_the_learned_ones():
     extend_positions(bert, 20)
     extended = bert.embeddings.position_embeddings.weight
     assert extended.shape == (20, 16) and bert.config.max_position_embeddings == 20
-    assert all(torch.equal(extended[place], learned[place % 8]) for place in range(20))
+    assert all(torch.equal(extended[position], learned[position % 8]) for position in range(20))
     torch.testing.assert_close(hidden(bert, ids_BL, mask_BL), before, atol=0, rtol=0)
     assert hidden(bert, *token_batch(20)).shape == (1, 20, 16)
 
 
 @pytest.mark.parametrize("max_positions", [3, 8])
-def test_enough_positions_stay_as_they_are(max_positions):
+def test_positions_are_not_changed_if_there_are_enough(max_positions):
     bert = tiny_bert(max_positions=8)
     embedding = bert.embeddings.position_embeddings
     extend_positions(bert, max_positions)
@@ -193,7 +193,7 @@ def test_the_config_names_the_variant(tmp_path):
     assert str(path) in str(caught.value) and "attention" in str(caught.value)
 
 
-def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
+def test_a_reader_with_dense_attention_can_change_to_another_variant(tokenizer, tmp_path):
     torch.manual_seed(0)
     config = ReaderConfig(bert=SOURCE, span_hidden=8, max_tokens=64)
     reader = build_reader(config, tokenizer)[0].eval()
@@ -202,7 +202,9 @@ def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
     loaded = load_reader(tmp_path / "reader", longer)
     assert loaded.config == longer and loaded.bert.config.max_position_embeddings == 90
     batch = pad_joint([torch.randint(5, len(tokenizer), (length,)).numpy() for length in (60, 33)], [7, 12], 0)
-    with torch.no_grad():  # a window as long as the text is dense attention, and the global projections start as copies
+    # A window over the whole text equals dense attention, since global projections are initialized
+    # as copies of the local ones.
+    with torch.no_grad():
         real = batch[1].bool()
         torch.testing.assert_close(loaded(*batch)[real], reader(*batch)[real])
         assert loaded(*pad_joint([torch.randint(5, len(tokenizer), (90,)).numpy()], [7], 0)).shape == (1, 90, 16)
@@ -213,7 +215,7 @@ def test_a_reader_of_dense_attention_goes_on_with_another(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     "attention", [LongformerAttention(4), PerformerAttention(8), LinformerAttention(8), InfiniAttention(8)]
 )
-def test_a_variant_is_made_where_the_model_is(attention):
+def test_a_variant_is_created_on_the_models_device(attention):
     bert = tiny_bert(max_positions=8).to("meta")
     bind_attention(bert, attention)
     assert {tensor.device.type for tensor in bert.state_dict().values()} == {"meta"}
@@ -222,7 +224,11 @@ def test_a_variant_is_made_where_the_model_is(attention):
 @pytest.mark.parametrize(
     ("saved", "wanted", "message"),
     [
-        ({"attention": PerformerAttention(8)}, {"attention": LongformerAttention(5)}, "reader.attention differs"),
+        (
+            {"attention": PerformerAttention(8)},
+            {"attention": LongformerAttention(5)},
+            "reader.attention is LongformerAttention.* but the reader was trained with PerformerAttention",
+        ),
         (
             {"attention": LinformerAttention(8)},
             {"max_tokens": 90},
@@ -233,7 +239,7 @@ def test_a_variant_is_made_where_the_model_is(attention):
     ],
     ids=["attention", "length", "span head", "span length"],
 )
-def test_what_cannot_be_carried_over_is_refused(saved, wanted, message, tokenizer, tmp_path):
+def test_incompatible_reader_settings_raise(saved, wanted, message, tokenizer, tmp_path):
     config = ReaderConfig(bert=SOURCE, span_hidden=8, max_tokens=64)
     save_reader(build_reader(replace(config, **saved), tokenizer)[0], tokenizer, tmp_path / "reader")
     with pytest.raises(UserError, match=message):

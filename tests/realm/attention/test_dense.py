@@ -1,5 +1,5 @@
-"""Dense attention on a CPU against plain loops in double precision: outputs, gradients, padding,
-and the rows taken at a time."""
+"""Dense attention on a CPU against `naive.dense` in double precision: outputs, gradients, padding,
+and the number of rows per chunk."""
 
 import math
 
@@ -14,8 +14,8 @@ MODULE = nn.Identity()
 
 
 def inputs(rows: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Query, key and value (B, 2, L, 4), and a padding mask under which row b has at most L - b
-    tokens."""
+    """Query, key and value (B, 2, L, 4), and a padding mask that leaves row b with L - b tokens, at
+    least one."""
     generator = torch.Generator().manual_seed(7)
     tensors = [
         torch.randn(rows, 2, length, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -28,7 +28,7 @@ def inputs(rows: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[
 
 
 def naive_heads(query, key, value, mask_BL, scale):
-    """`naive.dense` on every row and head, padded keys removed, (B, L, H, D)."""
+    """`naive.dense` for every row and head, with padded keys removed, (B, L, H, D)."""
     B, H = query.shape[:2]
     rows = []
     for b in range(B):
@@ -38,9 +38,9 @@ def naive_heads(query, key, value, mask_BL, scale):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("cached_scores", [1, 2 * 25 * 2, 2**19], ids=["a row", "two rows", "all"])
+@pytest.mark.parametrize("cached_scores", [1, 2 * 25 * 2, 2**19], ids=["one row", "two rows", "all rows"])
 @pytest.mark.parametrize("padded", [True, False])
-def test_outputs_and_gradients_are_those_of_plain_loops(monkeypatch, cached_scores, padded):
+def test_outputs_and_gradients_equal_the_naive_reference(monkeypatch, cached_scores, padded):
     monkeypatch.setattr(dense, "CACHED_SCORES", cached_scores)
     tensors, mask_BL = inputs(3, 5)
     mask = mask_BL if padded else None
@@ -50,32 +50,33 @@ def test_outputs_and_gradients_are_those_of_plain_loops(monkeypatch, cached_scor
     expected = naive_heads(*tensors, mask, 0.3)
     expected_gradients = torch.autograd.grad((expected * weight).sum(), tensors)
     assert torch.allclose(output, expected, atol=1e-12)
-    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert torch.allclose(gradient, wanted, atol=1e-12)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-12)
 
 
-def test_without_gradient_the_outputs_are_the_same(monkeypatch):
+def test_inference_mode_gives_the_same_outputs(monkeypatch):
     monkeypatch.setattr(dense, "CACHED_SCORES", 60)
     tensors, mask_BL = inputs(4, 5)
     with torch.inference_mode():
-        alone = dense_attention(MODULE, *tensors, mask_BL)[0]
-    assert torch.equal(alone, dense_attention(MODULE, *tensors, mask_BL)[0])
+        inference = dense_attention(MODULE, *tensors, mask_BL)[0]
+    assert torch.equal(inference, dense_attention(MODULE, *tensors, mask_BL)[0])
 
 
 @pytest.mark.parametrize("length", [1, 7, 33])
-def test_the_fused_kernel_that_reads_long_texts_agrees(monkeypatch, length):
+def test_the_fused_kernel_for_long_texts_agrees(monkeypatch, length):
     tensors, mask_BL = inputs(3, length)
-    ours = dense_attention(MODULE, *tensors, mask_BL)[0]
-    ours_gradients = torch.autograd.grad(ours.square().sum(), tensors)
-    monkeypatch.setattr(dense, "_LONGEST", 0)
+    cached = dense_attention(MODULE, *tensors, mask_BL)[0]
+    cached_gradients = torch.autograd.grad(cached.square().sum(), tensors)
+    monkeypatch.setattr(dense, "_MAX_CACHED_TOKENS", 0)
     fused = dense_attention(MODULE, *tensors, mask_BL)[0]
-    assert fused.shape == ours.shape == (3, length, 2, 4)
-    assert torch.allclose(ours, fused, atol=1e-10)
-    for mine, theirs in zip(ours_gradients, torch.autograd.grad(fused.square().sum(), tensors), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-10)
+    fused_gradients = torch.autograd.grad(fused.square().sum(), tensors)
+    assert fused.shape == cached.shape == (3, length, 2, 4)
+    assert torch.allclose(cached, fused, atol=1e-10)
+    for cached_gradient, fused_gradient in zip(cached_gradients, fused_gradients, strict=True):
+        assert torch.allclose(cached_gradient, fused_gradient, atol=1e-10)
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_outputs():
     tensors, mask_BL = inputs(2, 9)
     mask_BL[:] = 1
     mask_BL[:, 6:] = 0
@@ -84,7 +85,7 @@ def test_padding_changes_nothing():
     assert torch.allclose(padded[:, :6], short, atol=1e-14)
 
 
-def test_half_precision_keeps_the_softmax_in_single():
+def test_the_softmax_of_bf16_inputs_is_fp32():
     tensors, mask_BL = inputs(3, 200, torch.bfloat16)
     output = dense_attention(MODULE, *tensors, mask_BL)[0]
     exact = dense_attention(MODULE, *(tensor.double() for tensor in tensors), mask_BL)[0]

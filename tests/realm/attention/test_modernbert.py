@@ -1,5 +1,5 @@
-"""Attention variants in a family that makes queries, keys and values itself and dispatches
-through transformers: ModernBERT."""
+"""Attention variants in a model family that projects queries, keys and values itself and dispatches
+to transformers' attention interface: ModernBERT."""
 
 import copy
 
@@ -22,7 +22,7 @@ LENGTHS = (40, 23)
 
 @pytest.fixture
 def model() -> ModernBertModel:
-    """Four layers, two of which see four places on each side and no more."""
+    """Four layers, two of them with a sliding window of four tokens on each side."""
     torch.manual_seed(0)
     config = ModernBertConfig(
         vocab_size=50,
@@ -54,18 +54,18 @@ def hidden_and_gradient(model: ModernBertModel) -> tuple[Tensor, Tensor]:
     return hidden.detach(), model.embeddings.tok_embeddings.weight.grad.clone()
 
 
-def test_dense_attention_is_its_own(model):
+def test_dense_attention_equals_the_models_own(model):
     expected = hidden_and_gradient(model)
     bind_attention(model, DenseAttention())
-    for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(hidden_and_gradient(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_a_segment_over_the_whole_length_is_dense_attention(model):
+def test_one_segment_over_the_whole_length_equals_dense_attention(model):
     expected = hidden_and_gradient(model)
     bind_attention(model, InfiniAttention(segment=64))
-    for ours, theirs in zip(hidden_and_gradient(model), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for found, wanted in zip(hidden_and_gradient(model), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_segment_over_the_whole_length_is_dense_attention(model):
     [PerformerAttention(16), LinformerAttention(8), InfiniAttention(8)],
     ids=["performer", "linformer", "infini"],
 )
-def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_model(
+def test_variants_replace_only_global_layers_and_are_trained_and_saved_with_the_model(
     model, attention: AttentionConfig
 ):
     dense, _ = hidden_and_gradient(copy.deepcopy(model))
@@ -82,8 +82,8 @@ def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_
     assert bound == [True, False, True, False]
     hidden, _ = hidden_and_gradient(model)
     assert hidden.isfinite().all() and (hidden - dense).abs().max() > 1e-3
-    own = {name: value for name, value in model.state_dict().items() if "realm_variant" in name}
-    assert own and all(p.grad is not None for name, p in model.named_parameters() if "realm_variant" in name)
+    saved = [name for name in model.state_dict() if "realm_variant" in name]
+    assert saved and all(p.grad is not None for name, p in model.named_parameters() if "realm_variant" in name)
     ids_BL, mask_BL = inputs()
     with torch.no_grad():
         together = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[1, : LENGTHS[1]]
@@ -96,16 +96,16 @@ def test_variants_change_global_layers_alone_and_are_trained_and_saved_with_the_
         )
 
 
-def test_what_needs_projections_of_its_own_is_refused(model):
+def test_a_variant_with_additional_projections_raises(model):
     expected, training = hidden_and_gradient(model)[0], model.train().training
     with pytest.raises(
-        UserError, match="LongformerAttention needs projections of its own, which ModernBertModel does not give"
+        UserError, match="LongformerAttention needs additional projections, which are not supported in ModernBertModel"
     ):
         bind_attention(model, LongformerAttention(window=4))
-    assert model.training == training and torch.equal(hidden_and_gradient(model.eval())[0], expected), "as it was"
+    assert model.training == training and torch.equal(hidden_and_gradient(model.eval())[0], expected), "unchanged"
 
 
-def test_decoders_are_refused():
+def test_decoders_raise():
     config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     with pytest.raises(UserError, match="GPT2Model is causal"):
         bind_attention(GPT2Model(config), PerformerAttention(8))

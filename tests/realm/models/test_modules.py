@@ -1,4 +1,4 @@
-"""The trainable wholes: reading in buckets, and REALM's loss by hand."""
+"""The training modules: prediction in buckets, and losses compared with plain loops."""
 
 import math
 
@@ -37,8 +37,8 @@ def reader(tokenizer):
 
 
 class Example:
-    """Three masked sentences with four candidates each: the null passage, two passages and, for
-    the first query, an empty slot."""
+    """Three masked sentences with four candidates each: the null passage and three passages, or two
+    and an empty slot for the first query."""
 
     def __init__(self):
         generator = np.random.default_rng(0)
@@ -86,54 +86,55 @@ class Example:
         )
 
 
-def read_alone(reader, example):
-    """log p of each right wordpiece, whether all are the first choice, and the first choices'
-    log p: one joint input at a time."""
-    log_ps, rights, bests = [], [], []
+def predict_each(reader, example):
+    """log p of the target wordpieces, whether all of them are the most probable ones, and log p of
+    the most probable ones, for one joint input at a time."""
+    log_ps, right, best_log_ps = [], [], []
     for i, (ids, first, _) in enumerate(example.joints):
         b, (start, end) = i // N, SPANS[i // N]
         with torch.no_grad():
             hidden_BLH = reader(*pad_joint([ids], [first], PAD))
             log_p_MV = reader.mlm_logits(hidden_BLH, torch.arange(start + 1, end + 1)[None])[0].log_softmax(-1)
         log_ps.append([log_p_MV[m, token].item() for m, token in enumerate(example.targets[b])])
-        rights.append(log_p_MV.argmax(-1).tolist() == example.targets[b].tolist())
-        bests.append(log_p_MV.max(-1).values.sum().item())
-    return log_ps, rights, bests
+        right.append(log_p_MV.argmax(-1).tolist() == example.targets[b].tolist())
+        best_log_ps.append(log_p_MV.max(-1).values.sum().item())
+    return log_ps, right, best_log_ps
 
 
 @pytest.mark.parametrize("num_buckets", [1, 3, 5, 12])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_reading_in_buckets_is_reading_each_input_alone(num_buckets, seed, reader):
+def test_predictions_do_not_depend_on_the_buckets(num_buckets, seed, reader):
     example = Example()
-    reading = read_masked(reader, example.masked(np.random.default_rng(seed).permutation(B * N), num_buckets))
-    log_ps, rights, bests = read_alone(reader, example)
-    assert reading.token_log_p_BNM.shape == (B, N, 3)
+    prediction = read_masked(reader, example.masked(np.random.default_rng(seed).permutation(B * N), num_buckets))
+    log_ps, right, best_log_ps = predict_each(reader, example)
+    assert prediction.token_log_p_BNM.shape == (B, N, 3)
     for i, log_p_M in enumerate(log_ps):
-        assert reading.token_log_p_BNM[i // N, i % N, : len(log_p_M)].tolist() == pytest.approx(log_p_M, abs=1e-5)
-        assert reading.right_BN[i // N, i % N].item() == rights[i]
-        assert reading.best_log_p_BN[i // N, i % N].item() == pytest.approx(bests[i], abs=1e-5)
+        b, n = divmod(i, N)
+        assert prediction.token_log_p_BNM[b, n, : len(log_p_M)].tolist() == pytest.approx(log_p_M, abs=1e-5)
+        assert prediction.right_BN[b, n].item() == right[i]
+        assert prediction.best_log_p_BN[b, n].item() == pytest.approx(best_log_ps[i], abs=1e-5)
 
 
-def test_right_means_every_wordpiece_and_padding_does_not_count(reader):
+def test_a_prediction_is_right_if_all_wordpieces_except_padding_are(reader):
     example = Example()
     batch = example.masked(np.arange(B * N), 1)
     joint = batch.joint[0]
     with torch.no_grad():
-        choice = reader.mlm_logits(
+        best = reader.mlm_logits(
             reader(joint.ids_RL, joint.mask_RL, joint.type_RL), batch.position_BM[joint.row_R // N]
         ).argmax(-1)
-    batch.target_BM = torch.where(batch.token_mask_BM, choice.view(B, N, -1)[:, 0], 7)
+    batch.target_BM = torch.where(batch.token_mask_BM, best.view(B, N, -1)[:, 0], 7)
     assert read_masked(reader, batch).right_BN[:, 0].all()
     batch.target_BM[2, 2] = (batch.target_BM[2, 2] + 1) % 50
     assert read_masked(reader, batch).right_BN[:, 0].tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("marginal", ["joint", "per_token"])
-def test_realm_loss_by_hand(marginal, retriever, reader):
+def test_realm_loss_and_telemetry_equal_plain_loops(marginal, retriever, reader):
     example = Example()
     batch = example.realm()
     outputs = RealmModel(retriever, reader, marginal)(batch)
-    log_ps, rights, _ = read_alone(reader, example)
+    log_ps, right, _ = predict_each(reader, example)
 
     total, null_mass, best_right, utility = 0.0, 0.0, 0, 0.0
     for b in range(B):
@@ -154,7 +155,7 @@ def test_realm_loss_by_hand(marginal, retriever, reader):
                 for m in range(len(token_p_NM[0]))
             )
         null_mass += p_N[0] / B
-        best_right += rights[b * N + p_N.index(max(p_N))]
+        best_right += right[b * N + p_N.index(max(p_N))]
         utility += sum(sum(log_ps[b * N + n]) - sum(log_ps[b * N]) for n in range(1, N) if example.valid_BN[b, n])
     assert outputs["loss"].item() == pytest.approx(total / B, rel=1e-4)
     assert outputs["null_mass"].item() == pytest.approx(null_mass, rel=1e-4)
@@ -164,7 +165,7 @@ def test_realm_loss_by_hand(marginal, retriever, reader):
     assert all(not value.requires_grad for name, value in outputs.items() if name != "loss")
 
 
-def test_gradient_reaches_both_towers_and_the_reader(reader, tokenizer):
+def test_both_towers_and_the_reader_have_gradients(reader, tokenizer):
     config = RetrieverConfig(
         bert=BERT, projection_dim=6, max_query_tokens=20, max_passage_tokens=40, shared_tower=False
     )
@@ -178,7 +179,7 @@ def test_gradient_reaches_both_towers_and_the_reader(reader, tokenizer):
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in parameters)
 
 
-def test_what_fills_an_empty_slot_changes_nothing(retriever, reader):
+def test_the_content_of_an_empty_slot_does_not_matter(retriever, reader):
     model, example = RealmModel(retriever, reader, "joint"), Example()
     before = model(example.realm())
     example.candidate_BN[0, 3] = 2
@@ -189,29 +190,26 @@ def test_what_fills_an_empty_slot_changes_nothing(retriever, reader):
     )
 
 
-def test_the_null_passage_alone_takes_all_mass(retriever, reader):
+def test_the_null_passage_has_probability_1_without_other_candidates(retriever, reader):
     example = Example()
     example.valid_BN[:, 1:] = False
     outputs = RealmModel(retriever, reader, "joint")(example.realm())
-    log_ps, rights, _ = read_alone(reader, example)
+    log_ps, right, _ = predict_each(reader, example)
     assert outputs["loss"].item() == pytest.approx(-sum(sum(log_ps[b * N]) for b in range(B)) / B, rel=1e-4)
     assert outputs["null_mass"].item() == pytest.approx(1.0)
     assert outputs["entropy"].item() == pytest.approx(0.0, abs=1e-6)
     assert (outputs["utility"].item(), outputs["candidate_hit_rate"].item()) == (0.0, 0.0)
-    assert (
-        outputs["accuracy"].item()
-        == outputs["accuracy_null"].item()
-        == pytest.approx(sum(rights[b * N] for b in range(B)) / B)
-    )
+    accuracy = sum(right[b * N] for b in range(B)) / B
+    assert outputs["accuracy"].item() == outputs["accuracy_null"].item() == pytest.approx(accuracy)
 
 
-def test_telemetry_of_a_small_table():
+def test_telemetry_of_a_small_example():
     p_BN = torch.tensor([[0.2, 0.5, 0.3], [0.75, 0.25, 0.0]])
     log_p_y_BN = torch.tensor([[-4.0, -1.0, -6.0], [-2.0, -3.0, -9.0]])
     right_BN = torch.tensor([[False, True, False], [True, False, False]])
     valid_BN = torch.tensor([[True, True, True], [True, True, False]])
     contains_span_BN = torch.tensor([[False, True, False], [True, True, True]])
-    figures = retrieval_telemetry(p_BN.log(), log_p_y_BN, right_BN, valid_BN, contains_span_BN)
+    metrics = retrieval_telemetry(p_BN.log(), log_p_y_BN, right_BN, valid_BN, contains_span_BN)
     entropy = -sum(p * math.log(p) for p in (0.2, 0.5, 0.3, 0.75, 0.25)) / 2
     expected = {
         "utility": (3.0 - 2.0 - 1.0) / 3,
@@ -221,38 +219,39 @@ def test_telemetry_of_a_small_table():
         "accuracy": 1.0,
         "accuracy_null": 0.5,
     }
-    assert {name: value.item() for name, value in figures.items()} == pytest.approx(expected, abs=1e-5)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-5)
 
 
-def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_span(reader):
+def test_reader_pretraining_losses_are_means_over_examples_and_over_passages_with_the_span(reader):
     example = Example()
     rows = np.arange(B) * N + 1
     example.joints = [example.joints[i] for i in rows]
     width = reader.config.max_span_tokens
-    places = [
-        [(8, 2), (11, 1)],
-        [],
-        [(12, 3)],
-    ]  # starts and lengths of the span in each joint input; the second passage lacks it
+    # Starts and lengths of the span in each joint input; the second passage does not contain it.
+    occurrences = [[(8, 2), (11, 1)], [], [(12, 3)]]
     order, num_buckets = np.array([2, 0, 1]), 2
     masked = example.masked(order, num_buckets)
     spans = [
         SpanTargets(
             *span_targets(
-                [places[row] for row in joint.row_R.tolist()], joint.ids_RL, joint.mask_RL, joint.type_RL, WORDS, width
+                [occurrences[row] for row in joint.row_R.tolist()],
+                joint.ids_RL,
+                joint.mask_RL,
+                joint.type_RL,
+                WORDS,
+                width,
             )
         )
         for joint in masked.joint
     ]
     outputs = ReaderPretrainingModel(reader, 0.5)(ReaderPretrainingBatch(masked, spans))
 
-    masked_loss, span_losses, found = 0.0, [], []
+    masked_loss, span_losses, span_right = 0.0, [], []
     for b, (ids, first, _) in enumerate(example.joints):
         with torch.no_grad():
             hidden = reader(*pad_joint([ids], [first], PAD))
-            log_p_MV = reader.mlm_logits(hidden, torch.arange(SPANS[b][0] + 1, SPANS[b][1] + 1)[None])[0].log_softmax(
-                -1
-            )
+            position_M = torch.arange(SPANS[b][0] + 1, SPANS[b][1] + 1)
+            log_p_MV = reader.mlm_logits(hidden, position_M[None])[0].log_softmax(-1)
             score = reader.span_scores(hidden)[0]
         masked_loss -= sum(log_p_MV[m, token].item() for m, token in enumerate(example.targets[b])) / B
         scores = {}
@@ -261,29 +260,29 @@ def test_warm_up_losses_are_means_over_examples_and_over_those_that_hold_the_spa
                 if start + length <= len(ids) and not {CLS, SEP} & set(ids[start : start + length].tolist()):
                     scores[start, length] = score[start, length - 1].item()
         total = sum(math.exp(value) for value in scores.values())
-        if places[b]:
-            span_losses.append(-math.log(sum(math.exp(scores[place]) for place in places[b]) / total))
-            found.append(max(scores, key=scores.__getitem__) in places[b])
+        if occurrences[b]:
+            span_losses.append(-math.log(sum(math.exp(scores[span]) for span in occurrences[b]) / total))
+            span_right.append(max(scores, key=scores.__getitem__) in occurrences[b])
     assert outputs["masked_loss"].item() == pytest.approx(masked_loss, rel=1e-5)
     assert outputs["span_loss"].item() == pytest.approx(sum(span_losses) / 2, rel=1e-4)
     assert outputs["loss"].item() == pytest.approx(masked_loss + 0.25 * sum(span_losses), rel=1e-4)
-    assert outputs["span_accuracy"].item() == pytest.approx(sum(found) / 2)
+    assert outputs["span_accuracy"].item() == pytest.approx(sum(span_right) / 2)
 
 
-def test_a_dual_encoder_scores_over_the_temperature(retriever):
+def test_dual_encoder_scores_are_divided_by_the_temperature(retriever):
     example = Example()
     queries = pad_batch([WORDS.query(query, 20) for query in example.queries], PAD)
-    blocks = pad_batch([WORDS.passage(*example.passages[row], 40) for row in (1, 2, 3)], PAD)
+    passages = pad_batch([WORDS.passage(*example.passages[row], 40) for row in (1, 2, 3)], PAD)
     outputs = DualEncoderModel(retriever)(
-        PairBatch(*queries, *blocks, torch.arange(3), torch.zeros(3, 3, dtype=torch.bool))
+        PairBatch(*queries, *passages, torch.arange(3), torch.zeros(3, 3, dtype=torch.bool))
     )
     with torch.no_grad():
-        log_p_BB = (retriever.embed_queries(*queries) @ retriever.embed_passages(*blocks).T / 2.0).log_softmax(-1)
+        log_p_BB = (retriever.embed_queries(*queries) @ retriever.embed_passages(*passages).T / 2.0).log_softmax(-1)
     assert outputs["loss"].item() == pytest.approx(-log_p_BB.diagonal().mean().item(), rel=1e-5)
     assert outputs["accuracy"].item() == pytest.approx((log_p_BB.argmax(-1) == torch.arange(3)).float().mean().item())
 
 
-def test_a_batch_moves_as_a_whole():
+def test_all_tensors_of_a_batch_move_to_the_device():
     batch = Example().realm().to(torch.device("meta"))
     assert batch.query_ids_BL.device.type == "meta" and batch.masked.target_BM.device.type == "meta"
     assert [joint.ids_RL.device.type for joint in batch.masked.joint] == ["meta"] * 3

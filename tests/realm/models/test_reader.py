@@ -1,4 +1,4 @@
-"""The reader: joint inputs, both heads against loops, saving, and what checkpoints bring along."""
+"""The reader: joint inputs, both heads compared with plain loops, saving, loading checkpoints."""
 
 import logging
 from dataclasses import replace
@@ -42,7 +42,7 @@ def joint_batch(*lengths):
 
 @given(query=st.integers(0, 12), title=st.integers(0, 30), text=st.integers(0, 40), max_tokens=st.integers(17, 48))
 @settings(max_examples=100, deadline=None)
-def test_joint_input_is_cut_in_the_passage_alone(query, title, text, max_tokens):
+def test_joint_input_truncates_only_the_passage(query, title, text, max_tokens):
     query_ids, title_ids, text_ids = np.arange(query) + 100, np.arange(title) + 200, np.arange(text) + 300
     ids, first, text_at = WORDS.joint(query_ids, title_ids, text_ids, max_tokens)
     assert len(ids) == min(max_tokens, query + title + text + 4) and ids.dtype == np.int32
@@ -50,20 +50,18 @@ def test_joint_input_is_cut_in_the_passage_alone(query, title, text, max_tokens)
     kept_title, kept_text = text_at - first - 1, len(ids) - text_at - 1
     assert ids[first:].tolist() == [*title_ids[:kept_title], SEP, *text_ids[:kept_text], SEP]
     room = max_tokens - query - 4
-    assert kept_title == title or kept_text == text or kept_title == room // 2, (
-        "a long title leaves the text half of the room"
-    )
+    assert kept_title == title or kept_text == text or kept_title == room // 2, "the text keeps half of the room"
     assert kept_title == title or len(ids) == max_tokens
 
 
-def test_pad_joint_marks_tokens_and_segments():
+def test_pad_joint_returns_mask_and_token_types():
     ids_BL, mask_BL, type_BL = pad_joint([np.array([2, 7, 3, 8, 3, 9, 3]), np.array([2, 3, 3, 3])], [3, 2], 1)
     assert ids_BL.tolist() == [[2, 7, 3, 8, 3, 9, 3], [2, 3, 3, 3, 1, 1, 1]]
     assert mask_BL.tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 0]]
     assert type_BL.tolist() == [[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0]]
 
 
-def test_span_mask_against_a_loop():
+def test_span_mask_equals_a_plain_loop():
     _, mask_BL, type_BL = joint_batch(12, 3)
     special_BL = torch.zeros_like(mask_BL, dtype=torch.bool)
     for b, last in enumerate((22, 13)):
@@ -75,19 +73,14 @@ def test_span_mask_against_a_loop():
     for b in range(2):
         for start in range(L):
             for width in range(W):
-                places = range(start, start + width + 1)
-                inside = all(
-                    at < L and mask_BL[b, at] and type_BL[b, at] == 1 and not special_BL[b, at] for at in places
-                )
-                whole = not continuation_BL[b, start] and (
-                    places[-1] + 1 >= L or not continuation_BL[b, places[-1] + 1]
-                )
-                expected = inside and whole
-                assert allowed_BLW[b, start, width].item() == expected
+                positions, after = range(start, start + width + 1), start + width + 1
+                inside = all(i < L and mask_BL[b, i] and type_BL[b, i] == 1 and not special_BL[b, i] for i in positions)
+                whole_words = not continuation_BL[b, start] and (after >= L or not continuation_BL[b, after])
+                assert allowed_BLW[b, start, width].item() == (inside and whole_words)
     assert allowed_BLW[1].any() and not allowed_BLW[1, 13:].any()
 
 
-def test_span_scores_against_a_loop(tokenizer):
+def test_span_scores_equal_a_plain_loop(tokenizer):
     reader = build(CONFIG, tokenizer)
     hidden_BLH = torch.randn(2, 11, 16)
     with torch.no_grad():
@@ -102,15 +95,15 @@ def test_span_scores_against_a_loop(tokenizer):
 
 
 @pytest.mark.parametrize("head", ["transform", "tied"])
-def test_mlm_logits_at_the_given_places(head, tokenizer):
+def test_mlm_logits_equal_a_plain_loop(head, tokenizer):
     reader = build(replace(CONFIG, mlm_head=head), tokenizer)
     hidden_BLH, position_BM = torch.randn(2, 11, 16), torch.tensor([[3, 10, 0], [5, 5, 1]])
     with torch.no_grad():
         logits_BMV = reader.mlm_logits(hidden_BLH, position_BM)
         assert logits_BMV.shape == (2, 3, len(tokenizer))
         for b in range(2):
-            for m, at in enumerate(position_BM[b]):
-                hidden_H = hidden_BLH[b, at]
+            for m, position in enumerate(position_BM[b]):
+                hidden_H = hidden_BLH[b, position]
                 if head == "transform":
                     dense, gelu, norm = reader.mlm_transform
                     hidden_H = norm(gelu(dense(hidden_H)))
@@ -125,15 +118,16 @@ def test_output_embeddings_are_tied(tokenizer):
 
 
 @pytest.mark.parametrize("attention", [CONFIG.attention, LongformerAttention(window=5)], ids=["dense", "longformer"])
-def test_padding_changes_neither_head(attention, tokenizer):
+def test_padding_does_not_change_either_head(attention, tokenizer):
     reader = build(replace(CONFIG, attention=attention), tokenizer)
     ids_BL, mask_BL, type_BL = joint_batch(30, 4)
-    length, places = int(mask_BL[1].sum()), torch.tensor([[2, 4]])
+    length, position_BM = int(mask_BL[1].sum()), torch.tensor([[2, 4]])
 
     @torch.no_grad()
     def read(*batch):
         hidden_BLH = reader(*batch)
-        return reader.mlm_logits(hidden_BLH, places.expand(len(hidden_BLH), -1))[-1], reader.span_scores(hidden_BLH)[-1]
+        logits_BMV = reader.mlm_logits(hidden_BLH, position_BM.expand(len(hidden_BLH), -1))
+        return logits_BMV[-1], reader.span_scores(hidden_BLH)[-1]
 
     alone = read(ids_BL[1:, :length], mask_BL[1:, :length], type_BL[1:, :length])
     other_padding = torch.where(mask_BL.bool(), ids_BL, 9)
@@ -146,26 +140,28 @@ def test_padding_changes_neither_head(attention, tokenizer):
 
 
 @pytest.mark.parametrize("head", ["transform", "tied"])
-def test_saved_and_loaded(head, tokenizer, tmp_path):
+def test_a_loaded_reader_has_the_outputs_of_the_saved_one(head, tokenizer, tmp_path):
     config = replace(CONFIG, mlm_head=head)
     reader = build(config, tokenizer)
     save_reader(reader, tokenizer, tmp_path / "reader")
     loaded = load_reader(tmp_path / "reader")
     assert loaded.config == config and not loaded.training
-    batch, places = joint_batch(20, 7), torch.tensor([[1, 2], [3, 0]])
+    batch, position_BM = joint_batch(20, 7), torch.tensor([[1, 2], [3, 0]])
     with torch.no_grad():
         assert torch.equal(reader(*batch), loaded(*batch))
-        assert torch.equal(reader.mlm_logits(reader(*batch), places), loaded.mlm_logits(loaded(*batch), places))
+        assert torch.equal(
+            reader.mlm_logits(reader(*batch), position_BM), loaded.mlm_logits(loaded(*batch), position_BM)
+        )
         assert torch.equal(reader.span_scores(reader(*batch)), loaded.span_scores(loaded(*batch)))
 
 
-def test_a_folder_that_is_no_reader(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} is no saved reader"):
+def test_a_folder_that_is_not_a_reader_raises(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is not a saved reader"):
         load_reader(tmp_path)
 
 
 def checkpoint(tokenizer, path, vocab=None, dtype=torch.float32, with_head=True):
-    """A BERT saved by transformers, no parameter at its default."""
+    """A BERT saved by transformers, with no parameter at its default value."""
     torch.manual_seed(1)
     config = BertConfig(
         vocab_size=vocab or len(tokenizer),
@@ -186,43 +182,43 @@ def checkpoint(tokenizer, path, vocab=None, dtype=torch.float32, with_head=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("more_vocabulary", [0, 14])
-def test_a_checkpoints_masked_language_head_is_taken_over(dtype, more_vocabulary, tokenizer, tmp_path):
-    model = checkpoint(tokenizer, tmp_path / "bert", len(tokenizer) + more_vocabulary, dtype)
+@pytest.mark.parametrize("extra_vocabulary", [0, 14])
+def test_the_masked_language_head_of_a_checkpoint_is_loaded(dtype, extra_vocabulary, tokenizer, tmp_path):
+    model = checkpoint(tokenizer, tmp_path / "bert", len(tokenizer) + extra_vocabulary, dtype)
     reader, notes = build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "bert"))), tokenizer)
     assert notes == []
     assert {parameter.dtype for parameter in reader.parameters()} == {torch.float32}
     ids_BL, mask_BL, type_BL = joint_batch(30, 9)
-    places = torch.arange(ids_BL.shape[1]).expand(2, -1)
+    position_BL = torch.arange(ids_BL.shape[1]).expand(2, -1)
     with torch.no_grad():
-        logits_BLV = reader.eval().mlm_logits(reader(ids_BL, mask_BL, type_BL), places)
+        logits_BLV = reader.eval().mlm_logits(reader(ids_BL, mask_BL, type_BL), position_BL)
         expected_BLV = model(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL).logits
     real_BL = mask_BL.bool()
     torch.testing.assert_close(logits_BLV[real_BL], expected_BLV[real_BL], atol=1e-5, rtol=1e-5)
 
 
-def test_a_checkpoint_without_the_head_is_noted(tokenizer, tmp_path, caplog, monkeypatch):
+def test_a_checkpoint_without_a_masked_language_head_gives_a_note(tokenizer, tmp_path, caplog, monkeypatch):
     path = str(tmp_path / "bert")
     model = checkpoint(tokenizer, path, with_head=False)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     reader, notes = build_reader(replace(CONFIG, bert=BertSource(path=path)), tokenizer)
     assert len(notes) == 1 and path in notes[0] and "no masked-language head" in notes[0]
-    assert not caplog.records, "the note says it all"
+    assert not caplog.records, "transformers logs nothing"
     assert not reader.mlm_bias.any()
     assert torch.equal(reader.bert.embeddings.word_embeddings.weight, model.bert.embeddings.word_embeddings.weight)
 
 
-def test_checkpoints_that_do_not_fit(tokenizer, tmp_path):
+def test_incompatible_checkpoints_raise(tokenizer, tmp_path):
     checkpoint(tokenizer, tmp_path / "small", vocab=50)
-    with pytest.raises(UserError, match=r"reader.bert.path: .*embeds 50 wordpieces, the tokenizer has"):
+    with pytest.raises(UserError, match=r"reader.bert.path: .*has embeddings for 50 wordpieces, but the tokenizer has"):
         build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "small"))), tokenizer)
     with pytest.raises(UserError, match=r"reader.bert.path: .*absent"):
         build_reader(replace(CONFIG, bert=BertSource(path=str(tmp_path / "absent"))), tokenizer)
-    with pytest.raises(UserError, match=r"reader.bert.hidden \(15\) is no multiple of reader.bert.heads \(2\)"):
+    with pytest.raises(UserError, match=r"reader.bert.hidden \(15\) is not a multiple of reader.bert.heads \(2\)"):
         build_reader(replace(CONFIG, bert=replace(SOURCE, hidden=15)), tokenizer)
 
 
-def test_mimetic_start_changes_attention_projections_and_positions_alone():
+def test_mimetic_init_changes_only_attention_projections_and_positions():
     torch.manual_seed(0)
     bert = load_bert(replace(SOURCE, init_std=0.02), 60, 0, "reader.bert")
     before = {name: value.clone() for name, value in bert.state_dict().items()}
@@ -234,31 +230,26 @@ def test_mimetic_start_changes_attention_projections_and_positions_alone():
     }
     for layer in bert.encoder.layer:
         attention, diagonal = layer.attention, torch.eye(16)
-        passed = attention.output.dense.weight @ attention.self.value.weight
-        matched = attention.self.query.weight.T @ attention.self.key.weight
-        assert (passed - diagonal).abs().max() < 0.3 and (matched - 0.25 * diagonal).abs().max() < 0.2
+        output_value = attention.output.dense.weight @ attention.self.value.weight
+        query_key = attention.self.query.weight.T @ attention.self.key.weight
+        assert (output_value - diagonal).abs().max() < 0.3 and (query_key - 0.25 * diagonal).abs().max() < 0.2
 
 
-def test_mimetic_start_is_chosen_by_the_config():
-    def weights(init):
+def test_mimetic_init_is_selected_in_the_config():
+    def value_std(init):
         torch.manual_seed(0)
-        return (
-            load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert")
-            .encoder.layer[1]
-            .attention.self.value.weight.std()
-        )
+        bert = load_bert(replace(SOURCE, init=init, init_std=0.02), 60, 0, "reader.bert")
+        return bert.encoder.layer[1].attention.self.value.weight.std()
 
-    assert weights("mimetic") > 5 * weights("normal")
+    assert value_std("mimetic") > 5 * value_std("normal")
 
 
-def test_mimetic_positions_are_alike_when_near():
+def test_near_mimetic_positions_are_similar():
     torch.manual_seed(0)
-    bert = load_bert(
-        BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic"), 50, 0, "reader.bert"
-    )
+    source = BertSource(layers=1, hidden=32, heads=2, intermediate=8, max_positions=64, init="mimetic")
+    bert = load_bert(source, 50, 0, "reader.bert")
     positions = bert.embeddings.position_embeddings.weight.detach()
-    likeness = torch.nn.functional.cosine_similarity(positions[10][None], positions).tolist()
-    assert likeness[10] > likeness[11] > likeness[12] > likeness[14] and likeness[11] == pytest.approx(
-        likeness[9], abs=1e-4
-    )
+    similarity = torch.nn.functional.cosine_similarity(positions[10][None], positions).tolist()
+    assert similarity[10] > similarity[11] > similarity[12] > similarity[14]
+    assert similarity[11] == pytest.approx(similarity[9], abs=1e-4)
     assert positions.std().item() == pytest.approx(bert.embeddings.word_embeddings.weight.std().item(), rel=0.5)

@@ -1,4 +1,5 @@
-"""The retriever: towers, and the export that sentence-transformers reads to the same vectors."""
+"""The retriever: towers, and exported folders, which sentence-transformers loads with the same
+embeddings."""
 
 from dataclasses import replace
 
@@ -41,7 +42,7 @@ KINDS = [
 
 
 def build(config, tokenizer):
-    """A retriever in evaluation mode, its two towers told apart and no bias zero."""
+    """A retriever in evaluation mode, with different weights in its towers and nonzero biases."""
     torch.manual_seed(0)
     retriever = build_retriever(config, tokenizer).eval()
     with torch.no_grad():
@@ -56,9 +57,9 @@ def save(retriever, config, tokenizer, path):
 
 
 def embed(retriever, config, tokenizer, wordpieces):
-    """Query and passage embeddings from our own inputs."""
+    """Query and passage embeddings of `QUERIES` and `PASSAGES`."""
     pad = tokenizer.pad_token_id
-    # A shared tower has one limit in sentence-transformers, the larger one.
+    # In sentence-transformers a shared tower has one maximum length, the larger one.
     query_tokens = (
         max(config.max_query_tokens, config.max_passage_tokens) if config.shared_tower else config.max_query_tokens
     )
@@ -86,13 +87,13 @@ def test_sentence_transformers_computes_the_same_embeddings(config, tokenizer, w
     if config.shared_tower:
         np.testing.assert_allclose(model.encode(QUERIES), query_emb_BD, atol=1e-5)
     else:
-        assert np.abs(model.encode(QUERIES) - query_emb_BD).max() > 1e-2, "without a task the passage tower encodes"
+        assert np.abs(model.encode(QUERIES) - query_emb_BD).max() > 1e-2, "without a task, the passage tower is used"
     scores = model.similarity(query_emb_BD, passage_emb_BD)
     np.testing.assert_allclose(scores, query_emb_BD @ passage_emb_BD.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "two-towers"])
-def test_exported_tokenizer_builds_our_inputs(shared, tokenizer, wordpieces, tmp_path):
+def test_the_exported_tokenizer_builds_the_same_inputs(shared, tokenizer, wordpieces, tmp_path):
     config = replace(CONFIG, shared_tower=shared)
     path = save(build(config, tokenizer), config, tokenizer, tmp_path / "exported")
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
@@ -102,7 +103,7 @@ def test_exported_tokenizer_builds_our_inputs(shared, tokenizer, wordpieces, tmp
         ids = features["input_ids"][row][features["attention_mask"][row].bool()].tolist()
         assert ids == Wordpieces.from_tokenizer(tokenizer).passage(wordpieces(title), wordpieces(text), 40).tolist()
         special = [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
-        assert special == [cls, sep, sep], "the names of special tokens in a text are text"
+        assert special == [cls, sep, sep], "names of special tokens in a text are plain text"
     assert not features.get("token_type_ids", torch.zeros(1)).any()
 
 
@@ -114,40 +115,40 @@ def test_load_retriever_restores_weights_and_settings(config, tokenizer, wordpie
     assert loaded.shared == config.shared_tower and not loaded.training
     assert loaded.temperature == 0.5 and loaded.dim == retriever.dim
     assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
-    for ours, theirs in zip(
+    for expected, found in zip(
         embed(retriever, config, tokenizer, wordpieces),
         embed(loaded, config, loaded_tokenizer, wordpieces),
         strict=True,
     ):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(expected, found)
     settings = read_retriever_settings(path)
     assert (settings["max_query_tokens"], settings["max_passage_tokens"]) == (16, 40)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "two-towers"])
-def test_export_holds_no_pickle(shared, tokenizer, tmp_path):
+def test_an_export_contains_no_pickle(shared, tokenizer, tmp_path):
     config = replace(CONFIG, shared_tower=shared, normalize=True)
     path = save(build(config, tokenizer), config, tokenizer, tmp_path / "exported")
-    kinds = {file.suffix for file in path.rglob("*") if file.is_file()}
-    assert kinds <= {".safetensors", ".json", ".txt"}
-    assert ".safetensors" in kinds
+    suffixes = {file.suffix for file in path.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".txt"}
+    assert ".safetensors" in suffixes
 
 
-def test_export_over_an_older_one_is_read_as_the_new_one(tokenizer, wordpieces, tmp_path):
+def test_an_export_replaces_an_older_one_in_the_same_folder(tokenizer, wordpieces, tmp_path):
     path = save(build(CONFIG, tokenizer), CONFIG, tokenizer, tmp_path / "exported")
     retriever = build(CONFIG, tokenizer)
     nn.init.normal_(retriever.query_tower.projection.weight)
     save(retriever, CONFIG, tokenizer, path)
-    for ours, theirs in zip(
+    for expected, found in zip(
         embed(retriever, CONFIG, tokenizer, wordpieces),
         embed(load_retriever(path)[0], CONFIG, tokenizer, wordpieces),
         strict=True,
     ):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(expected, found)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_padding_changes_no_embedding(pooling, tokenizer, wordpieces):
+def test_padding_does_not_change_embeddings(pooling, tokenizer, wordpieces):
     retriever = build(replace(CONFIG, pooling=pooling), tokenizer)
     inputs = [Wordpieces.from_tokenizer(tokenizer).query(wordpieces(text), 16) for text in QUERIES]
     ids_BL, mask_BL = pad_batch(inputs, tokenizer.pad_token_id)
@@ -159,20 +160,20 @@ def test_padding_changes_no_embedding(pooling, tokenizer, wordpieces):
     torch.testing.assert_close(together_BD, other_padding_BD, atol=1e-5, rtol=1e-5)
 
 
-def test_two_towers_start_alike_and_part(tokenizer):
+def test_two_towers_have_equal_but_separate_initial_weights(tokenizer):
     retriever = build_retriever(replace(CONFIG, shared_tower=False), tokenizer)
     pairs = list(zip(retriever.query_tower.parameters(), retriever.passage_tower.parameters(), strict=True))
     assert all(torch.equal(query, passage) and query is not passage for query, passage in pairs)
     assert not retriever.shared
 
 
-def test_shared_tower_counts_once(tokenizer):
+def test_parameters_of_a_shared_tower_are_listed_once(tokenizer):
     retriever = build_retriever(CONFIG, tokenizer)
     assert retriever.shared
     assert len(list(retriever.parameters())) == len(list(retriever.query_tower.parameters()))
 
 
-def test_score_is_the_inner_product_over_the_temperature(tokenizer):
+def test_score_is_the_inner_product_divided_by_the_temperature(tokenizer):
     retriever = build_retriever(replace(CONFIG, temperature=0.25), tokenizer)
     query_emb_BD, candidate_emb_BND = torch.randn(3, 10), torch.randn(3, 4, 10)
     score_BN = retriever.score(query_emb_BD, candidate_emb_BND)
@@ -184,10 +185,8 @@ def test_score_is_the_inner_product_over_the_temperature(tokenizer):
 
 def test_scores_are_not_rounded_under_autocast(tokenizer):
     retriever = build_retriever(replace(CONFIG, temperature=0.5), tokenizer)
-    query_emb_BD, candidate_emb_BND = (
-        torch.tensor([[12.0, 5.0, 1.0]]),
-        torch.tensor([[[12.0, 5.0, 1.0], [12.0, 5.0, 1.3], [12.0, 5.0, 1.45]]]),
-    )
+    query_emb_BD = torch.tensor([[12.0, 5.0, 1.0]])
+    candidate_emb_BND = torch.tensor([[[12.0, 5.0, 1.0], [12.0, 5.0, 1.3], [12.0, 5.0, 1.45]]])
     expected = torch.tensor([[340.0, 340.6, 340.9]])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(retriever.score(query_emb_BD, candidate_emb_BND), expected)
@@ -197,28 +196,28 @@ def test_scores_are_not_rounded_under_autocast(tokenizer):
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(expected, torch.tensor([0])))
 
 
-def test_unit_embeddings(tokenizer, wordpieces):
+def test_normalized_embeddings_have_length_1(tokenizer, wordpieces):
     config = replace(CONFIG, normalize=True)
     for emb_BD in embed(build(config, tokenizer), config, tokenizer, wordpieces):
         np.testing.assert_allclose(np.linalg.norm(emb_BD, axis=1), 1.0, rtol=1e-5)
 
 
-def test_more_tokens_than_positions(tokenizer):
+def test_more_tokens_than_positions_raise(tokenizer):
     with pytest.raises(UserError, match=r"max_passage_tokens \(65\) exceed the encoder's 64"):
         build_retriever(replace(CONFIG, max_passage_tokens=65), tokenizer)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1"], ids=["absent", "empty", "no-json"])
-def test_a_folder_that_is_no_retriever(content, tmp_path):
+@pytest.mark.parametrize("content", [None, "{", "[1"], ids=["missing file", "truncated object", "truncated list"])
+def test_a_folder_that_is_not_a_retriever_raises(content, tmp_path):
     if content is not None:
         (tmp_path / "retriever.json").write_text(content)
-    with pytest.raises(UserError, match=f"{tmp_path} is no exported retriever"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not an exported retriever"):
         load_retriever(tmp_path)
-    with pytest.raises(UserError, match="no exported retriever"):
+    with pytest.raises(UserError, match="not an exported retriever"):
         load_retriever(tmp_path / "nowhere")
 
 
-def test_sentence_transformers_finds_every_weight(tokenizer, tmp_path):
+def test_sentence_transformers_loads_every_weight(tokenizer, tmp_path):
     path = save(build(CONFIG, tokenizer), CONFIG, tokenizer, tmp_path / "exported")
     model = SentenceTransformer(str(path), device="cpu", local_files_only=True)
     assert {name for name, _ in model[0].auto_model.named_parameters()} == set(load_file(path / "model.safetensors"))
