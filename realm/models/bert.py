@@ -12,10 +12,11 @@ from transformers import AutoConfig, BertConfig, BertModel
 
 from realm.errors import UserError
 from realm.runtime.hub import require_on_hub
+from realm.runtime.section import Section
 
 
 @dataclass(frozen=True)
-class BertSource:
+class BertSource(Section):
     """Source of a BERT encoder; the sizes apply only to one trained from scratch."""
 
     path: str | None = None
@@ -37,6 +38,12 @@ class BertSource:
     init: Literal["normal", "mimetic"] = "normal"
     """Plain random initialization, or attention initialized similar to that of trained models: see
     `mimetic_init`."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "layers", "hidden", "heads", "intermediate", "max_positions")
+        yield from self.finite("init_std")
+        if not 0 <= self.dropout < 1:
+            yield f"dropout must be at least 0 and less than 1, got {self.dropout}"
 
 
 def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:

@@ -8,7 +8,7 @@ hidden width of the span head, W maximum answer length in wordpieces.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +25,12 @@ from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert, quiet_loading
+from realm.runtime.section import Section
 from realm.text.inputs import IntArray, Wordpieces, pad_batch
 
 
 @dataclass(frozen=True)
-class ReaderConfig:
+class ReaderConfig(Section):
     """Encoder, attention and heads."""
 
     bert: BertSource = field(default_factory=BertSource)
@@ -46,6 +47,9 @@ class ReaderConfig:
     max_tokens: int = 384
     """Maximum length of a joint input in wordpieces; if the encoder has fewer positions, they are
     extended."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "span_hidden", "max_span_tokens", "max_tokens")
 
 
 class Reader(nn.Module):
@@ -219,11 +223,13 @@ def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
     """Load a reader saved by `save_reader`, with the parameters of its attention variant, in
     evaluation mode; with `config`, adapt it (`Reader.adapt`)."""
     try:
-        saved = draccus.decode(ReaderConfig, json.loads((path / "reader.json").read_text()))
+        settings = json.loads((path / "reader.json").read_text())
     except OSError as error:
         raise UserError(
             f"{path} is not a saved reader (no reader.json); use a model folder of one of a run's stages."
         ) from error
+    settings.pop("context_tokens", None)  # version 0.1 saved it here; it is a setting of the corpus now
+    saved = draccus.decode(ReaderConfig, settings)
     reader = Reader(BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False), saved)
     reader.load_state_dict(load_file(path / "model.safetensors"))
     if config is not None:

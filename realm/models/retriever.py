@@ -7,7 +7,8 @@ Passages are encoded as `[CLS] title [SEP] text [SEP]` with token type 0 through
 Shape legend: B rows, N candidates per query, L wordpieces, H hidden width, D embedding width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,10 +23,11 @@ from realm.attention.dense import DenseAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert
 from realm.models.precision import Precision, autocast
+from realm.runtime.section import Section
 
 
 @dataclass(frozen=True)
-class RetrieverConfig:
+class RetrieverConfig(Section):
     """Towers, pooling and projection."""
 
     bert: BertSource = field(default_factory=BertSource)
@@ -47,6 +49,12 @@ class RetrieverConfig:
     """Maximum length of a query in wordpieces, including special tokens."""
     max_passage_tokens: int = 288
     """Maximum length of a passage in wordpieces, including its title and special tokens."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(1, "projection_dim")
+        yield from self.at_least(4, "max_query_tokens", "max_passage_tokens")
+        if not 0 < self.temperature < math.inf:
+            yield f"temperature must be a finite number greater than 0, got {self.temperature}"
 
 
 class Tower(nn.Module):

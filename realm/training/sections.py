@@ -33,6 +33,8 @@ class OptimConfig(Section):
         yield from self.finite("lr", "retriever_lr", "weight_decay", "max_grad_norm")
         yield from self.at_least(0, "warmup_steps")
         yield from self.probabilities("final_lr_ratio")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield f"betas must be at least 0 and less than 1, got {list(self.betas)}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The reader: joint inputs, both heads compared with plain loops, saving, loading checkpoints."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -179,6 +180,14 @@ def checkpoint(tokenizer, path, vocab=None, dtype=torch.float32, with_head=True)
     model = model.to(dtype)
     (model if with_head else model.bert).save_pretrained(path)
     return model.float()
+
+
+def test_a_reader_saved_by_version_0_1_loads(tokenizer, tmp_path):
+    reader = build(CONFIG, tokenizer)
+    save_reader(reader, tokenizer, tmp_path / "saved")
+    file = tmp_path / "saved" / "reader.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_tokens": 0}))
+    assert load_reader(tmp_path / "saved").config == reader.config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
