@@ -5,19 +5,25 @@ from rich.markup import escape
 
 from finetune.answer import Answerer
 from finetune.questions import Question
+from finetune.train_reader import Finetuning
 from realm.errors import UserError
 from realm.run.folder import Run
 from realm.runtime.telemetry import console
 from realm.text.tokenizer import tokenize
 
 
-def ask(run: Run, text: str, passages: int) -> None:
-    """Print the answer to `text`, its passage with the answer marked, p(z|x), and the other passages read."""
+def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> None:
+    """Print the answer of a stage's models to `text`, its passage with the answer marked, p(z|x), and the
+    other passages read. Raises UserError if the stage has no reader."""
     if not text.strip():
         raise UserError(
             'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"'
         )
-    answerer = Answerer(run)
+    answerer = Answerer(run, stage)
+    if answerer.model is None:
+        raise UserError(
+            f"stage {stage} of run {run.folder} has no reader; train one, or choose a later stage with --stage."
+        )
     print_answer(answerer, text, passages)
 
 

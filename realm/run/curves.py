@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from realm.run.folder import STAGES
-from realm.run.report import STAGE_TITLES
 from realm.runtime.telemetry import read_metrics
 
 _SMOOTH = 10
@@ -30,8 +29,8 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
 
     metrics = read_metrics(folder / "metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    for stage in (stage for stage in STAGES if stage in metrics):
-        axes[0, 0].plot(*_series(metrics[stage], "loss", relative=True), label=STAGE_TITLES[stage])
+    for stage, title in ((stage, title) for stage, title in STAGES.items() if stage in metrics):
+        axes[0, 0].plot(*_series(metrics[stage], "loss", relative=True), label=title)
     axes[0, 0].set(title="Loss by stage", xlabel="fraction of the stage's steps", ylabel="loss (nats)", yscale="log")
     axes[0, 0].legend()
     if steps := metrics.get("pretrain", []):

@@ -33,8 +33,14 @@ from realm.text.tokenizer import load_tokenizer
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
 
-STAGES = ("ict", "reader_pretraining", "pretrain", "finetune_retriever", "finetune")
-"""Training stages in their order."""
+STAGES = {
+    "ict": "inverse cloze",
+    "reader_pretraining": "reader pretraining",
+    "pretrain": "REALM",
+    "finetune_retriever": "finetune the retriever",
+    "finetune": "finetune",
+}
+"""Training stages in their order, with their titles."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,13 @@ class Run:
         """Whether a stage is finished."""
         return self.model(name).exists()
 
+    def last_finished(self) -> str:
+        """Name of the last finished stage. Raises UserError if none is."""
+        for name in reversed(STAGES):
+            if self.finished(name):
+                return name
+        raise UserError(f"run {self.folder} has no finished stage yet; train one first, for example with `realm ict`.")
+
     def begin(self, stage: str, resume: bool) -> bool:
         """Whether a stage has anything left to train. Raises UserError if it was begun before, unless
         `resume`."""
@@ -112,8 +125,9 @@ class Run:
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one; only stages before `before`, or
         up to and including `until`, if given."""
-        stages = STAGES[: STAGES.index(before)] if before else STAGES[: STAGES.index(until) + 1] if until else STAGES
-        for name in reversed(stages):
+        names = list(STAGES)
+        end = names.index(before) if before else names.index(until) + 1 if until else len(names)
+        for name in reversed(names[:end]):
             if (self.model(name) / part).exists():
                 return self.model(name) / part
         return None

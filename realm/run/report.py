@@ -3,19 +3,10 @@
 import json
 from pathlib import Path
 
-from realm.run.folder import Run
+from realm.run.folder import STAGES, Run
 from realm.runtime.telemetry import console, format_seconds, print_table, read_metrics
 from realm.runtime.versions import versions_in
 
-STAGE_TITLES = {
-    "prepare": "prepare",
-    "ict": "inverse cloze",
-    "reader_pretraining": "reader pretraining",
-    "pretrain": "REALM",
-    "finetune_retriever": "finetune the retriever",
-    "finetune": "finetune",
-    "evaluate": "evaluate",
-}
 _MASKED_SPAN_FIGURES = {
     "accuracy_null": "null",
     "accuracy_random": "random",
@@ -42,7 +33,7 @@ def print_summary(
     for stage, seconds in stage_times.items():
         spans, asked = masked_spans.get(stage, {}), questions if stage == "evaluate" else {}
         cells = [*(spans.get(name) for name in _MASKED_SPAN_FIGURES), *(asked.get(name) for name in _QUESTION_FIGURES)]
-        rows.append([STAGE_TITLES[stage], format_seconds(seconds), *cells])
+        rows.append([STAGES.get(stage, stage), format_seconds(seconds), *cells])
     title = "Masked spans right (%) from null, random, gold and retrieved passages; masked-span recall; questions"
     console.print()
     print_table(title, ["stage", "time", *_MASKED_SPAN_FIGURES.values(), *_QUESTION_FIGURES.values()], rows)

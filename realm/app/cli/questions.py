@@ -15,8 +15,7 @@ def add_question_commands(commands: Commands) -> None:
     )
     evaluate.add_argument(
         "--stage",
-        default="finetune",
-        help="stage whose models answer: initial, or a training stage (default: finetune)",
+        help="stage whose models answer: initial, or a training stage (default: the last finished stage)",
     )
     evaluate.add_argument(
         "--compare",
@@ -37,6 +36,7 @@ def add_question_commands(commands: Commands) -> None:
     ask = add_command(commands, "ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
     ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
+    ask.add_argument("--stage", help="training stage whose models answer (default: the last finished stage)")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -45,11 +45,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = with_questions(open_run(options), options, options.split)
     source = run.questions(options.split)
+    stage = options.stage or run.last_finished()
     given = None if options.questions is None or source is None else Path(source.path).name.split(".")[0]
     name = options.name or given or options.split
-    if options.name is None and options.stage != Finetuning.name:
-        name += f"-{options.stage}"
-    print_results(run, evaluate(run, options.split, options.stage, options.compare, name), name)
+    if options.name is None and stage != Finetuning.name:
+        name += f"-{stage}"
+    print_results(run, evaluate(run, options.split, stage, options.compare, name), name)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -61,4 +62,5 @@ def _compare(options: argparse.Namespace) -> None:
 def _ask(options: argparse.Namespace) -> None:
     from finetune.ask import ask
 
-    ask(open_run(options), options.question, options.passages)
+    run = open_run(options)
+    ask(run, options.question, options.passages, options.stage or run.last_finished())
