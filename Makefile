@@ -1,4 +1,5 @@
-# Every target makes its own .venv and installs what it needs. FAISS=gpu installs the GPU build of FAISS instead of the CPU one.
+# Every target creates .venv and installs the requirements. FAISS=gpu installs FAISS with GPU
+# support instead of the CPU build.
 PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin

@@ -1,4 +1,4 @@
-"""Answering questions with the models of a run: passages for a question, and the best span in them."""
+"""Answer questions with the models of a run: retrieve passages, and extract the best span."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from realm.text.inputs import token_budget_batches
 from realm.text.tokenizer import tokenize
 
 INITIAL = "initial"
-"""Stage name of the retriever before any training in the run, such as an encoder off the shelf."""
+"""Stage name of the retriever before any training in the run, such as a pretrained encoder."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,11 @@ class Answer:
 
 
 NO_ANSWER = Answer("", None, -1, 0.0)
-"""The answer to a question for which nothing was retrieved, which can happen with inverted lists."""
+"""The answer if nothing was retrieved, which can happen with inverted lists."""
 
 
 class Answerer:
-    """Retriever, index and reader as a stage left them. If no reader was trained by then, only `retrieve`
-    works."""
+    """Retriever, index and reader after a stage; if no reader is trained, `read` fails."""
 
     def __init__(self, run: Run, stage: str = Finetuning.name) -> None:
         """Raises UserError if the stage is not finished."""
@@ -65,7 +64,7 @@ class Answerer:
         self.collator = QuestionCollator(run.collator, run.tokenizer, self.index, run.config.reader.max_span_tokens)
 
     def _retriever(self) -> tuple[Retriever, Path]:
-        """The stage's retriever, and the folder of the retriever whose passage embeddings are searched."""
+        """The stage's retriever, and the folder of the retriever that the index is built from."""
         run = self.run
         if self.stage == INITIAL:
             initial = build_initial_retriever(run)
@@ -78,8 +77,7 @@ class Answerer:
         return load_retriever(folder)[0], indexed
 
     def _reader(self) -> Reader | None:
-        """The stage's reader; None if none was trained by then, in this run or the one it was initialized
-        from."""
+        """The stage's reader; None if none is trained yet, here or in the run of `init_from`."""
         path = self.run.latest("reader", until=self.stage) if self.stage in STAGES else None
         if path is not None:
             return load_reader(path, self.run.config.reader)
@@ -105,7 +103,7 @@ class Answerer:
         return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
 
     def _span_scores(self, reader: Reader, batch: QuestionBatch) -> torch.Tensor:
-        """Scores of all spans, read in batches of similar length."""
+        """Scores of all spans, computed in batches of similar length."""
         span_score_QLW = torch.full(batch.allowed_QLW.shape, MASKED_SCORE, device=self.device)
         lengths = batch.mask_QL.sum(1)
         for part in token_budget_batches(lengths.cpu().numpy(), self.run.config.evaluate.token_budget):
@@ -118,7 +116,7 @@ class Answerer:
     def _best(
         self, batch: QuestionBatch, score_BNS: torch.Tensor, p_z_BN: torch.Tensor, rows: np.ndarray
     ) -> list[Answer]:
-        """The best span of each question, cut out of its passage."""
+        """The best span of each question, as text of its passage."""
         B, N, S = score_BNS.shape
         number_of = {row: q for q, row in enumerate(batch.row_Q.tolist())}
         answers = []
@@ -137,8 +135,11 @@ class Answerer:
     def _cut_out(
         self, ids_L: torch.Tensor, type_L: torch.Tensor, row: int, start: int, end: int
     ) -> tuple[str, int, int]:
-        """Wordpieces `start` to `end` (inclusive) of a passage's joint input: their text, the block that it
-        begins in, and its first character there (-1 in the title)."""
+        """Wordpieces `start` to `end` (inclusive) of a passage's joint input as text.
+
+        Returns the text, the row of the block in which it begins, and its first character there (-1
+        in the title).
+        """
         passages, tokenizer = self.run.passages, self.run.tokenizer
         text_at = int((ids_L == self.run.wordpieces.sep).nonzero()[1]) + 1  # after the second [SEP]
         if start < text_at:

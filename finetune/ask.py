@@ -1,4 +1,4 @@
-"""Answer one question, with the passage it was read from and the answer marked in it."""
+"""`realm ask`: answer one question, and show the answer in its passage."""
 
 import numpy as np
 from rich.markup import escape
@@ -13,8 +13,11 @@ from realm.text.tokenizer import tokenize
 
 
 def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> None:
-    """Print the answer of a stage's models to `text`, its passage with the answer marked, p(z|x), and the
-    other passages read. Raises UserError if the stage has no reader."""
+    """Print the answer of a stage's models to the question `text`, reading `passages` passages.
+
+    Prints also the passage with the answer marked, its p(z|x), and the titles of the other passages
+    read. Raises UserError if the question is empty or the stage has no reader.
+    """
     if not text.strip():
         raise UserError(
             'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"'
@@ -28,7 +31,7 @@ def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> Non
 
 
 def print_answer(answerer: Answerer, text: str, passages: int) -> None:
-    """Answer a question with an open answerer; see `ask`."""
+    """Answer a question with a loaded answerer; see `ask`."""
     ids, _ = tokenize(answerer.run.tokenizer, [text])[0]
     question = Question("", text, (), ids)
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
@@ -36,8 +39,8 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     corpus = answerer.run.passages
     if answer.passage is None:
         console.print(
-            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index with --refresh.search_parameters, "
-            "such as nprobe=64"
+            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index, "
+            "for example with --refresh.search_parameters nprobe=64"
         )
         return
     console.print(f"[bold]{escape(text)}[/bold]")

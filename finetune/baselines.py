@@ -1,4 +1,4 @@
-"""Retrievers to compare with on the same questions and passages: BM25, and any sentence-transformers model."""
+"""Baseline retrievers for `realm evaluate --compare`: BM25 and sentence-transformers models."""
 
 import hashlib
 import json
@@ -17,21 +17,23 @@ from realm.runtime.telemetry import console, progress
 
 
 class PassageRetriever(Protocol):
-    """What evaluation asks of a retriever."""
+    """The retriever interface that evaluation uses."""
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
-        """Rows of the `k` best passages per question, (B, k); -1: none."""
+        """Rows of the `k` best passages per question, (B, k), padded with -1."""
 
 
 class Bm25:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over title and text without English stop words, by the bm25s
-    package."""
+    """BM25 over title and text without English stop words, with the package bm25s.
+
+    Lucene's variant, k1 = 1.5, b = 0.75.
+    """
 
     def __init__(self, passages: PreparedCorpus) -> None:
         try:
             import bm25s
         except ImportError as error:
-            raise UserError("BM25 needs the package bm25s; install it with: pip install 'realm[eval]'") from error
+            raise UserError("BM25 requires the package bm25s; install it with: pip install 'realm[eval]'") from error
         console.print(f"  BM25: indexing {len(passages.rows):,} passages")
         self._bm25s, self.index, self.rows = bm25s, bm25s.BM25(), passages.rows
         texts = [f"{passages.title(row)} {passages.text(row)}" for row in self.rows.tolist()]
@@ -44,8 +46,10 @@ class Bm25:
 
 
 class SentenceTransformerRetriever:
-    """A sentence-transformers model, by path or hub name, over `title text`; passage embeddings are cached in
-    the run's `frozen/`."""
+    """A sentence-transformers model, by path or hub name, over `title text`.
+
+    Passage embeddings are cached in the run's `frozen/`.
+    """
 
     def __init__(self, name: str, run: Run) -> None:
         import faiss
@@ -93,5 +97,8 @@ class SentenceTransformerRetriever:
 
 
 def load_baseline(name: str, run: Run) -> PassageRetriever:
-    """The retriever called `name`: `bm25`, or a sentence-transformers model by path or hub name."""
+    """Load `bm25`, or a sentence-transformers model by path or hub name.
+
+    Raises UserError if the package or the model cannot be loaded.
+    """
     return Bm25(run.passages) if name == "bm25" else SentenceTransformerRetriever(name, run)

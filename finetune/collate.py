@@ -67,15 +67,18 @@ class QuestionCollator:
         return [(first, last - first) for first, last, _ in align_spans(offset_L2, [], spans)]
 
     def contains_answer(self, question: Question, row: int) -> bool:
-        """Whether a passage contains an accepted answer, by whole tokens or by the question's pattern."""
+        """Whether a passage contains an answer, by whole tokens or by the question's pattern."""
         text = self.passages.text(row)
         return question.pattern.search(text) is not None if question.is_pattern else has_answer(text, question.answers)
 
     def substitutes(
         self, questions: Sequence[Question], probability: float, pool: SpanPool, rng: np.random.Generator
     ) -> list[Substitute | None]:
-        """With the given probability, a random span of the answer's type for a question whose answer is a
-        salient span of its passage."""
+        """A substitute for each question's answer with the given probability, otherwise None.
+
+        It is a random span of the answer's type; None if the answer is not a salient span of the
+        question's passage.
+        """
         chosen: list[Substitute | None] = []
         for question in questions:
             kinds = (
@@ -87,7 +90,7 @@ class QuestionCollator:
         return chosen
 
     def _span_types(self, row: int) -> dict[bytes, int]:
-        """Types of a passage's salient spans by their wordpieces."""
+        """Types of a passage's salient spans, by their wordpieces."""
         ids = self.passages.text_ids(row)
         return {ids[start:end].tobytes(): int(kind) for start, end, kind in zip(*self.passages.spans(row), strict=True)}
 
@@ -101,9 +104,9 @@ class QuestionCollator:
     ) -> QuestionBatch:
         """A batch of questions.
 
-        `retrieved`: (B, K) rows for the retriever's softmax; `read`: (B, N) rows for the reader; rows below 0
-        are not passages. `substitutes` are applied to what is read. For the reader, an answer in the title is
-        as right as one in the text, as in evaluation.
+        `retrieved`: (B, K) rows for the retriever's softmax; `read`: (B, N) rows for the reader;
+        rows below 0 are not passages. `substitutes` are applied to the reader's inputs. Answers in
+        the title are targets of the reader too, as in evaluation.
         """
         read_slot_BN = np.array([self.inputs.contexts.read_slots(rows) for rows in read.tolist()], dtype=np.int64)
         row_Q = np.flatnonzero(read_slot_BN == np.arange(read.shape[1]))
@@ -133,8 +136,10 @@ class QuestionCollator:
     def _joint(
         self, question: Question, row: int, change: Substitute | None
     ) -> tuple[IntArray, int, list[tuple[int, int]]]:
-        """The joint input of a passage, the length of its first segment, and start and length of every answer
-        in it."""
+        """The joint input of a passage, the length of its first segment, and the answers in it.
+
+        Answers are pairs of start and length in wordpieces.
+        """
         context = self.inputs.contexts.around(row)
         title_ids, text_ids = self.passages.title_ids(row), context.text_ids
         if change is not None:
@@ -152,9 +157,11 @@ class QuestionCollator:
         return ids, first, [(start, length) for start, length in places if start + length < len(ids)]
 
     def relevant(self, questions: Sequence[Question], rows: np.ndarray) -> np.ndarray:
-        """Which retrieved passages the retriever should prefer, (B, K) bool: those that contain an answer (Lee
-        et al. 2019, section 5); with `positives` "document", only in the question's own document, if it is
-        known."""
+        """Which retrieved passages the retriever should prefer, (B, K) bool.
+
+        Those that contain an answer (Lee et al. 2019, section 5); with `positives` "document", only
+        those of the question's own document, if it is known.
+        """
         relevant = np.zeros(rows.shape, dtype=bool)
         for b, (question, retrieved) in enumerate(zip(questions, rows, strict=True)):
             anywhere = self.positives == "answer" or question.document is None
@@ -164,5 +171,5 @@ class QuestionCollator:
         return relevant
 
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:
-        """The index's embeddings of the given rows, (…, D); those of row 0 for rows below 0."""
+        """Embeddings of the given rows in the index, (…, D); that of row 0 for rows below 0."""
         return torch.from_numpy(self.index.embeddings(np.maximum(rows, 0).ravel())).view(*rows.shape, -1)

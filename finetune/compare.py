@@ -1,4 +1,4 @@
-"""`realm compare`: two evaluations of the same questions, question by question."""
+"""`realm compare`: paired comparison of two evaluations of the same questions."""
 
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,22 @@ from realm.runtime.telemetry import console, print_table
 
 Row = dict[str, Any]
 Key = tuple[str, int]
-"""Id of a question, and how often it occurred before."""
+"""Id of a question, and its number among questions with the same id."""
 
 
 def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
-    """Compare two `.predictions.jsonl` files of `realm evaluate`; returns a row per figure that both have: both
-    means in percent, and the 95 % interval of the difference (second minus first) by a paired bootstrap.
+    """Compare two `.predictions.jsonl` files written by `realm evaluate`, and print a table.
 
-    Raises UserError for other files, and for evaluations of different questions.
+    Returns a row per figure that both contain: both means in percent, and the 95 % interval of the
+    difference (second minus first) from a paired bootstrap. Raises UserError for other files, and
+    if the questions differ.
     """
     before, after = _read(first), _read(second)
     if before.keys() != after.keys():
         odd, _ = next(iter(before.keys() ^ after.keys()))
         raise UserError(
-            f"{first} and {second} are about different questions ({odd!r} is in only one of them); evaluate both on the same file."
+            f"{first} and {second} are evaluations of different questions ({odd!r} is in only one of them); "
+            "evaluate both on the same file."
         )
     rows: list[Row] = []
     for name in dict.fromkeys(name for record in before.values() for name in record):
@@ -50,13 +52,19 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
     if not rows:
         raise UserError(f"{first} and {second} have no figure in common.")
     table = [
-        [row["figure"], f"{row['questions']:,}", f"{row['first']:.1f}", f"{row['second']:.1f}", f"{row['second'] - row['first']:+.1f}",
-         f"[{row['low']:+.1f}, {row['high']:+.1f}]"]
+        [
+            row["figure"],
+            f"{row['questions']:,}",
+            f"{row['first']:.1f}",
+            f"{row['second']:.1f}",
+            f"{row['second'] - row['first']:+.1f}",
+            f"[{row['low']:+.1f}, {row['high']:+.1f}]",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     console.print(f"  first: {first}\n  second: {second}")
     print_table(
-        "Percent, and the difference with its paired 95 % interval",
+        "Percent; difference with paired 95 % interval",
         ["", "questions", "first", "second", "difference", "interval"],
         table,
     )
@@ -64,11 +72,14 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
 
 
 def _read(path: Path) -> dict[Key, dict[str, float]]:
-    """Figures of each question, without recall at depths that were not retrieved."""
+    """Read the figures of each question; recall only up to the retrieved depth.
+
+    Raises UserError if the file contains other records, or none.
+    """
     report = BadRecords()
-    records = list(parsed_lines(path, "predictions as `realm evaluate` writes them", report, _prediction))
+    records = list(parsed_lines(path, "predictions written by `realm evaluate`", report, _prediction))
     if report.total:
-        raise UserError(f"{report}\n{path} is not a predictions file of `realm evaluate`; evaluate again.")
+        raise UserError(f"{report}\n{path} is not a predictions file of `realm evaluate`; rerun the evaluation.")
     if not records:
         raise UserError(f"{path} contains no predictions.")
     depth = max(len(record["retrieved"]) for record in records)

@@ -1,8 +1,7 @@
-"""Evaluation on questions: exact match, F1, recall of retrieval, and the figures that show where the answers come
-from.
+"""Evaluation on questions: exact match, F1, retrieval recall, and reference figures.
 
-Several retrievers can be compared on the same questions: stages of the run, BM25, and sentence-transformers
-models.
+Several retrievers can be compared on the same questions: stages of the run, BM25, and
+sentence-transformers models.
 """
 
 import json
@@ -32,15 +31,16 @@ _TABLE = ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@1", "ex
 def evaluate(
     run: Run, split: str = "test", stage: str = Finetuning.name, compare: Sequence[str] = (), name: str = "test"
 ) -> dict[str, Figures]:
-    """Answer the questions of a split with the models of `stage` and with each retriever of `compare`; returns
-    percentages by retriever, `stage` first.
+    """Evaluate the models of `stage`, and each retriever of `compare`, on the questions of a split.
 
-    `compare`: stages (`initial` is the retriever before any training), `bm25`, or sentence-transformers models.
-    The reader of `stage` reads what `bm25` and the models retrieve; other stages read for themselves if they
-    have a reader. Writes the figures and their intervals to `evaluations/NAME.json`, and a line per question to
-    `evaluations/NAME.RETRIEVER.predictions.jsonl`. `finetune.figures.CONVENTIONS` says what each figure counts.
+    Returns percentages by retriever, `stage` first. `compare`: stages (`initial` is the retriever
+    before any training), `bm25`, or sentence-transformers models. The reader of `stage` reads the
+    passages that `bm25` and the models retrieve; other stages use their own reader if they have
+    one. Writes the figures and their intervals to `evaluations/NAME.json`, and a line per question
+    to `evaluations/NAME.RETRIEVER.predictions.jsonl`. `finetune.figures.CONVENTIONS` defines each
+    figure.
 
-    Raises UserError for unknown retrievers, and if NAME is taken by an evaluation of other questions.
+    Raises UserError for unknown retrievers, and if NAME exists with figures of other questions.
     """
     source = run.questions(split)
     if source is None:
@@ -54,7 +54,7 @@ def evaluate(
     results: dict[str, Figures] = {}
     intervals: dict[str, Intervals] = {}
     folder.mkdir(exist_ok=True)
-    # Loaded first, so that those that cannot be loaded are refused before anything is answered.
+    # Loaded first, so that a model that cannot be loaded fails before any question is answered.
     baselines = {other: load_baseline(other, run) for other in compare if other not in (INITIAL, *STAGES)}
     ceiling = percent(answerable(run.passages, questions, run.config.engine.log_every_s))
     for other, label in _labels((stage, *compare)).items():
@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _check_retrievers(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is neither a stage, BM25 nor a model."""
+    """Raise UserError for a name that is neither a stage nor BM25 nor a model."""
     for name in names:
         if name not in (INITIAL, "bm25", *STAGES) and not Path(name).exists() and "/" not in name:
             stages = ", ".join((INITIAL, *STAGES))
@@ -91,7 +91,7 @@ def _check_retrievers(names: Sequence[str]) -> None:
 
 
 def _labels(retrievers: Sequence[str]) -> dict[str, str]:
-    """A label for each retriever: a stage's name, or the shortest end of a path that is unique."""
+    """A label for each retriever: the stage's name, or the shortest unique end of its path."""
     distinct = list(dict.fromkeys(retrievers))
     for parts in range(1, 1 + max(len(Path(name).parts) for name in distinct)):
         labels = {name: "-".join(part.strip("/") for part in Path(name).parts[-parts:]) for name in distinct}
@@ -101,7 +101,7 @@ def _labels(retrievers: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_other_questions(path: Path, source: QuestionSource) -> None:
-    """Raises UserError if `path` has the figures of other questions."""
+    """Raise UserError if `path` contains the figures of other questions."""
     try:
         existing = json.loads(path.read_text())["questions"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -139,10 +139,10 @@ def answer_all(
     config: EvaluateConfig,
     with_given_passages: bool = False,
 ) -> list[Record]:
-    """A record per question: what was retrieved and what was answered.
+    """A record per question: the retrieved passages, the answer and its figures.
 
-    `with_given_passages`: also the answer from a random passage, and from the question's own passage if it is
-    known.
+    `with_given_passages`: also answer from a random passage, and from the question's own passage if
+    it is known.
     """
     run, passages = answerer.run, answerer.run.passages
     depth = min(config.retrieve, len(passages.rows))
@@ -164,7 +164,7 @@ def answer_all(
 
 
 def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Record:
-    """A question's record of what was retrieved."""
+    """A question's record with the retrieved passages and the ranks of the first hits."""
     passages = answerer.run.passages
     found = [int(row) for row in rows if row >= 0]
     hits = [answerer.collator.contains_answer(question, row) for row in found]
@@ -185,7 +185,7 @@ def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Reco
 def _read_own_passages(
     answerer: Answerer, questions: Sequence[Question], records: Sequence[Record], config: EvaluateConfig
 ) -> None:
-    """Add the answers read from the questions' own passages, where these are known."""
+    """Add the figures of answers from the questions' own passages, if known, to the records."""
     known = [number for number, question in enumerate(questions) if question.passage is not None]
     if known:
         own = np.array([[questions[number].passage] for number in known])
@@ -201,7 +201,7 @@ def _read(
     config: EvaluateConfig,
     prefix: str = "",
 ) -> None:
-    """Add the answers read from the given passages to the records; `prefix` is put before the figures' names."""
+    """Add the answers from the given passages to the records; `prefix`: of the figures' names."""
     for question, answer, record in zip(questions, answerer.read(questions, rows), records, strict=True):
         if question.is_pattern:
             right = pattern_match(answer.text, question.pattern)
@@ -216,7 +216,7 @@ def _read(
 
 
 def print_results(run: Run, results: dict[str, Figures], name: str) -> None:
-    """Print a table with a row per retriever and intervals after the means, and where the files are."""
+    """Print a table of means and intervals with a row per retriever, and the names of the files."""
     report = json.loads((run.folder / "evaluations" / f"{name}.json").read_text())
     columns = [key for key in _TABLE if any(key in figures for figures in results.values())]
     rows: list[list[object]] = []

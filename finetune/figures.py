@@ -1,4 +1,4 @@
-"""From a record per question to figures with intervals; what each figure counts."""
+"""The figures of an evaluation: means with intervals, computed from a record per question."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,8 @@ CONVENTIONS = {
     "em": "SQuAD normalization; a pattern must match the whole prediction",
     "recall@k": "the top k contain an answer, by whole tokens (DPR)",
     "substring_recall@k": "the top k contain an answer as a substring (ORQA)",
-    "exact_recall@k": "the top k contain the document that the question was asked about; questions without one are not counted",
+    "exact_recall@k": "the top k contain the document that the question was asked about; "
+    "questions without one are not counted",
     "mrr": "mean reciprocal rank of that document, 0 if it was not retrieved",
     "ceiling": "any passage of the corpus contains an answer, by the rule of recall@k",
     "interval": "95 % percentile bootstrap over questions, 1,000 resamples",
@@ -26,7 +27,7 @@ _RANKS = (("rank_of_answer", "recall"), ("rank_of_substring", "substring_recall"
 
 
 def summarize(records: Sequence[Record], depths: Sequence[int], seed: int) -> tuple[Figures, Intervals]:
-    """Means in percent, each over the records that have the value, and their bootstrap intervals."""
+    """Means in percent, each over the records that have the value, and bootstrap intervals."""
     columns: dict[str, list[float]] = {}
     for record in records:
         for name, value in values_of(record, depths).items():
@@ -40,7 +41,7 @@ def summarize(records: Sequence[Record], depths: Sequence[int], seed: int) -> tu
 
 
 def values_of(record: Mapping[str, Any], depths: Sequence[int]) -> dict[str, float]:
-    """The figures of one question that its record allows, each between 0 and 1."""
+    """The figures of one question, each between 0 and 1; only those that its record has."""
     names = ("em", "f1", "random_passage_em", "oracle_em")
     values = {name: float(record[name]) for name in names if name in record}
     for field, name in _RANKS:
@@ -53,7 +54,7 @@ def values_of(record: Mapping[str, Any], depths: Sequence[int]) -> dict[str, flo
 
 
 def rank_of_first(hits: Sequence[bool]) -> int | None:
-    """Rank, counted from 1, of the first hit; None without one."""
+    """Rank of the first hit, counted from 1; None if there is none."""
     return hits.index(True) + 1 if True in hits else None
 
 

@@ -1,9 +1,9 @@
 """Open-domain question answering metrics, each with its convention.
 
-Exact match and F1 use the SQuAD normaliser (lower case, no punctuation, no articles, single
-spaces), by default after Unicode NFD so that composed and decomposed spellings agree. Answers are
-looked for in passages by whole tokens, as DPR does, or as substrings, as ORQA does; answers that
-are patterns (CuratedTREC) must match the whole prediction, and anywhere in a passage.
+Exact match and F1 use the SQuAD normalization (lower case, no punctuation, no articles, single
+spaces), by default after Unicode NFD so that composed and decomposed spellings match. Answers are
+searched in passages by whole tokens, as in DPR, or as substrings, as in ORQA. Patterns
+(CuratedTREC) must match a whole prediction, and may match anywhere in a passage.
 """
 
 import re
@@ -16,27 +16,26 @@ import numpy as np
 import regex
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?![\u0300-\u036f])")
-"""As whole words; after decomposition the "the" of "thé" is followed by its accent."""
+"""Articles as whole words; the "the" of a decomposed "thé" is followed by an accent."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
-"""DPR's tokens: runs of letters, digits and marks, and every other visible character by itself."""
+"""DPR's tokens: runs of letters, digits and marks, and every other visible character alone."""
 
 
 def normalize_answer(text: str, nfd: bool = True) -> str:
-    """The SQuAD v1.1 script's normal form; `nfd=False` is that script to the letter."""
+    """Normalize as the SQuAD v1.1 script does; with `nfd=False`, exactly as it does."""
     if nfd:
         text = unicodedata.normalize("NFD", text)
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str], nfd: bool = True) -> bool:
-    """Whether the prediction equals any answer after normalisation."""
+    """Whether the prediction equals any answer after normalization."""
     return any(normalize_answer(prediction, nfd) == normalize_answer(answer, nfd) for answer in answers)
 
 
 def pattern_match(prediction: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the whole prediction, blanks at its ends aside, is what the pattern describes; a
-    prefix is not enough."""
+    """Whether the pattern matches the whole stripped prediction, not only a prefix."""
     return pattern.fullmatch(prediction.strip()) is not None
 
 
@@ -54,20 +53,24 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Lower-case tokens after NFD, as DPR's evaluation cuts them."""
+    """Lower-case tokens after NFD, as in DPR's evaluation."""
     return _TOKEN.findall(unicodedata.normalize("NFD", text).lower())
 
 
 def has_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the tokens of any answer stand in the text one after the other (DPR); an answer
-    without a token stands nowhere."""
+    """Whether the text contains the consecutive tokens of any answer (DPR).
+
+    An answer without tokens does not match.
+    """
     tokens = f"\0{chr(0).join(answer_tokens(text))}\0"
     return any((answer := answer_tokens(text_)) and f"\0{chr(0).join(answer)}\0" in tokens for text_ in answers)
 
 
 def has_substring(text: str, answers: Sequence[str]) -> bool:
-    """Whether any answer stands in the text as it is, case and composition aside (ORQA): "hij"
-    stands in "hijklmn"."""
+    """Whether any answer is a substring of the text, ignoring case and composition (ORQA).
+
+    "hij" matches in "hijklmn". A blank answer does not match.
+    """
     folded = unicodedata.normalize("NFD", text).lower()
     return any(
         (answer := unicodedata.normalize("NFD", text_).lower().strip()) and answer in folded for text_ in answers
@@ -75,8 +78,10 @@ def has_substring(text: str, answers: Sequence[str]) -> bool:
 
 
 def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """Whether any answer of each question stands, by `has_answer`'s rule, in any of the texts,
-    (questions,) bool; one pass over the texts."""
+    """Whether any text contains an answer to each question (`has_answer`), (questions,) bool.
+
+    Takes one pass over the texts.
+    """
     questions_of: dict[str, list[int]] = {}
     by_first: dict[str, set[str]] = {}
     for number, accepted in enumerate(answers):
@@ -103,24 +108,24 @@ def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) ->
 
 
 def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> np.ndarray:
-    """For each pattern whether it matches in any of the texts, (patterns,) bool."""
+    """Whether each pattern matches in any of the texts, (patterns,) bool."""
     parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
     joined = ["\0\n\0".join(part) for part in parts]
 
-    def stands(pattern: re.Pattern[str]) -> bool:
-        # What matches in a text matches in those around it, too, unless it asks for an end; not so
-        # the other way round.
-        asks_for_ends = any(mark in pattern.pattern for mark in ("^", "$", "\\A", "\\Z"))
-        likely = (part for part, whole in zip(parts, joined, strict=True) if asks_for_ends or pattern.search(whole))
+    def matches(pattern: re.Pattern[str]) -> bool:
+        # Searching the joined texts first is faster. A pattern without anchors that matches in a
+        # text also matches in the joined texts, but not the other way round.
+        has_anchors = any(mark in pattern.pattern for mark in ("^", "$", "\\A", "\\Z"))
+        likely = (part for part, whole in zip(parts, joined, strict=True) if has_anchors or pattern.search(whole))
         return any(pattern.search(text) for part in likely for text in part)
 
-    return np.array([stands(pattern) for pattern in patterns], dtype=bool)
+    return np.array([matches(pattern) for pattern in patterns], dtype=bool)
 
 
 def bootstrap_interval(
     values: np.ndarray, seed: int = 0, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-question values; deterministic for a seed."""
+    """Percentile bootstrap interval of the mean of per-question values; deterministic per seed."""
     values = np.asarray(values, dtype=np.float64)
     counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
     low, high = np.quantile(counts @ values / len(values), [(1 - level) / 2, (1 + level) / 2])

@@ -1,5 +1,4 @@
-"""The formats in which people have questions, each a function from a source to records;
-`FORMATS` is the registry."""
+"""Question formats: one function per format yields the records of a source; see `FORMATS`."""
 
 import ast
 import json
@@ -30,42 +29,41 @@ from realm.run.data_config import QuestionSource
 from realm.runtime.hub import load_split
 
 UNANSWERABLE = "no answer"
-"""Kind under which questions that their authors left without an answer are counted; no mistake
-of the file."""
+"""Kind of questions that are published without an answer: counted, but not an error."""
 
 
 @dataclass(frozen=True)
 class QuestionRecord:
-    """One question as its file has it."""
+    """One question as read from its file."""
 
     place: Place
     id: str
     text: str
     answers: tuple[str, ...]
-    """Accepted answers, or one regular expression of them."""
+    """Accepted answers, or one regular expression that describes them."""
     is_pattern: bool = False
     """Whether the answer is a regular expression (CuratedTREC)."""
     context: str | None = None
-    """Text of the paragraph the question was asked about."""
+    """Text of the paragraph that the question was asked about."""
     starts: tuple[int, ...] = ()
-    """Characters of the context at which answers start, where known."""
+    """Character offsets of the answers in the context, if known."""
     passage: str | None = None
-    """Id of the document the question was asked about."""
+    """Id of the document that the question was asked about."""
     article: str | None = None
-    """The article of SQuAD that the paragraph stands in."""
+    """Title of the SQuAD article that contains the paragraph."""
 
     @property
     def document(self) -> str | None:
-        """What folds must not tear apart."""
+        """Key of the document; all its questions are in the same fold."""
         return self.article or self.passage or self.context
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """The questions of one source in its order, those of the folds that it takes; broken ones, and
-    those without an answer, are noted in `report`.
+    """Yield the questions of one source in order, restricted to its `use_folds`.
 
-    Raises UserError where the source cannot be read at all, its format is not known, or folds are
-    asked of questions without documents.
+    Invalid records and questions without an answer are added to `report`. Raises UserError if the
+    source cannot be read, its format is unknown, an option does not apply to the format, or folds
+    are requested for questions without documents.
     """
     name = format_of(source)
     for field, formats in (
@@ -75,13 +73,15 @@ def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[Quest
     ):
         if getattr(source, field) and name not in formats:
             raise UserError(
-                f"`{field}` of {source.path} is for the format {' or '.join(formats)}, and these questions are {name}; leave it out."
+                f"`{field}` of {source.path} is only for the format {' or '.join(formats)}, but the format is {name}; "
+                "remove it."
             )
     for record in FORMATS[name](source, report):
         if source.use_folds:
             if record.document is None:
                 raise UserError(
-                    f"{record.place}: folds are of documents, and this question names neither an article, a passage nor a context."
+                    f"{record.place}: `use_folds` splits questions by document, but this one has no article, passage "
+                    "or context; remove `use_folds`."
                 )
             if zlib.crc32(record.document.encode()) % source.num_folds not in source.use_folds:
                 continue
@@ -89,8 +89,10 @@ def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[Quest
 
 
 def format_of(source: QuestionSource) -> str:
-    """The format by name. Raises UserError where it is unknown, or can be told neither from the
-    name nor from the first record."""
+    """Name of the source's format, auto-detected from file name and content if it is `auto`.
+
+    Raises UserError if the format is unknown or cannot be detected.
+    """
     if named := named_format(source.format, FORMATS, source.path):
         return named
     path = Path(source.path)
@@ -107,16 +109,18 @@ def format_of(source: QuestionSource) -> str:
         columns = _columns(path)
         if columns == 2 and "trec" in path.name.lower():
             raise UserError(
-                f"{path} has answers or regular expressions, and they look alike; name its format, trec for patterns or qas for answers"
+                f"{path} contains answers or regular expressions, which look alike; set `format` to trec for regular "
+                "expressions or to qas for answers"
             )
         if columns in (2, 4):
             return {2: "qas", 4: "trec"}[columns]
     raise UserError(
-        f"the format of the questions {path} cannot be told from its name or its first record; name it, one of {', '.join(FORMATS)}"
+        f"the format of the questions {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}"
     )
 
 
 def _columns(path: Path) -> int:
+    """Number of tab-separated columns of the first line; 0 if it cannot be parsed."""
     for _, line in lines(path, lambda *_: None):
         try:
             return len(parse_tsv(line))
@@ -132,17 +136,23 @@ def _checked(
     answers: object,
     **more: Any,
 ) -> QuestionRecord:
-    """A record, its parts being what they must be. Raises BadRecord."""
-    if not isinstance(text, str) or not text.strip():
-        raise BadRecord("no question", f" but {json_type(text) if not isinstance(text, str) else 'blanks'}")
+    """Validate the parts of a record and build it.
+
+    Raises BadRecord if the question is empty or not a string, the answers are not a list of
+    strings, or no answer is left.
+    """
+    if not isinstance(text, str):
+        raise BadRecord("question is not a string", f" but {json_type(text)}")
+    if not text.strip():
+        raise BadRecord("empty question")
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, list | tuple):
-        raise BadRecord("answers are no list of texts", f" but {json_type(answers)}")
+        raise BadRecord("answers are not a list of strings", f" but {json_type(answers)}")
     if (
         odd := next((answer for answer in answers if not isinstance(answer, str)), None)
     ) is not None or None in answers:
-        raise BadRecord("answers are no list of texts", f": {json_type(odd)} is among them")
+        raise BadRecord("answers are not a list of strings", f": the list contains {json_type(odd)}")
     for part in (text, *answers):
         check_text(part)
     kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
@@ -152,16 +162,17 @@ def _checked(
 
 
 def _number(place: Place) -> str:
+    """Id of a question without one: file name and line number."""
     return f"{stem(Path(place.file))[0]}-{place.line}"
 
 
 def _read_jsonl(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """NQ-open and its like: `{"question": …, "answer": [ … ]}` a line, other names by `fields`."""
+    """NQ-open and similar: `{"question": …, "answer": […]}` per line; `fields` maps other names."""
 
     def parse(place: Place, line: bytes) -> QuestionRecord:
         return _from_fields(place, parse_object(line), source)
 
-    return parsed_lines(Path(source.path), 'one JSON object a line, {"question": …, "answer": [ … ]}', report, parse)
+    return parsed_lines(Path(source.path), 'one JSON object per line, {"question": …, "answer": [ … ]}', report, parse)
 
 
 def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -> QuestionRecord:
@@ -171,11 +182,11 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
             if key in record:
                 return record[key]
         raise BadRecord(
-            f"no field {' or '.join(names)}", f"; the record has {', '.join(sorted(record)) or 'no fields'}"
+            f"missing field {' or '.join(names)}", f"; the record has {', '.join(sorted(record)) or 'no fields'}"
         )
 
     answers = get("answers", "answer")
-    if isinstance(answers, dict):  # as the hub's SQuAD and TriviaQA have them
+    if isinstance(answers, dict):  # as in SQuAD and TriviaQA on the hub
         answers = answers.get("text", answers.get("aliases", answers))
     identity = [source.fields["id"]] if "id" in source.fields else ["id", "question_id"]
     name = next((record[key] for key in identity if record.get(key) is not None), _number(place))
@@ -188,19 +199,22 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
 
 
 def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """DPR's `.qas` tables: a question, a tab, its answers as a Python or JSON list, with CSV
-    quoting where it is needed."""
+    """DPR's `.qas` tables: a question, a tab, and its answers as a Python or JSON list.
+
+    Columns are quoted as in CSV if necessary.
+    """
 
     def parse(place: Place, line: bytes) -> QuestionRecord:
         columns = parse_tsv(line)
         if len(columns) != 2:
-            raise BadRecord("not 2 columns", f" but {len(columns)}")
+            raise BadRecord("expected 2 columns", f", got {len(columns)}")
         return _checked(place, _number(place), columns[0], _literal_list(columns[1]))
 
     return parsed_lines(Path(source.path), "tab-separated lines of a question and a list of answers", report, parse)
 
 
 def _literal_list(text: str) -> object:
+    """Parse a Python or JSON literal. Raises BadRecord if it is neither."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -208,14 +222,13 @@ def _literal_list(text: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise BadRecord("answers are no list", f" but {text[:60]!r}") from None
+        raise BadRecord("answers are not a list", f" but {text[:60]!r}") from None
 
 
 def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """CuratedTREC: number, kind, question and a regular expression of its answers, tab-separated
-    and never quoted.
+    """CuratedTREC: tab-separated number, kind, question and regular expression, without quoting.
 
-    Or, as DPR has it, a question and a list of regular expressions.
+    DPR's variant with a question and a list of regular expressions is also accepted.
     """
     import re
 
@@ -225,16 +238,16 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         except UnicodeDecodeError as error:
             raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
         if len(columns) not in (2, 4):
-            raise BadRecord("not 4 columns (number, kind, question, pattern)", f" but {len(columns)}")
+            raise BadRecord("expected 4 columns (number, kind, question, pattern)", f", got {len(columns)}")
         question, pattern = columns[-2], columns[-1]
         if len(columns) == 2:
             pattern = _alternatives(pattern)
         try:
             compiled = re.compile(pattern, re.IGNORECASE)
         except re.error as error:
-            raise BadRecord("no regular expression", f" ({error}): {pattern[:60]!r}") from None
+            raise BadRecord("invalid regular expression", f" ({error}): {pattern[:60]!r}") from None
         if compiled.fullmatch(""):
-            raise BadRecord("a regular expression that matches nothing at all", f": {pattern[:60]!r}")
+            raise BadRecord("regular expression matches the empty string", f": {pattern[:60]!r}")
         return _checked(
             place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True
         )
@@ -245,8 +258,10 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
 
 
 def _alternatives(column: str) -> str:
-    """One regular expression for a list of them, quoted as in CSV where it has to be; what is no
-    list stays as it is."""
+    """Join a list of regular expressions, possibly quoted as in CSV, into one.
+
+    A column that is not a list is returned unchanged.
+    """
     try:
         patterns = _literal_list(parse_tsv(column.encode())[0])
     except BadRecord:
@@ -259,14 +274,14 @@ def _alternatives(column: str) -> str:
 def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
     """WebQuestions: a list of `{"qId", "qText", "answers"}`."""
     path = Path(source.path)
-    entries = read_json(path, "WebQuestions' list of questions")
+    entries = read_json(path, "a list of WebQuestions questions")
     if not isinstance(entries, list):
-        raise UserError(f"{path} is not in WebQuestions' format: it must be a list of objects with qText and answers")
+        raise UserError(f"{path} is not in WebQuestions format: expected a list of objects with qText and answers")
     for number, entry in enumerate(entries):
         place = Place(f"{path}, record {number}")
         try:
             if not isinstance(entry, dict) or "qText" not in entry or "answers" not in entry:
-                raise BadRecord("no qText or no answers")
+                raise BadRecord("missing qText or answers")
             yield _checked(
                 place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"]
             )
@@ -275,12 +290,14 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
 
 
 def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """SQuAD 1.1 and 2.0; questions marked impossible are counted as unanswerable. A paragraph
-    may name its document under `passage`."""
+    """SQuAD 1.1 and 2.0; questions marked as impossible are counted as unanswerable.
+
+    A paragraph may contain the id of its document in `passage`.
+    """
     path = Path(source.path)
-    squad = read_json(path, "SQuAD's articles")
+    squad = read_json(path, "SQuAD articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'question file {path} is not in SQuAD format: it must be an object with a list under "data"')
+        raise UserError(f'question file {path} is not in SQuAD format: expected an object with a list under "data"')
     titles = [_plain(str(article.get("title") or "")) if isinstance(article, dict) else "" for article in squad["data"]]
     wanted, excluded = {_plain(name) for name in source.articles}, {_plain(name) for name in source.exclude_articles}
     if missing := sorted((wanted | excluded) - set(titles)):
@@ -300,7 +317,7 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
                     except BadRecord as bad:
                         report.add(place, bad.kind, bad.detail)
         except (KeyError, TypeError, AttributeError) as error:
-            report.add(place, "not as SQuAD has it", f" ({error!r})")
+            report.add(place, "not a SQuAD article", f" ({error!r})")
 
 
 def _squad_question(
@@ -321,18 +338,21 @@ def _squad_question(
             article=article,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise BadRecord("not as SQuAD has it", f" ({error!r})") from None
+        raise BadRecord("not a SQuAD question", f" ({error!r})") from None
 
 
 def _plain(title: str) -> str:
+    """The title with spaces instead of underscores."""
     return title.replace("_", " ")
 
 
 def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """TimeQA: a list of articles with `questions`, each `[question, [{"para", "from", "end",
-    "answer"}, …]]`; the article's link is its id."""
+    """TimeQA: a list of articles, each with `questions`; the article's link is its id.
+
+    A question is `[question, [{"para", "from", "end", "answer"}, …]]`.
+    """
     path = Path(source.path)
-    articles = read_json(path, "TimeQA's list of articles")
+    articles = read_json(path, "a list of TimeQA articles")
     for a, article in enumerate(articles if isinstance(articles, list) else [articles]):
         place = Place(f"{path}, record {a}")
         try:
@@ -353,12 +373,11 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
                 except BadRecord as bad:
                     report.add(place, bad.kind, bad.detail)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            report.add(place, "not as TimeQA has it", f" ({error!r})")
+            report.add(place, "not a TimeQA article", f" ({error!r})")
 
 
 def _read_datasets(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
-    """A data set of the Hugging Face library: a folder made by `save_to_disk`, or a name on the
-    hub."""
+    """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
     for number, record in enumerate(load_split(source.path, source.name, source.split)):
         place = Place(source.path, number + 1)
         try:
@@ -376,4 +395,4 @@ FORMATS: dict[str, Callable[[QuestionSource, BadRecords], Iterator[QuestionRecor
     "timeqa": _read_timeqa,
     "datasets": _read_datasets,
 }
-"""Reader of each format by the name used in configs."""
+"""Functions that read each format, by the name used in configs."""

@@ -1,4 +1,4 @@
-"""Questions: read from their file, tokenized, and paired with the passage they were asked about, if it is known."""
+"""Questions: read from their source, tokenized, and paired with their passage if it is known."""
 
 import re
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE_TOKENS = 16
-"""Wordpieces of a sample question, as many as a question of Natural Questions or SQuAD has."""
+"""Wordpieces of a sample question; typical of Natural Questions and SQuAD."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,29 @@ class Question:
     ids: IntArray = field(repr=False)
     """Wordpieces of the question."""
     answer_ids: tuple[IntArray, ...] = field(default=(), repr=False)
-    """Wordpieces of each answer; none of a pattern."""
+    """Wordpieces of each answer; empty for a pattern."""
     passage: int | None = None
-    """Row of the passage that holds the answer in the document the question was asked about,
-    where known."""
+    """Row of the passage that contains the answer, in the document that the question was asked
+    about; None if unknown."""
     document: int | None = None
-    """Number of that document in the corpus."""
+    """Number of that document in the corpus; None if unknown."""
     is_pattern: bool = False
     """Whether the answer is a regular expression, as in CuratedTREC."""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """The compiled regular expression of a question with `is_pattern`."""
+        """The compiled regular expression; only if `is_pattern`."""
         return re.compile(self.answers[0], re.IGNORECASE)
 
 
 def load_questions(
     source: QuestionSource, passages: PreparedCorpus, tokenizer: "PreTrainedTokenizerBase", quiet: bool = False
 ) -> list[Question]:
-    """Read the questions of a source (see `question_formats`) and find the passages that they were asked
-    about, by id or by the text of their paragraph.
+    """Read the questions of a source (see `question_formats`) and find their passages.
 
-    Prints, unless `quiet`, how many there are, in which format, and how many were skipped. Raises UserError
-    naming the place of every invalid record or unknown passage, and for a source without usable questions.
+    A passage is found by its id or by the text of the paragraph. Unless `quiet`, prints the number
+    of questions, their format and how many were skipped. Raises UserError if no question is usable,
+    for an unknown passage, and (unless `skip_bad`) for invalid records, with file and line of each.
     """
     report, records = BadRecords(expected_kinds=(UNANSWERABLE,)), []
     for record in read_questions(source, report):
@@ -103,8 +103,10 @@ def training_source(run: Run) -> QuestionSource:
 
 
 def sample_questions(run: Run, count: int = 512) -> list[Question]:
-    """Stand-ins for questions where only the time of a step matters: the first words of random passages, each
-    with a salient span of its passage as the answer."""
+    """Artificial questions for timing: the first wordpieces of random passages.
+
+    The answer of each is the first salient span of its passage, if it has one.
+    """
     passages = run.passages
     rng = np.random.default_rng(run.config.seed)
     questions = []
@@ -126,7 +128,7 @@ class _PassageFinder:
 
     @cached_property
     def _row_of_text(self) -> dict[int, int]:
-        """First block of each document by the hash of the document's text."""
+        """Row of the first block of each document, by the hash of the document's text."""
         rows: dict[int, int] = {}
         first_rows = np.flatnonzero(self.corpus.places == 0)
         for first, end in zip(first_rows.tolist(), [*first_rows[1:].tolist(), len(self.corpus)], strict=True):
@@ -140,9 +142,12 @@ class _PassageFinder:
         return rows
 
     def find(self, record: QuestionRecord) -> int | None:
-        """Row of the block that contains the first answer, in the record's document; None if the record names
-        no document, or one by a text that is not in the corpus. Raises UserError for an id that is not in the
-        corpus."""
+        """Row of the first block of the record's document that contains an answer.
+
+        If none does, it is the document's first block. Returns None if the record names no
+        document, or its text is not in the corpus. Raises UserError if its document id is not in
+        the corpus.
+        """
         first: int | None = None
         if record.passage is not None:
             first = self._row_of_id(record)
@@ -157,7 +162,8 @@ class _PassageFinder:
             except KeyError:
                 continue
         raise UserError(
-            f"{record.place}: document {record.passage!r} is not in the corpus; remove the question, or use its corpus."
+            f"{record.place}: document {record.passage!r} is not in the corpus; "
+            "remove the question, or use the corpus that contains it."
         )
 
     def _block_with_answer(self, first: int, record: QuestionRecord) -> int:

@@ -1,5 +1,7 @@
-"""Finetuning on questions: query tower and reader learn, passage embeddings stay as the index has them (Lee et
-al. 2019, section 5; Guu et al. 2020, section 4.3)."""
+"""Finetuning of query tower and reader on questions, with frozen passage embeddings.
+
+Lee et al. 2019, section 5; Guu et al. 2020, section 4.3.
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -40,8 +42,10 @@ class Finetuning(Stage):
     def __init__(
         self, run: Run, retriever: Retriever, reader: Reader, index: Index, questions: Sequence[Question]
     ) -> None:
-        """Unties the retriever's towers and freezes the passage tower. Raises UserError if the corpus is smaller
-        than `finetune.retrieve`."""
+        """Unties the retriever's towers and freezes the passage tower.
+
+        Raises UserError if the corpus is smaller than `finetune.retrieve`.
+        """
         config = run.config.finetune
         if config.retrieve > len(index):
             raise UserError(
@@ -66,9 +70,10 @@ class Finetuning(Stage):
 
     @classmethod
     def open(cls, run: Run) -> "Finetuning":
-        """The stage as it trains in `run`; it searches the index of the retriever that it starts from.
+        """The stage as it trains in `run`, with the index of the retriever that it starts from.
 
-        Raises UserError if the run has no trained retriever and reader, or no training questions.
+        Raises UserError if the run has no trained retriever, no trained reader, or no training
+        questions.
         """
         source = training_source(run)
         path, reader = initial_retriever(run, cls.name, learned=True), initial_reader(run, cls.name, learned=True)
@@ -99,8 +104,7 @@ class Finetuning(Stage):
 
 
 def untie_towers(retriever: Retriever) -> Retriever:
-    """The retriever with a query tower separate from the passage tower, so that training it keeps the index
-    valid."""
+    """Separate a shared query tower from the passage tower, so that the index stays valid."""
     if not retriever.shared:
         return retriever
     return Retriever(copy.deepcopy(retriever.query_tower), retriever.passage_tower, retriever.temperature)
@@ -119,13 +123,15 @@ class FinetuningBatches:
         precision: Precision,
         query_tower: Callable[[], nn.Module],
     ) -> None:
-        """`pool`: spans to substitute answers by; `query_tower()` returns the tower with its current weights."""
+        """`pool`: spans that can replace answers; `query_tower()` returns the current tower."""
         self.collator, self.questions, self.config, self.pool = collator, questions, config, pool
         self.seed, self.precision, self.query_tower = seed, precision, query_tower
 
     def __call__(self, step: int, size: int) -> QuestionBatch:
-        """The batch of step `step` on this rank: retrieve with the current query tower, read the best passages,
-        with `read_gold` the question's own among them."""
+        """The batch of step `step` on this rank, retrieved with the current query tower.
+
+        With `read_gold`, the question's own passage is among those read.
+        """
         config, collator = self.config, self.collator
         order_seed = run_seed(self.seed, RunStream.FINETUNE)
         places = epoch_rows(len(self.questions), size * world_size(), step, order_seed)[rank() :: world_size()]
@@ -135,7 +141,8 @@ class FinetuningBatches:
         _, retrieved = collator.index.search(embeddings, config.retrieve)
         read = retrieved[:, : config.read].copy()
         if config.read_gold:
-            # ORQA's marginal is over what was retrieved; a document that must be preferred has to be in it.
+            # ORQA's marginal is over the retrieved passages, so these must include the preferred
+            # document.
             for passages in (retrieved, read) if config.positives == "document" else (read,):
                 for question, row in zip(questions, passages, strict=True):
                     if question.passage is not None and question.passage not in row:

@@ -1,7 +1,7 @@
-"""Finetuning of the retriever on questions with hard negatives (Karpukhin et al. 2020, section 3): both towers
-learn, before the reader does.
+"""Finetuning of both towers of the retriever on questions with hard negatives.
 
-All passages are encoded again afterwards; while the reader is finetuned, their embeddings are frozen.
+Karpukhin et al. 2020, section 3. All passages are encoded again afterwards; their embeddings are
+frozen while the reader is finetuned.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,14 @@ class RetrieverFinetuning(Stage):
     def open(cls, run: Run) -> "RetrieverFinetuning":
         """The stage as it trains in `run`.
 
-        Raises UserError if finetuning has ended already, the run has no trained retriever, or there are no
-        training questions with a passage to find.
+        Raises UserError if the run is finetuned already, it has no trained retriever, or there are
+        no training questions with a passage to find.
         """
         config = run.config.finetune_retriever
         if run.finished("finetune"):
             raise UserError(
-                f"run {run.folder} is finetuned already, with the retriever as it was; remove {run.stage('finetune')} or copy "
-                "the run."
+                f"run {run.folder} is finetuned already, with its present retriever; remove {run.stage('finetune')} "
+                "or copy the run."
             )
         if config.steps == 0:
             raise UserError("finetune_retriever.steps is 0; set it, for example with --finetune_retriever.steps 100.")
@@ -106,8 +106,9 @@ class RetrieverBatches:
     ) -> None:
         """Hard negatives are retrieved by `retriever`, from which the collator's index was built.
 
-        A question whose passage is not known is paired with the best retrieved passage that contains an
-        answer (Karpukhin et al. 2020, section 4.1). Raises UserError if no question has a passage to find.
+        A question without a known passage is paired with the best retrieved passage that contains
+        an answer (Karpukhin et al. 2020, section 4.1). Raises UserError if no question has a
+        passage to find.
         """
         self.collator, self.config, self.seed = collator, config, seed
         depth = min(config.retrieve, len(collator.index))
@@ -116,7 +117,8 @@ class RetrieverBatches:
         kept = [number for number, question in enumerate(paired) if question is not None]
         if not kept:
             raise UserError(
-                f"no passage with an answer was found for any of {len(questions):,} questions; raise finetune_retriever.retrieve."
+                f"no passage with an answer was found for any of {len(questions):,} questions; "
+                "raise finetune_retriever.retrieve."
             )
         if len(kept) < len(questions):
             skipped = len(questions) - len(kept)
@@ -146,7 +148,7 @@ class RetrieverBatches:
         return None if row is None else replace(question, passage=row, document=self.collator.passages.document(row))
 
     def __call__(self, step: int, size: int) -> PairBatch:
-        """The batch of step `step` on this rank: `size` questions, their passages, then the hard negatives."""
+        """The batch of step `step` on this rank: questions, their passages, then hard negatives."""
         order_seed = run_seed(self.seed, RunStream.FINETUNE_RETRIEVER)
         places = epoch_rows(len(self.questions), size * world_size(), step, order_seed)[rank() :: world_size()]
         questions = [self.questions[int(place)] for place in places]
@@ -169,8 +171,10 @@ class RetrieverBatches:
         )
 
     def _is_negative(self, question: Question, row: int) -> bool:
-        """Whether a passage may be a negative: it is of another document, and with `positives: answer`
-        contains no answer."""
+        """Whether a passage may be a negative.
+
+        It must be of another document, and with `positives: answer` contain no answer.
+        """
         if self.collator.passages.document(row) == question.document:
             return False
         return self.config.positives == "document" or not self.collator.answer_places(question, row)

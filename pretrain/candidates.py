@@ -39,8 +39,8 @@ class Candidates:
     """The batches of REALM pretraining.
 
     While step t trains, the candidates of step t + 1 are searched on a thread; their queries are
-    embedded before that, on the main thread, with the weights of step t. Pending candidates are part of a
-    checkpoint.
+    embedded before that, on the main thread, with the weights of step t. Pending candidates are
+    part of a checkpoint.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Candidates:
         return batch
 
     def search(self, index: Index, examples: list[MaskedSentence], query_emb_BD: np.ndarray) -> np.ndarray:
-        """Candidates that are not trivial, (B, candidates − 1) passage rows, EMPTY if there are too few."""
+        """Candidates that are not trivial, (B, candidates − 1) passage rows, padded with EMPTY."""
         count, inputs = self.config.candidates - 1, self.collator.inputs
         _, retrieved = index.search(query_emb_BD, min(count + self.config.extra_retrieved, len(index)))
         chosen = [
@@ -118,7 +118,7 @@ class Candidates:
         np.save(self._file(checkpoint), self._pending[2].result())
 
     def restore(self, checkpoint: Path, step: int) -> None:
-        """Take over the candidates that were pending on this rank."""
+        """Restore the pending candidates of this rank."""
         done: Future[np.ndarray] = Future()
         done.set_result(np.load(self._file(checkpoint)))
         self._pending = (step, self.examples(step, self.config.batch_size), done)

@@ -33,9 +33,9 @@ class MaskedCollator:
     ) -> MaskedBatch:
         """Reader inputs of every example with each of its passages, sorted by length into buckets.
 
-        The number of buckets depends only on the number of examples, so it is the same on every rank.
-        `read_slot_BN`: for each passage, the slot of the passage with which it is read; default: its
-        own.
+        The number of buckets depends only on the number of examples, so it is the same on every
+        rank. `read_slot_BN`: for each passage, the slot of the passage with which it is read;
+        default: its own.
         """
         words, count = self.inputs.wordpieces, len(passages[0])
         if read_slot_BN is None:
@@ -59,7 +59,10 @@ class MaskedCollator:
     def reader_pretraining(
         self, examples: Sequence[MaskedSentence], passages: Sequence[Parts], max_span_tokens: int
     ) -> ReaderPretrainingBatch:
-        """Reader inputs of examples with one passage each, and the places of the span in title and text."""
+        """Reader inputs of examples with one passage each, and the span's places in the passage.
+
+        All occurrences of the span in title and text are targets.
+        """
         words = self.inputs.wordpieces
         masked, spans = self.masked(examples, [[parts] for parts in passages]), []
         for joint in masked.joint:
@@ -90,7 +93,7 @@ class MaskedCollator:
         passages, read_examples, contains_span = [], [], []
         read_slot_BN = np.zeros((len(examples), candidates.shape[1] + 1), dtype=np.int64)
         for b, (example, rows) in enumerate(zip(examples, candidates, strict=True)):
-            # Slot 0 is the null passage; empty slots (-1 after sharing) are read with it.
+            # Slot 0 is the null passage; empty slots (-1 in `read_slots`) are read with it.
             read_slot_BN[b, 1:] = 1 + np.array(inputs.contexts.read_slots(rows))
             slots = [inputs.in_context(NULL), *(inputs.in_context(int(row)) for row in rows)]
             contains_span.append([inputs.contains(parts, example.span_ids) for parts in slots])
@@ -101,7 +104,7 @@ class MaskedCollator:
             read_examples.append(example)
             passages.append(slots)
         distinct, inverse = np.unique(candidates, return_inverse=True)
-        # Row 0 is the null passage, which also represents empty slots; these are masked in the softmax.
+        # Row 0 is the null passage, which also fills empty slots; these are masked in the softmax.
         unique_parts = [inputs.passage(NULL), *(inputs.passage(int(row)) for row in distinct)]
         candidate_BN = torch.zeros(len(examples), candidates.shape[1] + 1, dtype=torch.long)
         candidate_BN[:, 1:] = torch.from_numpy(inverse.reshape(candidates.shape)) + 1

@@ -14,7 +14,7 @@ from realm.training.sections import RefreshConfig
 
 
 def drift_reference(config: RefreshConfig, collator: Collator, precision: Precision) -> DriftReference | None:
-    """The passages on which drift is measured; None if it does not matter."""
+    """The passages on which drift is measured; None if `max_drift` is not set."""
     if config.max_drift is None:
         return None
     passages, words, longest = collator.passages, collator.wordpieces, collator.limits.passage
@@ -31,14 +31,15 @@ class ExportSchedule:
         reference: DriftReference | None,
         passage_tower: Callable[[], nn.Module],
     ) -> None:
-        """`reference`: passages on which drift is measured; None: export periodically only.
-        `passage_tower()` returns the tower with its current weights."""
+        """`passage_tower()` returns the tower with its current weights.
+
+        `reference`: passages on which drift is measured; None: export periodically only.
+        """
         self.config, self.last_step, self.reference, self.passage_tower = config, last_step, reference, passage_tower
         self.snapshot()
 
     def drift(self, step: int) -> float | None:
-        """How far the passage embeddings have moved since the last export; None if it is not measured after
-        this step."""
+        """Drift of the passage embeddings since the last export; None if not measured now."""
         if self.reference is None or step % self.config.drift_every:
             return None
         reference, tower = self.reference, self.passage_tower()
@@ -63,7 +64,9 @@ class ExportSchedule:
             np.save(checkpoint / DRIFT_FILE, self.reference.snapshot_PD)
 
     def restore(self, checkpoint: Path) -> None:
-        """Measure drift as the run that wrote the checkpoint did; relative to the current weights if it did
-        not measure it."""
+        """Restore the embeddings relative to which drift is measured.
+
+        Without them in the checkpoint, drift is measured relative to the current weights.
+        """
         if self.reference is not None and is_rank_zero() and (checkpoint / DRIFT_FILE).exists():
             self.reference.snapshot_PD = np.load(checkpoint / DRIFT_FILE)

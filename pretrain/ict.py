@@ -1,4 +1,7 @@
-"""Inverse cloze task: the retriever's warm start (Lee et al. 2019, section 4; Guu et al. 2020, section 3.4)."""
+"""Inverse cloze task, the warm start of the retriever.
+
+Lee et al. 2019, section 4; Guu et al. 2020, section 3.4.
+"""
 
 from typing import Any
 
@@ -23,7 +26,7 @@ from realm.training.streams import RunStream, StepStream, run_seed, step_generat
 
 
 class InverseCloze(Stage):
-    """A sentence must find the block that it was taken from among the blocks of the batch."""
+    """A sentence must find the block that it was taken from, among the blocks of the batch."""
 
     name = "ict"
     config: IctConfig
@@ -64,7 +67,8 @@ class InverseClozeBatches:
         self.rows = np.array(rows, dtype=np.int64)
         if len(self.rows) < 2:
             raise UserError(
-                "the inverse cloze task needs at least two passages of two sentences or more; use longer passages or more of them."
+                "the inverse cloze task needs at least two passages with two sentences or more; "
+                "use longer passages or more of them."
             )
 
     def __call__(self, step: int, size: int) -> PairBatch:
@@ -85,7 +89,7 @@ class InverseClozeBatches:
             queries.append(sentence)
             blocks.append((self.passages.title_ids(row), ids))
         withheld_B = torch.from_numpy(rng.random(size) < self.config.null_prob)
-        if self.config.null_prob:  # the null passage is last; a withheld block is no query's candidate
+        if self.config.null_prob:  # the null passage is last; a withheld block is excluded for all queries
             blocks.append(self.collator.passage(NULL))
         target_B = torch.where(withheld_B, len(blocks) - 1, torch.arange(size))
         excluded_BC = F.pad(withheld_B, (0, len(blocks) - size)).expand(size, -1)

@@ -1,5 +1,7 @@
-"""Masked-span evaluation: does the retriever find the passage, does the reader read it, and does it know the
-answer without reading?"""
+"""Masked-span evaluation: recall of the retriever, and accuracy of the reader by passage.
+
+The accuracy with the null passage shows what the reader knows without reading.
+"""
 
 import json
 from collections.abc import Sequence
@@ -50,14 +52,15 @@ def load_annotated(
     max_query_tokens: int,
     split: str | None = None,
 ) -> list[MaskedSpanItem]:
-    """Annotated statements: JSONL of `{"text", "answer": {"text", "start"}, "passage": id or absent, "split":
-    optional}`; only those of `split` if it is given.
+    """Read annotated statements from a JSONL file; only those of `split` if it is given.
 
-    Statements whose answer is not aligned with wordpieces or does not fit a query cannot be masked and
-    are skipped. Raises UserError naming file and line for an invalid record or an unknown passage.
+    A line is `{"text", "answer": {"text", "start"}, "passage": optional id, "split": optional}`.
+    Statements whose answer is not aligned with wordpieces or does not fit a query cannot be masked
+    and are skipped. Raises UserError naming file and line for an invalid record or an unknown
+    passage.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at U+2028
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); check data.masked_spans, data.unsupported and data.closed_book."
@@ -109,8 +112,10 @@ def masked_accuracy(
     rows: Sequence[int],
     batch_size: int = 64,
 ) -> float:
-    """Percentage of spans of which the reader predicts every wordpiece, reading one passage each (NULL: the
-    null passage); NaN without examples."""
+    """Percentage of spans that the reader predicts in full, reading one passage each.
+
+    NULL in `rows` is the null passage. NaN without examples.
+    """
     if not examples:
         return float("nan")
     right = 0
@@ -129,8 +134,11 @@ def masked_accuracy(
 def retrieval_recall(
     collator: Collator, items: Sequence[MaskedSpanItem], retrieved: np.ndarray, depths: tuple[int, ...] = DEPTHS
 ) -> dict[str, float]:
-    """Percentage of items with a passage that contains the span in the top k (`recall@k`), and, if the passage
-    that states the fact is known for all, with that passage in the top k (`exact_recall@k`)."""
+    """Recall in percent of items, by depth k.
+
+    `recall@k`: a passage in the top k contains the span. `exact_recall@k`: the passage that states
+    the fact is in the top k; only if it is known for all items.
+    """
     contains_span = np.array(
         [
             [collator.contains(collator.passage(int(row)), item.example.span_ids) for row in rows]
@@ -147,7 +155,10 @@ def retrieval_recall(
 def evaluate_masked_spans(
     run: Run, items: Sequence[MaskedSpanItem], retriever: Path | None, reader: Reader | None
 ) -> dict[str, float]:
-    """All figures of a saved retriever and a reader, in percent (see `retrieval_recall`, `masked_accuracy`)."""
+    """All figures of a saved retriever and a reader, in percent.
+
+    See `retrieval_recall` and `masked_accuracy`.
+    """
     figures: dict[str, float] = {}
     config, precision = run.config.pretrain, run.config.engine.precision
     collator = MaskedCollator(run.collator, config.reader_buckets)
@@ -178,7 +189,7 @@ def evaluate_masked_spans(
 
 
 def _without_trivial(run: Run, example: MaskedSentence, rows: np.ndarray) -> list[int]:
-    """The best retrieved passages; without trivial ones if the sentence is one of the run's statements."""
+    """The best retrieved passages, without trivial ones for the run's own statements."""
     count = max(DEPTHS)
     if example.row < 0:
         return rows[:count].tolist()
@@ -196,7 +207,8 @@ def read_retrieved(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the null passage and the retrieved ones, (len(examples), N − 1) rows.
 
-    Returns for each example whether the span with the largest p(z|x) p(y|z,x) is right, and p(null|x).
+    Returns for each example whether the span with the largest p(z|x) p(y|z,x) is right, and
+    p(null|x).
     """
     rights, nulls = [], []
     device = next(reader.parameters()).device
@@ -218,15 +230,17 @@ def read_retrieved(
 
 
 def annotated_items(run: Run, field: str, split: str | None = None) -> list[MaskedSpanItem]:
-    """The annotated statements that a field of the config's `data` section names; none if it is not set."""
+    """The annotated statements of a field of `data` in the config; none if it is not set."""
     path = run.data(field)
     longest = run.config.retriever.max_query_tokens
     return [] if path is None else load_annotated(path, run.tokenizer, run.passages, longest, split)
 
 
 def evaluate_stage_masked_spans(run: Run, stage: str) -> dict[str, float]:
-    """Figures of the models that a finished stage left; of a stage with one model, together with the newest
-    retriever of earlier stages."""
+    """Figures of a finished stage's models.
+
+    If the stage has no retriever, that of the latest earlier stage is used.
+    """
     items = annotated_items(run, "masked_spans") if run.data("masked_spans") else sample_items(run)
     folder = run.model(stage) / "reader"
     reader = load_reader(folder).to(local_device()) if folder.exists() else None

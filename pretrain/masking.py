@@ -1,4 +1,4 @@
-"""Masked sentences: a sentence of the corpus with one salient span to predict (Guu et al. 2020, section 3.4)."""
+"""Masked sentences: sentences with one salient span to predict (Guu et al. 2020, section 3.4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ class MaskedSentence:
     """One sentence with one salient span to predict."""
 
     row: int
-    """Row of the sentence's block in its corpus; -1 if it is from no corpus."""
+    """Row of the sentence's block in its corpus; -1 if it is not from a corpus."""
     sentence_ids: IntArray
-    """The sentence, with nothing masked."""
+    """The sentence, unmasked."""
     start: int
     """First wordpiece of the span."""
     end: int
@@ -51,7 +51,10 @@ class SpanSampler:
     def __init__(
         self, corpus: PreparedCorpus, max_span_tokens: int, max_sentence_tokens: int, max_rows: int | None = None
     ) -> None:
-        """Uses the first `max_rows` blocks; default: all. Raises UserError if they have no eligible span."""
+        """`max_rows`: use only the first blocks; default: all.
+
+        Raises UserError if they have no eligible span.
+        """
         self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
         rows = [row for row in corpus.rows[:max_rows].tolist() if len(self._eligible(row)[0])]
         self.rows = np.array(rows, dtype=np.int64)
@@ -63,8 +66,10 @@ class SpanSampler:
             )
 
     def _eligible(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Starts, ends and types of the spans that are short enough and fit a query, and the starts and
-        ends of their sentences."""
+        """Starts, ends and types of eligible spans, and starts and ends of their sentences.
+
+        A span is eligible if it is short enough and fits a query.
+        """
         starts, ends, kinds = self.corpus.spans(row)
         sentence_starts = self.corpus.sentence_starts(row)
         sentence_ends = np.append(sentence_starts[1:], len(self.corpus.text_ids(row)))
@@ -75,7 +80,7 @@ class SpanSampler:
         return starts[fits], ends[fits], kinds[fits], first[fits], last[fits]
 
     def draw(self, row: int, rng: np.random.Generator) -> MaskedSentence:
-        """A random sentence of the block among those with an eligible span, and one of its spans."""
+        """Draw a sentence of the block that has an eligible span, and one of its spans."""
         starts, ends, kinds, first, last = self._eligible(row)
         sentence = rng.choice(np.unique(first))
         inside = np.flatnonzero(first == sentence)
@@ -92,7 +97,8 @@ def substitute(
 ) -> tuple[MaskedSentence, list[IntArray]]:
     """Replace the masked span, in the target and in `texts`, by a random span of its type.
 
-    The query shows only masks, so the new span can be predicted only by copying it from the passage.
+    The query contains only masks, so the new span can only be predicted by copying it from the
+    passage.
     """
     others = pool[example.kind]
     other = others[rng.integers(len(others))]

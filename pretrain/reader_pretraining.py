@@ -1,7 +1,7 @@
 """Reader pretraining: predict masked salient spans from retrieved passages that contain them.
 
-No answer to any question is used: the spans come from the tagger, the passages from the retriever.
-Entity substitution keeps the reader from memorizing facts, so that it learns to copy.
+It uses no questions or answers: the spans come from the tagger, the passages from the retriever.
+Entity substitution prevents the reader from memorizing facts, so that it learns to copy.
 """
 
 from typing import Any
@@ -30,9 +30,9 @@ from realm.training.stage import Stage
 from realm.training.streams import RunStream, StepStream, run_seed, step_generator
 
 STEPS_PER_RETRIEVAL = 50
-"""Steps whose passages are retrieved at once."""
+"""Number of steps whose passages are retrieved at once."""
 MAX_DRAWS = 3
-"""Sentences drawn per example needed, at most: no supporting passage is found for some."""
+"""Maximum number of sentences drawn per example; some have no supporting passage."""
 
 
 class ReaderPretraining(Stage):
@@ -69,7 +69,8 @@ class ReaderPretraining(Stage):
         return self.batches.sample(step, size)
 
     def progress_line(self, values: dict[str, Any]) -> str:
-        return f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  span located {values['span_accuracy']:.2f}"
+        loss, right, located = values["loss"], values["accuracy"], values["span_accuracy"]
+        return f"loss {loss:.2f}  span right {right:.2f}  span located {located:.2f}"
 
     def close(self) -> None:
         self.batches.search.index.close()
@@ -78,17 +79,13 @@ class ReaderPretraining(Stage):
 class ReaderPretrainingBatches:
     """Masked sentences, each with a passage that contains its span, as a function of the step.
 
-    Passages are retrieved for fifty steps at once. A sentence without a supporting passage is skipped
-    and the next one takes its place, so batches stay full.
+    Passages are retrieved for 50 steps at once. A sentence without a supporting passage is skipped
+    and replaced by the next one, so batches stay full.
     """
 
     def __init__(self, run: Run, collator: MaskedCollator, search: FrozenSearch) -> None:
-        self.config, self.seed, self.collator, self.search = (
-            run.config.reader_pretraining,
-            run.config.seed,
-            collator,
-            search,
-        )
+        self.config, self.seed = run.config.reader_pretraining, run.config.seed
+        self.collator, self.search = collator, search
         self.statements: PreparedCorpus = run.statements
         self.passages: PreparedCorpus = run.passages
         self.max_answer_tokens = run.config.reader.max_span_tokens
@@ -107,8 +104,7 @@ class ReaderPretrainingBatches:
         return self._batch(step, [self._found[i % len(self._found)] for i in range(at, at + size)])
 
     def sample(self, step: int, size: int) -> ReaderPretrainingBatch:
-        """A batch drawn as for training, except that a random passage is read if none supports the
-        sentence."""
+        """A batch as in training, but with a random passage where none supports the sentence."""
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, step)
         examples = [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)]
         found = self._supported(examples)
@@ -131,8 +127,10 @@ class ReaderPretrainingBatches:
         return self.collator.reader_pretraining(examples, passages, self.max_answer_tokens)
 
     def _sentence(self, row: int, example: MaskedSentence) -> Parts:
-        """The first sentence in a passage's context that contains the span, without a title; the title if
-        only it contains the span."""
+        """The first sentence in a passage's context that contains the span, without a title.
+
+        Returns the title as the text if only the title contains the span.
+        """
         inputs = self.collator.inputs
         title, ids = inputs.in_context(row)
         places = inputs.wordpieces.find(ids, example.span_ids)
@@ -155,10 +153,10 @@ class ReaderPretrainingBatches:
         ]
 
     def _retrieve(self, block: int, size: int) -> list[tuple[MaskedSentence, int]]:
-        """Masked sentences with a passage each for fifty steps.
+        """Masked sentences for 50 steps, each with a supporting passage.
 
-        Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if no passage
-        supports any of them.
+        Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if none of
+        them has a supporting passage.
         """
         needed = STEPS_PER_RETRIEVAL * size
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, block)
@@ -178,7 +176,7 @@ class ReaderPretrainingBatches:
                     found.append((example, row))
         if not found:
             raise UserError(
-                "no retrieved passage contains any masked span, so the reader has nothing to learn from; train the "
-                "retriever first (realm ict)."
+                "no retrieved passage contains any masked span, so the reader has nothing to learn from; "
+                "train the retriever first (realm ict)."
             )
         return found[:needed]

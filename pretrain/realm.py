@@ -1,5 +1,7 @@
-"""REALM pretraining: retriever and reader learn together from masked salient spans, with candidates from a
-live index and the marginal likelihood (Guu et al. 2020, sections 3.2 to 3.4)."""
+"""REALM pretraining of retriever and reader (Guu et al. 2020, sections 3.2 to 3.4).
+
+Both learn from masked salient spans by the marginal likelihood, with candidates from a live index.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ from realm.training.streams import RunStream, run_generator
 
 
 class RealmPretraining(Stage):
-    """One step: swap the index if a newer one is ready, retrieve, read, marginalize, export if it is time."""
+    """A step swaps the index if a newer one is ready, retrieves, reads, and marginalizes."""
 
     name = "pretrain"
     config: PretrainConfig
@@ -89,7 +91,7 @@ class RealmPretraining(Stage):
 
 
 class LiveRealmPretraining(RealmPretraining):
-    """REALM pretraining beside a refresher: follows its indexes and exports the retriever for it."""
+    """REALM pretraining with a refresher: follows its indexes and exports the retriever for it."""
 
     source: LiveIndex
 
@@ -97,15 +99,16 @@ class LiveRealmPretraining(RealmPretraining):
     def open(cls, run: Run, with_refresher: bool = False, replay: Path | None = None) -> "LiveRealmPretraining":
         """The stage as it trains in `run`, with its first index.
 
-        `with_refresher`: start a refresher process. `replay`: a run folder, this one or another, whose log
-        says which index each step searches; after its end, each step searches the newest one. Raises
-        UserError if no index appears within `refresh.wait_timeout_s`.
+        `with_refresher`: start a refresher process. `replay`: a run folder, this one or another,
+        whose log determines which index each step searches; after the end of the log, each step
+        searches the newest one. Raises UserError if no index appears within
+        `refresh.wait_timeout_s`.
         """
         config = run.config.pretrain
         if config.candidates - 1 > len(run.passages):
             raise UserError(
-                f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages and the null "
-                "passage; lower it."
+                f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages "
+                "plus the null passage; lower it."
             )
         source = initial_retriever(run, cls.name)
         retriever, reader = load_retriever(source)[0], initial_reader(run, cls.name)
@@ -114,9 +117,16 @@ class LiveRealmPretraining(RealmPretraining):
         start = state.get("step", 0)
         log = None if replay is None else on_rank_zero(lambda: read_replay(replay))
         live = LiveIndex.begin(
-            run.folder, run.config.refresh, run.passages, run.tokenizer, retriever.dim, state.get("attempt"), start, log,
+            run.folder,
+            run.config.refresh,
+            run.passages,
+            run.tokenizer,
+            retriever.dim,
+            state.get("attempt"),
+            start,
+            log,
             run.config.threads(cls.name),
-        )  # fmt: skip
+        )
         try:
             if live.needs_export():
                 _export_first(run, live, source, start)
@@ -183,9 +193,10 @@ class FixedIndex:
 
 
 def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
-    """Export the retriever that training starts from; its frozen index, if there is one, is the first index.
+    """Export the retriever that training starts from; its frozen index becomes the first index.
 
-    Raises UserError if training does not start at step 0: an export has been lost.
+    Without a frozen index, the refresher builds the first index. Raises UserError if training does
+    not start at step 0, because then an export is missing.
     """
     if start:
         raise UserError(
@@ -198,8 +209,10 @@ def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
 
 
 def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -> None:
-    """Print whether the reader can read: its accuracy on passages that contain the span, and on the null
-    passage."""
+    """Print whether the reader can read.
+
+    Compares its accuracy with passages that contain the span and with the null passage.
+    """
     config, precision = run.config.pretrain, run.config.engine.precision
     collator = MaskedCollator(run.collator, config.reader_buckets)
     sampler = SpanSampler(run.statements, config.max_span_tokens, run.collator.limits.query - 2)
@@ -214,7 +227,7 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     pairs = [(example, row) for example, row in zip(examples, found, strict=True) if row is not None]
     if not pairs:
         console.print(
-            "  reader check: no retrieved passage contains a masked span; the retriever needs a warm start (realm ict) first"
+            "  reader check: no retrieved passage contains a masked span; train the retriever first (realm ict)"
         )
         return
     chosen = [example for example, _ in pairs]
@@ -226,5 +239,6 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     )
     if supported < null + 10:
         console.print(
-            "  warning: the reader cannot read yet, so it will teach the retriever little; train reader_pretraining longer"
+            "  warning: the reader cannot read yet, so the retriever will learn little from it; "
+            "raise reader_pretraining.steps"
         )

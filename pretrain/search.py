@@ -1,4 +1,4 @@
-"""Search with a frozen retriever, for reader pretraining and for measuring."""
+"""Search with a frozen retriever, for reader pretraining and masked-span evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +26,16 @@ class FrozenSearch:
 
     @classmethod
     def open(cls, run: Run, folder: Path, collator: MaskedCollator) -> "FrozenSearch":
-        """Load the retriever saved in `folder` and open its index, which is built if the run has none."""
+        """Load the retriever saved in `folder` and open its index; builds it if it is missing."""
         retriever = load_retriever(folder)[0].to(local_device())
         index = frozen_index(run.folder, folder, run.passages, run.config.refresh, log_line)
         return cls(retriever, index, collator, run.config.engine.precision)
 
     def __call__(self, examples: Sequence[MaskedSentence], k: int) -> np.ndarray:
-        """Rows of the `k` best passages per masked sentence, (len(examples), k), best first; all passages
-        if there are fewer."""
+        """Rows of the `k` best passages per masked sentence, (len(examples), k), best first.
+
+        Returns all passages if there are fewer than `k`.
+        """
         embeddings = embed_masked(self.retriever.query_tower, examples, self.collator, self.precision)
         return self.index.search(embeddings, min(k, len(self.index)))[1]
 
@@ -45,7 +47,7 @@ def embed_masked(
     precision: Precision,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Query embeddings of masked sentences, (len(examples), D) float32, without gradient and dropout."""
+    """Query embeddings of masked sentences, (len(examples), D) float32; no gradient, no dropout."""
     order = np.argsort([len(example.sentence_ids) for example in examples], kind="stable")
     embeddings: list[np.ndarray] = []
     for start in range(0, len(order), batch_size):

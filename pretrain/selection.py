@@ -1,4 +1,4 @@
-"""Which retrieved passages are read: trivial ones are dropped, and reader pretraining needs supporting ones."""
+"""Selection of retrieved passages: candidates without trivial ones, and supporting passages."""
 
 from collections.abc import Sequence
 
@@ -21,9 +21,10 @@ def choose_candidates(
 ) -> list[int]:
     """The first `count` retrieved passages that are not trivial, padded with EMPTY.
 
-    Trivial are the block of the sentence, copies of its text, passages whose context contains the whole
-    sentence, and duplicates of a chosen passage (Guu et al. 2020, section 3.4); with contexts larger
-    than a block, also all blocks of the sentence's document. Dropped passages are never put back.
+    Trivial passages are the block of the sentence, copies of its text, passages whose context
+    contains the whole sentence, and duplicates of a chosen passage (Guu et al. 2020, section 3.4);
+    with contexts larger than a block, also all blocks of the sentence's document. They are not used
+    even if there are fewer than `count` other passages.
     """
     passages = contexts.corpus
     same_corpus = passages.fingerprint == statements.fingerprint
@@ -34,7 +35,7 @@ def choose_candidates(
         text_hash = passages.text_hash(row)
         own_block = same_corpus and row == example.row
         own = own_block or (own_document is not None and passages.document(row) == own_document)
-        # A sentence longer than a query is cut, perhaps inside a word.
+        # A sentence longer than a query is truncated, possibly inside a word.
         context_ids = contexts.around(row).text_ids
         if not (own or text_hash in seen or wordpieces.find(context_ids, example.sentence_ids, whole_words=False)):
             seen.add(text_hash)
@@ -47,12 +48,11 @@ def choose_candidates(
 def find_supporting_passage(
     retrieved: np.ndarray, example: MaskedSentence, statements: PreparedCorpus, collator: Collator
 ) -> int | None:
-    """The first retrieved passage that is not trivial and contains the span together with another
-    salient span of the sentence, or None.
+    """The first non-trivial retrieved passage that contains the span and another one, or None.
 
-    A year or a city appears in many passages; one that also names what else the sentence is about
-    probably states the same fact. For a sentence without other spans, the first passage that contains
-    the span.
+    The other one must be a salient span of the same sentence: a year or a city appears in many
+    passages, but a passage that contains both spans probably states the same fact. For a sentence
+    without other spans, the first passage that contains the span.
     """
     for row in map(int, retrieved):
         parts = collator.in_context(row)

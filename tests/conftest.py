@@ -1,5 +1,7 @@
-"""Fixtures of all tests. torch keeps to one thread: the models here are tiny, and test processes
-share the machine."""
+"""Fixtures of all tests.
+
+torch uses one thread: the models are tiny, and test processes share the machine.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,17 +26,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real text beside the repository; tests that need it are skipped where it is
-    absent."""
+    """The folder of real text next to the repository; skips the test if it does not exist."""
     folder = Path(__file__).resolve().parents[1] / "../shared/data"
     if not folder.is_dir():
-        pytest.skip(f"no real text: {folder} is no folder")
+        pytest.skip(f"no real text: {folder} does not exist")
     return folder.resolve()
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> "PreTrainedTokenizerBase":
-    """A WordPiece tokenizer of a few sentences' words and all their characters."""
+    """A WordPiece tokenizer trained on a few sentences; it covers all their characters."""
     from realm.text.tokenizer import TokenizerConfig, train_wordpiece
 
     return train_wordpiece(SENTENCES * 2, TokenizerConfig(vocab_size=250))

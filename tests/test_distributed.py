@@ -1,5 +1,4 @@
-"""Two trainer processes under DeepSpeed's own launcher: one attempt, swaps at the same step,
-checkpoints, refusals; ZeRO 1, and 2 and 3 smoked."""
+"""Two trainer processes under DeepSpeed's launcher: swaps, checkpoints, resume, ZeRO 1 to 3."""
 
 import json
 import os
@@ -25,14 +24,13 @@ TWO_RANKS = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--no
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def command(program: str, *arguments: object) -> list[str]:
-    """Two processes of a training program, as its users start them (`deepspeed` is this runner's
-    name on the command line)."""
+    """Command line of a training program with two processes, as users start it with `deepspeed`."""
     return [
         sys.executable,
         *TWO_RANKS,
@@ -63,7 +61,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 @pytest.mark.timeout(600)
-def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> None:
+def test_two_ranks_swap_at_the_same_step_and_resume_after_a_kill(tmp_path: Path) -> None:
     zero_1 = {"threads": 1, "deepspeed": {"zero_optimization": {"stage": 1}}}
     follow = {"export_every": 10, "max_stale_steps": 25, "stale_policy": "wait"}
     config = prepared(tmp_path, pretrain={"steps": 60, "checkpoint_every": 5}, engine=zero_1, refresh=follow)
@@ -83,11 +81,11 @@ def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> 
     while time.monotonic() < deadline and len(list(checkpoints.glob("step-*"))) < 1 and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)
-    assert list(checkpoints.glob("step-*")), said
+    output, _ = process.communicate(timeout=60)
+    assert list(checkpoints.glob("step-*")), output
 
     newest = sorted(checkpoints.glob("step-*"))[-1]
-    assert len(list(newest.glob("candidates-*.npy"))) == 2, "each rank's pending candidates belong to the checkpoint"
+    assert len(list(newest.glob("candidates-*.npy"))) == 2, "the checkpoint contains each rank's pending candidates"
 
     alone = run([sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--resume"])
     assert alone.returncode == 2 and "written by 2 processes" in alone.stderr and "Traceback" not in alone.stderr
@@ -95,11 +93,11 @@ def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> 
     resumed = run(command("pretrain", "--config", config, "--with-refresher", "--resume"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     lineage = json.loads((tmp_path / "run" / "lineage.json").read_text())
-    assert [entry["attempt"] for entry in lineage] == [1, 2], "an attempt belongs to all ranks"
+    assert [entry["attempt"] for entry in lineage] == [1, 2], "all ranks have the same attempt"
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 61))
     assert rows(tmp_path)[-1]["swaps"] >= 1 and max(row["steps_behind"] for row in rows(tmp_path)) <= 26
     assert (tmp_path / "run" / "pretrain" / "model" / "reader" / "model.safetensors").exists()
-    assert resumed.stdout.count("pretrain: 60/60") == 1, "only rank 0 speaks"
+    assert resumed.stdout.count("pretrain: 60/60") == 1, "only rank 0 prints"
 
 
 @pytest.mark.slow
@@ -108,7 +106,7 @@ def test_two_ranks_train_swap_together_are_killed_and_resume(tmp_path: Path) -> 
     [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}],
     ids=["ZeRO 2", "ZeRO 3", "offload"],
 )
-def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) -> None:
+def test_partitioned_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) -> None:
     config = prepared(tmp_path, engine={"threads": 1, "deepspeed": {"zero_optimization": zero}})
     trained = run(command("pretrain", "--config", config, "--with-refresher"))
     assert trained.returncode == 0, trained.stdout + trained.stderr
@@ -116,12 +114,10 @@ def test_parted_optimizers_gradients_and_parameters(tmp_path: Path, zero: dict) 
     from realm.models.retriever_files import load_retriever
 
     retriever, _ = load_retriever(tmp_path / "run" / "pretrain" / "model" / "retriever")
-    assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "what is saved is whole"
+    assert all(parameter.numel() > 0 for parameter in retriever.parameters()), "saved parameters are complete"
 
 
-def test_raw_settings_are_merged_and_those_that_would_not_be_followed_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_raw_settings_are_merged_unless_they_would_be_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = prepared(tmp_path)
     refused = run(
         [

@@ -1,5 +1,4 @@
-"""The whole loop on a tiny corpus: every stage, a live refresher in a process of its own, kills
-and resumes, questions answered."""
+"""All stages on a tiny corpus, with a refresher process, kills and resumes, and evaluation."""
 
 import json
 import os
@@ -38,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finished: Path) -> None:
+def test_a_run_writes_metrics_of_every_stage_a_summary_and_curves(finished: Path) -> None:
     run = finished / "run"
     summary = json.loads((run / "summary.json").read_text())
     for name in (
@@ -71,7 +70,7 @@ def test_every_stage_leaves_its_result_and_the_summary_says_what_happened(finish
         assert name in row
 
 
-def test_the_refresher_was_another_process_and_built_the_last_export(finished: Path) -> None:
+def test_the_refresher_builds_an_index_of_the_last_export(finished: Path) -> None:
     run = finished / "run"
     log = (run / "refresher" / "output.log").read_text()
     assert "published" in log
@@ -79,25 +78,25 @@ def test_the_refresher_was_another_process_and_built_the_last_export(finished: P
     assert any(path.name.startswith("a01-step-000008-e") for path in (run / "indexes").iterdir())
 
 
-def test_a_finished_run_is_not_begun_again_without_resume(finished: Path) -> None:
+def test_an_existing_run_is_refused_without_resume(finished: Path) -> None:
     result = realm("run", "--config", finished / "config.yaml")
     assert result.returncode == 2
     assert "exists" in result.stderr and "--resume" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_finetuned_run_is_not_taken_for_one_finetuned_on_other_questions(finished: Path) -> None:
+def test_finetuning_a_finetuned_run_on_other_questions_is_refused(finished: Path) -> None:
     result = realm("finetune", "--run", finished / "run", "--questions", finished / "other.json", "--resume")
     assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_finetuned_run_keeps_the_retriever_it_was_finetuned_with(finished: Path, tmp_path: Path) -> None:
+def test_finetuning_the_retriever_of_a_finetuned_run_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns("finetune_retriever"))
     result = realm("finetune-retriever", "--run", tmp_path / "run")
     assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "finetune_retriever").exists()
 
 
-def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
+def test_evaluation_writes_predictions_from_the_passages(finished: Path) -> None:
     result = realm("evaluate", "--run", finished / "run", "--questions", finished / "questions.json")
     assert result.returncode == 0, result.stderr
     assert "recall@5" in result.stdout
@@ -119,7 +118,7 @@ def test_questions_are_answered_and_predictions_written(finished: Path) -> None:
     )
 
 
-def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: Path) -> None:
+def test_retrievers_are_compared_on_questions_of_another_format(finished: Path) -> None:
     lines = [
         {"question": f"Who founded {town}?", "answer": [founder], "id": town}
         for town, founder in zip(TOWNS, FOUNDERS, strict=True)
@@ -146,32 +145,34 @@ def test_retrievers_stand_side_by_side_on_questions_of_another_format(finished: 
         low, high = report["intervals"][label]["recall@5"]
         assert low <= figures["recall@5"] <= high and figures["count"] == 13
         assert figures["recall@20"] <= figures["ceiling"] == pytest.approx(100 * 12 / 13)
-        assert "exact_recall@5" not in figures, "no question names its document"
+        assert "exact_recall@5" not in figures, "no question has a known document"
         assert ("em" in figures) == (label not in ("initial", "ict")), (
-            "stages without a reader are judged by what they retrieve"
+            "stages without a reader have retrieval figures only"
         )
-    assert report["figures"]["bm25"]["recall@1"] > 85, "a name in the question finds its passage"
+    assert report["figures"]["bm25"]["recall@1"] > 85, "the name in the question is in its passage"
     (finished / "elsewhere").mkdir(exist_ok=True)
     shutil.copy(finished / "open.jsonl", finished / "elsewhere" / "open.jsonl")
     refused = realm("evaluate", "--run", run, "--questions", finished / "elsewhere" / "open.jsonl")
     assert refused.returncode == 2 and "contains the figures of" in refused.stderr and "--name" in refused.stderr
     refused = realm("evaluate", "--run", run, "--compare", "bm42")
-    assert refused.returncode == 2 and "'bm42' is no retriever" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2 and "'bm42' is not a retriever" in refused.stderr and "Traceback" not in refused.stderr
+    )
 
 
-def test_a_sentence_transformers_model_stands_beside_and_its_embeddings_are_kept(finished: Path) -> None:
+def test_a_sentence_transformers_model_is_compared_and_its_embeddings_are_cached(finished: Path) -> None:
     run = finished / "run"
     model = run / "pretrain" / "model" / "retriever"
-    result = realm("evaluate", "--run", run, "--stage", "pretrain", "--compare", model, "--name", "beside")
+    result = realm("evaluate", "--run", run, "--stage", "pretrain", "--compare", model, "--name", "compared")
     assert result.returncode == 0, result.stderr
-    figures = json.loads((run / "evaluations" / "beside.json").read_text())["figures"]
+    figures = json.loads((run / "evaluations" / "compared.json").read_text())["figures"]
     assert set(figures) == {"pretrain", "retriever"}
-    assert (run / "evaluations" / "beside.retriever.predictions.jsonl").exists()
+    assert (run / "evaluations" / "compared.retriever.predictions.jsonl").exists()
     embeddings = list((run / "frozen").glob("retriever-*/embeddings.npy"))
     assert len(embeddings) == 1 and np.load(embeddings[0]).shape == (12, 32)
 
 
-def test_retrievers_of_one_name_are_told_apart() -> None:
+def test_retrievers_with_the_same_name_get_different_labels() -> None:
     assert _labels(("finetune", "a/x/model", "b/x/model")) == {
         "finetune": "finetune",
         "a/x/model": "a-x-model",
@@ -186,7 +187,7 @@ def test_ask_shows_answer_and_passage(finished: Path) -> None:
     assert "p(z|x)" in result.stdout and "town-" in result.stdout
 
 
-def test_evaluation_twice_gives_the_same_numbers(finished: Path) -> None:
+def test_evaluation_is_deterministic(finished: Path) -> None:
     path = finished / "run" / "evaluations" / "test.finetune.predictions.jsonl"
     first = path.read_text()
     assert realm("evaluate", "--run", finished / "run").returncode == 0
@@ -198,7 +199,7 @@ def losses(folder: Path, stage: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["ict", "reader-pretraining"])
-def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
+def test_a_killed_stage_resumes_from_its_checkpoint(finished: Path, tmp_path: Path, stage: str) -> None:
     name = stage.replace("-", "_")
     write_sources(tmp_path)
     changes = {"corpus": {"prepared": str(finished / "prepared")}, name: {"steps": 200, "checkpoint_every": 2}}
@@ -216,7 +217,7 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
     refused = realm(stage, "--config", config)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     before = losses(tmp_path / "run", name)
-    # A shorter end is another config, so the run is finished in place by a second interrupt.
+    # Fewer steps would be another config, so the resumed run is ended by an interrupt.
     process = subprocess.Popen([*command, "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while (
         time.monotonic() < deadline and len(losses(tmp_path / "run", name)) < len(before) + 5 and process.poll() is None
@@ -228,12 +229,12 @@ def test_a_killed_stage_goes_on_where_its_checkpoint_was(finished: Path, tmp_pat
     after = losses(tmp_path / "run", name)
     assert len(after) > len(before)
     np.testing.assert_allclose(
-        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses"
+        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill have the same losses"
     )
 
 
 @pytest.mark.parametrize("stage", ["finetune-retriever", "finetune"])
-def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tmp_path: Path, stage: str) -> None:
+def test_a_killed_finetuning_resumes_from_its_checkpoint(finished: Path, tmp_path: Path, stage: str) -> None:
     run, name = tmp_path / "run", stage.replace("-", "_")
     later = ("finetune", "finetune_retriever") if stage == "finetune-retriever" else ("finetune",)
     shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns(*later, "metrics.jsonl"))
@@ -254,11 +255,11 @@ def test_a_killed_finetuning_goes_on_where_its_checkpoint_was(finished: Path, tm
     after = losses(run, name)
     assert len(after) == 60 and (run / name / "model" / "retriever").exists()
     np.testing.assert_allclose(
-        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill repeat their losses"
+        after[: len(before)], before, rtol=1e-4, err_msg="steps repeated after the kill have the same losses"
     )
 
 
-def test_finetuning_answers_from_passages_encoded_by_the_finetuned_retriever(finished: Path) -> None:
+def test_finetuning_uses_passages_encoded_by_the_finetuned_retriever(finished: Path) -> None:
     run = finished / "run"
     wanted = checksum(run / "finetune_retriever" / "model" / "retriever")
     assert (run / "frozen" / wanted[:12] / "indexes").exists()
@@ -282,7 +283,7 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
     checkpoint = sorted((run / "pretrain" / "checkpoints").glob("step-*"))[-1]
     assert np.load(checkpoint / "candidates-000.npy").shape == (3, 2)
     assert (run / "indexes" / (checkpoint / "index_version").read_text().strip()).exists(), (
-        "a version a checkpoint pins is kept"
+        "the version that a checkpoint references is kept"
     )
     result = realm("pretrain", "--config", config, "--with-refresher", "--resume")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -292,7 +293,7 @@ def test_a_killed_trainer_resumes_in_a_new_attempt_with_its_pending_candidates(f
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")["pretrain"]] == list(range(1, 61))
 
 
-def test_training_stops_with_one_sentence_where_no_refresher_runs(finished: Path, tmp_path: Path) -> None:
+def test_training_without_a_refresher_stops_with_an_error(finished: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
     refresh = {"wait_timeout_s": 1.0, "max_stale_steps": 4, "stale_policy": "wait"}
     config = write_config(tmp_path, corpus={"prepared": str(finished / "prepared")}, refresh=refresh)

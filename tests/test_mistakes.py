@@ -1,12 +1,11 @@
-"""What a user gets wrong is answered in one sentence, with the place and the remedy, and an exit
-status that is not zero."""
+"""User errors: one sentence with the place and the remedy, and exit status 2."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from realm.app.cli import _dotted, main
+from realm.app.cli import _split_overrides, main
 from tests.tiny import write_config, write_sources
 
 
@@ -16,29 +15,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What the command line says on standard error; it must end with status 2 and show no
-    traceback."""
+def error_message(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must fail with status 2 and without a traceback; returns the message."""
     assert main([str(argument) for argument in arguments]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("realm: ") and "Traceback" not in said
-    return said
+    message = capsys.readouterr().err
+    assert message.startswith("realm: ") and "Traceback" not in message
+    return message
 
 
 def test_missing_config(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert "nowhere.yaml does not exist" in complaint(capsys, "prepare", "--config", folder / "nowhere.yaml")
+    assert "nowhere.yaml does not exist" in error_message(capsys, "prepare", "--config", folder / "nowhere.yaml")
 
 
 def test_missing_corpus_file(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     config = write_config(folder, corpus={"passages": str(folder / "absent.jsonl")})
-    assert "absent.jsonl does not exist" in complaint(capsys, "prepare", "--config", config)
+    assert "absent.jsonl does not exist" in error_message(capsys, "prepare", "--config", config)
     assert not (folder / "prepared" / "passages").exists()
 
 
 def test_wrong_json_field(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     (folder / "passages.jsonl").write_text(json.dumps({"id": "1", "title": "a", "body": "b"}) + "\n")
-    said = complaint(capsys, "prepare", "--config", write_config(folder))
-    assert "passages.jsonl:1" in said and '"text"' in said and "body" in said
+    message = error_message(capsys, "prepare", "--config", write_config(folder))
+    assert "passages.jsonl:1" in message and '"text"' in message and "body" in message
 
 
 @pytest.mark.parametrize(
@@ -52,55 +50,51 @@ def test_wrong_json_field(capsys: pytest.CaptureFixture[str], folder: Path) -> N
     ],
     ids=["unknown key", "unknown attention", "wrong type", "no value", "no dashes"],
 )
-def test_config_mistakes_name_the_field(
+def test_config_errors_name_the_field(
     capsys: pytest.CaptureFixture[str], folder: Path, override: list[str], words: list[str]
 ) -> None:
-    said = complaint(capsys, "ict", "--config", write_config(folder), *override)
-    assert all(word in said for word in words)
+    message = error_message(capsys, "ict", "--config", write_config(folder), *override)
+    assert all(word in message for word in words)
 
 
 def test_nothing_prepared_yet(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    assert "realm prepare" in complaint(capsys, "ict", "--config", write_config(folder))
+    assert "realm prepare" in error_message(capsys, "ict", "--config", write_config(folder))
 
 
-def test_a_corpus_prepared_from_a_part_is_not_taken_for_the_whole(
-    capsys: pytest.CaptureFixture[str], folder: Path
-) -> None:
+def test_a_corpus_prepared_with_a_limit_is_refused_without_it(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     config = write_config(folder)
     assert main(["prepare", "--config", str(config), "--limit", "5"]) == 0
-    said = complaint(capsys, "ict", "--config", config)
+    message = error_message(capsys, "ict", "--config", config)
     assert (
-        "was prepared otherwise: the limit of documents of each source was [5] and is now [None]" in said
-        and "--corpus.prepared" in said
+        "was prepared with other settings: the limit of documents per source was [5] and is now [None]" in message
+        and "--corpus.prepared" in message
     )
-    assert "corpus.block_tokens was 80 and is now 70" in complaint(
+    assert "corpus.block_tokens was 80 and is now 70" in error_message(
         capsys, "ict", "--config", config, "--limit", "5", "--corpus.block_tokens", "70"
     )
 
 
-def test_stages_that_need_questions_are_refused_before_anything_is_trained(
-    capsys: pytest.CaptureFixture[str], folder: Path
-) -> None:
+def test_stages_without_questions_are_refused_before_training(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     config = write_config(folder, data={"train": None})
-    assert "data.train names no questions" in complaint(capsys, "run", "--config", config)
+    assert "data.train names no questions" in error_message(capsys, "run", "--config", config)
     assert not (folder / "prepared").exists()
 
 
-def test_an_override_before_an_argument_is_not_taken_for_it() -> None:
-    rest, overrides = _dotted(
+def test_an_override_before_an_argument_does_not_replace_it() -> None:
+    rest, overrides = _split_overrides(
         ["ask", "--run", "r", "--refresh.search_parameters", "nprobe=64", "--a.b=3", "Who discovered radium?"]
     )
     assert rest == ["ask", "--run", "r", "Who discovered radium?"]
     assert overrides == ["--refresh.search_parameters", "nprobe=64", "--a.b=3"]
 
 
-def test_no_such_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_missing_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     for command in (
         ["ask", "--run", folder / "none", "Who?"],
         ["evaluate", "--run", folder / "none"],
         ["refresh", "--run", folder / "none"],
     ):
-        assert "no run folder" in complaint(capsys, *command)
+        assert "is not a run folder" in error_message(capsys, *command)
 
 
 def test_hub_name_without_network(
@@ -109,17 +103,19 @@ def test_hub_name_without_network(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = write_config(folder)
     assert main(["prepare", "--config", str(config)]) == 0
-    said = complaint(capsys, "ict", "--config", config, "--retriever.bert.path", "google-bert/no-such-model-here")
-    assert "retriever.bert.path" in said and "no-such-model-here" in said
+    message = error_message(
+        capsys, "ict", "--config", config, "--retriever.bert.path", "google-bert/no-such-model-here"
+    )
+    assert "retriever.bert.path" in message and "no-such-model-here" in message
 
 
-def test_run_folder_of_another_config(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_run_folder_with_another_config(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     config = write_config(folder)
     assert main(["prepare", "--config", str(config)]) == 0
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("run: elsewhere\n")
-    said = complaint(capsys, "ict", "--config", config)
-    assert "another config" in said and "--run" in said
+    message = error_message(capsys, "ict", "--config", config)
+    assert "another config" in message and "--run" in message
 
 
 def test_k_larger_than_the_corpus(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`realm plan`: what it measures, what it warns of, what it refuses."""
+"""`realm plan`: measurements, warnings and errors."""
 
 from pathlib import Path
 
@@ -17,9 +17,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_measures_a_sample_and_leaves_no_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(path.name for path in folder.iterdir())
     config = load_config(write_config(folder, refresh={"export_every": 1, "max_stale_steps": 3}))
     result = plan(config, passages=50_000_000)
@@ -33,31 +31,39 @@ def test_a_plan_is_made_from_a_sample_and_leaves_nothing_behind(
     assert result.refresh_seconds > result.refresh_period_seconds
     first, second = warnings(result, config)
     assert "refresh.export_every" in first and "refresh.max_stale_steps = 3" in second
-    said = capsys.readouterr().out
-    assert "passages encoded per second" in said and "optimizer" in said and "warning" in said
+    output = capsys.readouterr().out
+    assert "passages encoded per second" in output and "optimizer" in output and "warning" in output
 
 
 @pytest.mark.parametrize(
     ("measured", "expected"),
     [
         ([(8, 4.0)], 8.0),
-        ([(4, 3.0), (8, 5.0)], 9.0),  # one second a step and half a second a row
-        ([(4, 3.9), (8, 4.0)], 6.0),  # half of what a row took at the least
-        ([(4, 1.0), (8, 4.0)], 8.0),  # and not more than it took
+        ([(4, 3.0), (8, 5.0)], 9.0),  # one second per step, and half a second per row
+        ([(4, 3.9), (8, 4.0)], 6.0),  # at least half of the time per row
+        ([(4, 1.0), (8, 4.0)], 8.0),  # at most the time per row
         ([(8, 4.0), (16, 7.0)], 7.0),
     ],
 )
-def test_steps_too_large_to_be_tried_are_foreseen_by_their_rows(measured, expected) -> None:
+def test_times_of_larger_batches_are_extrapolated(measured, expected) -> None:
     assert extrapolate(measured, 16) == pytest.approx(expected)
 
 
-def test_no_warning_where_a_refresh_is_quick(folder: Path) -> None:
+def test_no_warning_if_a_refresh_is_fast(folder: Path) -> None:
     config = load_config(write_config(folder))
-    quick = Plan(100, {"pretrain": StagePlan(8, 1.0, 10, 0)}, encode_seconds=2.0, build_seconds=0.5, dim=4, index_bytes=1, prepared_bytes=1,
-                 refresh_period_seconds=4.0)  # fmt: skip
-    assert warnings(quick, config) == []
+    fast = Plan(
+        100,
+        {"pretrain": StagePlan(8, 1.0, 10, 0)},
+        encode_seconds=2.0,
+        build_seconds=0.5,
+        dim=4,
+        index_bytes=1,
+        prepared_bytes=1,
+        refresh_period_seconds=4.0,
+    )
+    assert warnings(fast, config) == []
 
 
-def test_without_a_prepared_corpus_its_size_must_be_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_prepared_corpus_its_size_is_required(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(write_config(folder))]) == 2
     assert "--passages N" in capsys.readouterr().err

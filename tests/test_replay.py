@@ -1,5 +1,4 @@
-"""A run repeated by its step → version log, killed at random moments: the loss curve and the
-weights are the same bits."""
+"""Replay: a run that follows the log of another has bit-identical losses and weights."""
 
 import os
 import random
@@ -41,8 +40,10 @@ def losses(run: Path) -> list[tuple[float, int]]:
 
 
 def begin(folder: Path, source: Path | None = None) -> Path:
-    """A folder with sources and a config, its warm starts trained, or taken from the run in
-    `source`."""
+    """Write sources and a config to a new folder, and train the first stages; returns the config.
+
+    With `source`, the prepared corpus and these stages are copied from there.
+    """
     folder.mkdir()
     write_sources(folder)
     config = write_config(folder, **CHANGES)
@@ -59,7 +60,7 @@ def begin(folder: Path, source: Path | None = None) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was not disturbed."""
+    """A run without interruptions."""
     folder = tmp_path_factory.mktemp("replay") / "original"
     result = realm("pretrain", "--config", begin(folder), "--with-refresher")
     assert result.returncode == 0, result.stderr
@@ -68,7 +69,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_and_replayed_the_run_is_the_same(original: Path, tmp_path: Path, kills: int) -> None:
+def test_a_replay_with_random_kills_is_bit_identical(original: Path, tmp_path: Path, kills: int) -> None:
     folder = tmp_path / "again"
     command = [
         sys.executable,
@@ -103,7 +104,7 @@ def test_killed_at_random_and_replayed_the_run_is_the_same(original: Path, tmp_p
         )
 
 
-def test_a_resumed_run_follows_its_own_log_and_then_the_newest_index(original: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_replays_its_own_log_and_then_uses_the_newest_index(original: Path, tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
     config = begin(folder, original)
     command = [sys.executable, "-m", "realm", "pretrain", "--config", str(config), "--with-refresher"]
@@ -123,6 +124,6 @@ def test_a_resumed_run_follows_its_own_log_and_then_the_newest_index(original: P
     assert not (folder / "run" / "refresher" / "wanted.json").exists()
 
 
-def test_a_log_that_tells_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_log_without_steps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pretraining step to replay"):
         read_replay(tmp_path)

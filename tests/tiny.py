@@ -1,5 +1,4 @@
-"""A run small enough to train in seconds: a corpus of invented towns, its statements and
-questions, and a config for it."""
+"""A run that trains in seconds: a corpus of invented towns, statements, questions, and a config."""
 
 import json
 from pathlib import Path
@@ -30,29 +29,36 @@ FOUNDERS = (
 
 
 def write_sources(folder: Path) -> None:
-    """`passages.jsonl`, `statements.jsonl`, `probe.jsonl` and `questions.json` about the towns."""
-    passages, statements, probe, paragraphs = [], [], [], []
+    """Write passages, statements, annotated statements and questions about the towns.
+
+    Files: `passages.jsonl`, `statements.jsonl`, `masked_spans.jsonl`, `questions.json`.
+    """
+    passages, statements, masked_spans, paragraphs = [], [], [], []
     for number, (town, river, founder) in enumerate(zip(TOWNS, RIVERS, FOUNDERS, strict=True)):
         year = str(1100 + 37 * number)
-        text = f"{town} is a town on the river {river}. It was founded by {founder} in {year}. Many people visit {town} every summer."
+        text = (
+            f"{town} is a town on the river {river}. It was founded by {founder} in {year}. "
+            f"Many people visit {town} every summer."
+        )
         passages.append({"id": f"town-{number}", "title": town, "text": text})
         statements.append({"id": f"s{number}a", "text": f"The river that runs through {town} is the {river}."})
         statements.append({"id": f"s{number}b", "text": f"The founder of {town} was {founder}."})
-        about = f"People settled in {town} in {year}."
-        probe.append({"text": about, "answer": {"text": year, "start": about.index(year)}, "passage": f"town-{number}"})
+        settled = f"People settled in {town} in {year}."
+        answer = {"text": year, "start": settled.index(year)}
+        masked_spans.append({"text": settled, "answer": answer, "passage": f"town-{number}"})
         question = {
             "id": f"q{number}",
             "question": f"Who founded {town}?",
             "answers": [{"text": founder, "answer_start": text.index(founder)}],
         }
         paragraphs.append({"context": text, "qas": [question]})
-    for name, rows in (("passages", passages), ("statements", statements), ("probe", probe)):
+    for name, rows in (("passages", passages), ("statements", statements), ("masked_spans", masked_spans)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "questions.json").write_text(json.dumps({"data": [{"title": "towns", "paragraphs": paragraphs}]}))
 
 
 def tiny_tree(folder: Path) -> dict:
-    """The config as a tree; every stage takes a few steps."""
+    """The config as a tree; every stage has a few steps."""
     bert = {"layers": 1, "hidden": 32, "heads": 2, "intermediate": 64, "max_positions": 96}
     optim = {"lr": 1e-3, "warmup_steps": 2}
     return {
@@ -67,7 +73,7 @@ def tiny_tree(folder: Path) -> dict:
         "data": {
             "train": str(folder / "questions.json"),
             "test": str(folder / "questions.json"),
-            "masked_spans": str(folder / "probe.jsonl"),
+            "masked_spans": str(folder / "masked_spans.jsonl"),
         },
         "tokenizer": {"vocab_size": 400},
         "retriever": {
@@ -97,7 +103,7 @@ def tiny_tree(folder: Path) -> dict:
 
 
 def write_config(folder: Path, **changes: dict) -> Path:
-    """`config.yaml` of the tiny run, sections of `changes` merged over it."""
+    """Write `config.yaml` of the tiny run, with the sections of `changes` merged over it."""
     tree = tiny_tree(folder)
     for section, fields in changes.items():
         tree[section] = {**tree.get(section, {}), **fields}
@@ -107,7 +113,7 @@ def write_config(folder: Path, **changes: dict) -> Path:
 
 
 def prepared_run(folder: Path, **changes: dict) -> "Run":
-    """The tiny run with its corpus prepared and nothing trained."""
+    """The tiny run with a prepared corpus, before any training."""
     from realm.app.corpus import prepare
     from realm.run.config_file import load_config
     from realm.run.folder import Run
@@ -119,17 +125,17 @@ def prepared_run(folder: Path, **changes: dict) -> "Run":
 
 
 class NoIndex:
-    """An index whose embeddings are all zeros, for batches of which only what is read matters."""
+    """An index of zero embeddings, for tests that only use the reader's inputs of a batch."""
 
     def __len__(self) -> int:
         return len(TOWNS)
 
     def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Nothing is searched."""
-        raise AssertionError("this index is not searched")
+        """Fails: these tests do not search."""
+        raise AssertionError("this index cannot be searched")
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """(R,) rows to (R, 32)."""
+        """Zeros, (len(rows), 32)."""
         return np.zeros((len(rows), 32), np.float32)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""`realm prepare` and `realm index add`: documents become a run's corpus."""
+"""`realm prepare` and `realm index add`: prepare documents, and add or remove them later."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +19,10 @@ from realm.text.tokenizer import obtain_tokenizer
 
 
 def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
-    """Prepare the passages and statements of a config; what is prepared already is kept.
+    """Prepare the passages and statements of a config, unless they are prepared already.
 
-    `skip_bad`: skip and count records that cannot be used. Raises UserError as `prepare_corpus` does.
+    `skip_bad`: skip and count records that cannot be used. Raises UserError as `prepare_corpus`
+    does.
     """
     corpus, prepared = config.corpus, Path(config.corpus.prepared)
     skip_bad = skip_bad or corpus.skip_bad
@@ -65,18 +66,18 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
             )
         manifest = ready.manifest
         log_line(
-            f"{kind}: {len(ready):,} blocks of {manifest['documents']:,} documents, {manifest['spans']:,} salient spans "
-            f"({tagger.name}), {manifest['skipped']} records skipped"
+            f"{kind}: {len(ready):,} blocks of {manifest['documents']:,} documents, "
+            f"{manifest['spans']:,} salient spans ({tagger.name}), {manifest['skipped']} records skipped"
         )
 
 
 def add_documents(
     run: Run, sources: Sequence[SourceConfig], delete: Sequence[str], replace_: bool, skip_bad: bool
 ) -> None:
-    """Add and remove documents of the run's corpus, then update the newest indexes: only new documents are encoded.
+    """Add and remove documents of the run's corpus, then update the newest indexes.
 
-    `delete`: ids of documents to remove; `replace_`: added documents replace those with the same id. Raises
-    UserError as `grow_corpus` does.
+    Only new documents are encoded. `delete`: ids of documents to remove; `replace_`: added
+    documents replace those with the same id. Raises UserError as `grow_corpus` does.
     """
     before, config = run.passages, run.config
     with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
@@ -96,6 +97,6 @@ def add_documents(
     stores = [run.folder, *(encoders.parent for encoders in (run.folder / FROZEN).glob("*/encoders"))]
     stores = [store for store in stores if (store / "encoders").is_dir()]
     if not stores:
-        log_line("no encoder was exported yet; the index is built when the first one is")
+        log_line("no encoder is exported yet; the index will be built from the first one")
     for store in stores:
         refresh(store, config.refresh, corpus, once=True, log=log_line)

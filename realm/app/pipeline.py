@@ -43,9 +43,10 @@ _RECALL_STAGES = {"ict": "ict", "pretrain": "realm"}
 
 
 def run_all(config: RealmConfig, resume: bool = False) -> None:
-    """Run every stage whose `steps` is not 0, evaluate, and print a summary, a picture and a few answers.
+    """Run every stage whose `steps` is not 0 and evaluate; write and print a summary.
 
-    Raises UserError if the run was begun before, unless `resume`.
+    Also draws `curves.png` and prints a few answers. Raises UserError if the run was begun before,
+    unless `resume`.
     """
     if (Path(config.run) / "config.yaml").exists() and not resume:
         raise UserError(
@@ -91,7 +92,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
 
 
 def _open_stage(name: str) -> Callable[[Run], Any]:
-    """Opens the stage; REALM beside a refresher."""
+    """The function that opens the stage; REALM pretraining starts a refresher."""
     if name == LiveRealmPretraining.name:
         return partial(LiveRealmPretraining.open, with_refresher=True)
     return STAGE_PROGRAMS[name].open
@@ -110,7 +111,7 @@ def _print_some_answers(run: Run, count: int = 3) -> None:
 
 
 def _cached(run: Run, name: str, measure: Callable[[], dict]) -> dict:
-    """The result of `measure`, which is made once per run and kept in `evaluations/NAME.json`."""
+    """The result of `measure`, computed once per run and kept in `evaluations/NAME.json`."""
     path = run.folder / "evaluations" / f"{name}.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -119,8 +120,11 @@ def _cached(run: Run, name: str, measure: Callable[[], dict]) -> dict:
 
 
 def closed_book_accuracy(run: Run) -> dict[str, float]:
-    """Closed-book cloze test: the test questions' facts as statements with the answer masked, read with the null
-    passage only. Empty if the run has no reader."""
+    """Closed-book cloze test: accuracy on the test questions' facts without any passage.
+
+    The facts are statements with the answer masked, and are read with the null passage. Empty if
+    the run has no reader.
+    """
     reader = run.latest("reader", before=Finetuning.name)
     if reader is None:
         return {}
@@ -132,7 +136,7 @@ def closed_book_accuracy(run: Run) -> dict[str, float]:
 
 
 def null_masses(run: Run) -> dict[str, list[float]]:
-    """p(null|x) of each statement whose fact is in a passage (`known`) or in none (`unsupported`)."""
+    """p(null|x) of statements whose fact is in a passage (`known`) or in none (`unsupported`)."""
     config, folder = run.config.pretrain, run.model("pretrain")
     collator, precision = MaskedCollator(run.collator, config.reader_buckets), run.config.engine.precision
     reader = load_reader(folder / "reader").to(local_device())
@@ -154,7 +158,7 @@ def _summarize(
     questions: dict[str, float],
     null: dict[str, list[float]],
 ) -> dict[str, float]:
-    """The content of `summary.json`: shares in percent, times in seconds, without figures that were not measured."""
+    """The content of `summary.json`: the figures that were measured, in percent and seconds."""
     metrics = read_metrics(run.folder / "metrics.jsonl")
     versions = {row["index"] for row in metrics.get("pretrain", [])}
     summary = {name: questions[name] for name in _SUMMARY_FIGURES if name in questions}

@@ -1,4 +1,4 @@
-"""`realm plan`: a forecast of a run's time, memory and disk on this machine, from a short measurement."""
+"""`realm plan`: forecast a run's time, memory and disk on this machine from short measurements."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -16,17 +16,17 @@ from realm.runtime.telemetry import console, format_seconds, print_table
 from realm.runtime.threads import cores
 
 SAMPLE_DOCUMENTS = 1000
-"""Documents per source that are prepared to measure on, if the corpus is not prepared yet."""
+"""Documents per source that are prepared for the measurement, if the corpus is not prepared."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Times in seconds, sizes in bytes."""
+    """A forecast; times in seconds, sizes in bytes."""
 
     passages: int
     stages: dict[str, StagePlan]
     encode_seconds: float
-    """Encoding of all passages, by a refresher with `refresh.threads`."""
+    """Time to encode all passages, with `refresh.threads`."""
     build_seconds: float
     dim: int
     index_bytes: int
@@ -46,9 +46,10 @@ class Plan:
 
 
 def plan(config: RealmConfig, passages: int | None = None) -> Plan:
-    """Measure and print a forecast; `passages` is the size of the corpus if it is not prepared yet.
+    """Measure and print a forecast; `passages` is the size of a corpus that is not prepared yet.
 
-    Raises UserError if the size of the corpus is not known, and for everything that would stop the run itself.
+    Raises UserError if the size of the corpus is not known, and for every problem that would stop
+    the run.
     """
     if passages is not None and passages < 1:
         raise UserError(f"--passages must be at least 1, got {passages}.")
@@ -56,7 +57,8 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
         if not (Path(config.corpus.prepared) / "passages" / "manifest.json").exists():
             if passages is None:
                 raise UserError(
-                    "nothing is prepared yet, so the size of the corpus is not known; add --passages N, or run realm prepare first."
+                    "the corpus is not prepared yet, so its size is not known; add --passages N, "
+                    "or run `realm prepare` first."
                 )
             config = _sample(config, Path(folder))
         run = Run(Path(folder), config)
@@ -93,15 +95,15 @@ def _sample(config: RealmConfig, folder: Path) -> RealmConfig:
 
 
 def export_period(config: RealmConfig) -> int:
-    """Steps between two exports; if only drift decides, steps between two measurements of it."""
+    """Steps between two exports; of exports on drift only, steps between drift measurements."""
     return config.refresh.export_period or config.refresh.drift_every
 
 
 def with_contention(result: Plan, contention: Contention, period_steps: int) -> Plan:
-    """The plan with the REALM stage and the refresher at work at the same time.
+    """The plan with the REALM stage and the refresher running at the same time.
 
-    Of the time between two exports, the refresher is busy for R = `encoding_factor` × encoding + building
-    seconds, in which steps take `step_factor` as long.
+    In the time between two exports, the refresher is busy for R = `encoding_factor` × encoding +
+    building seconds, during which steps take `step_factor` times as long.
     """
     if "pretrain" not in result.stages:
         return result
@@ -138,7 +140,8 @@ def _print_refreshing(result: Plan, config: RealmConfig) -> None:
     steps = export_period(config)
     behind = result.lag * steps
     print_table(
-        f"Refreshing an index of {result.passages:,} passages, {result.dim} dimensions, {config.refresh.threads} threads",
+        f"Refreshing an index of {result.passages:,} passages, {result.dim} dimensions, "
+        f"{config.refresh.threads} threads",
         ["figure", "value"],
         [
             ["passages encoded per second", f"{result.passages / result.encode_seconds:,.0f}"],
@@ -166,7 +169,7 @@ def _print_sizes(result: Plan, config: RealmConfig) -> None:
         ("checkpoints of a stage", 0, config.engine.keep_checkpoints * model * 3),
         ("exported encoders", 0, exports),
     ]
-    sizes.append(("in all", sum(memory for _, memory, _ in sizes), sum(disk for *_, disk in sizes)))
+    sizes.append(("total", sum(memory for _, memory, _ in sizes), sum(disk for *_, disk in sizes)))
     rows: list[list[object]] = [[name, _size(memory), _size(disk)] for name, memory, disk in sizes]
     print_table("Memory of the largest stage, and disk", ["part", "memory", "disk"], rows)
 
@@ -179,19 +182,20 @@ def warnings(result: Plan, config: RealmConfig) -> list[str]:
         enough = int(np.ceil(steps * result.lag / 10) * 10)
         found.append(
             f"a refresh takes {format_seconds(result.refresh_seconds)}, longer than the "
-            f"{format_seconds(result.refresh_period_seconds)} between two exports, so some exports get no index; set "
-            f"refresh.export_every to {enough} or more, or give the refresher more threads or a GPU."
+            f"{format_seconds(result.refresh_period_seconds)} between two exports, so some exports are not indexed; "
+            f"set refresh.export_every to {enough} or more, or run the refresher with more threads or on a GPU."
         )
     limit = config.refresh.max_stale_steps
     if limit is not None and steps * result.lag > limit:
         found.append(
-            f"the index will be more than refresh.max_stale_steps = {limit} steps behind; policy: {config.refresh.stale_policy}."
+            f"the index will be more than refresh.max_stale_steps = {limit} steps behind "
+            f"(refresh.stale_policy: {config.refresh.stale_policy}); raise the limit, or refresh faster."
         )
     return found
 
 
 def _size(number: int) -> str:
-    """Bytes in a readable unit; a dash for none."""
+    """Bytes in a readable unit; a dash for 0."""
     if not number:
         return "–"
     size = float(number)

@@ -1,4 +1,4 @@
-"""The training stages by name, each as it trains and as it is timed."""
+"""The registry of training stages: how each is opened for training and for timing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from realm.training.stage import Stage
 
 @dataclass(frozen=True)
 class StageProgram:
-    """How a stage is opened."""
+    """Functions that open a stage."""
 
     open: Callable[[Run], Stage]
     """The stage as it trains in a run."""

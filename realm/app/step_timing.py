@@ -1,7 +1,7 @@
-"""Timing of this machine for `realm plan`: some steps of each training stage, and encoding and indexing.
+"""Measurements for `realm plan`: steps of each training stage, encoding and indexing.
 
-The stages are those that train (`Stage.sample_batch`), on real blocks, with untrained models of the configured
-sizes and a random index. Nothing is kept.
+The stages are those of training, on real blocks (`Stage.sample_batch`), with untrained models of
+the configured sizes and a random index. Nothing is kept.
 """
 
 import multiprocessing
@@ -25,17 +25,17 @@ from realm.training.engine import Engine
 from realm.training.stage import Stage
 
 AFFORDABLE_S = 60.0
-"""Seconds that timing one batch size may take; if the configured size would take longer, its time is extrapolated
-from smaller ones."""
+"""Maximum seconds to time one batch size; the time of larger batches is extrapolated."""
 MIN_STEPS, MAX_STEPS = 4, 32
 """Steps timed per batch size."""
 ENOUGH_S = 8.0
-"""Timing ends when it has taken this long and `MIN_STEPS` steps."""
+"""Timing ends after this many seconds, but not before `MIN_STEPS` steps."""
 WARMUP_STEPS = 3
+"""Untimed steps before the timed ones."""
 SAMPLE_ROWS = 512
-"""Passages encoded at most to measure the rate of encoding."""
+"""Maximum number of passages encoded to measure the rate of encoding."""
 MAX_RANDOM_ROWS = 200_000
-"""Vectors of the random index at most."""
+"""Maximum number of vectors in the random index."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class StagePlan:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training in all."""
+        """Seconds of the whole stage."""
         return self.steps * self.seconds_per_step
 
 
 class RandomIndex:
-    """Random vectors, searched for real, and random passages as the result."""
+    """An index of random vectors: it is searched, but the results are random passages."""
 
     def __init__(self, num_vectors: int, dim: int, rows: np.ndarray, seed: int) -> None:
-        """`rows`: the passages that may be found."""
+        """`rows`: the passages that can be results."""
         self.rows, self.dim, self.rng = rows, dim, np.random.default_rng(seed)
         vectors = self.rng.standard_normal((min(num_vectors, MAX_RANDOM_ROWS), dim), dtype=np.float32)
         self.index = build_index(vectors, "Flat")
@@ -82,14 +82,14 @@ class RandomIndex:
 
 
 def random_index(run: Run, num_passages: int) -> RandomIndex:
-    """A random index of `num_passages` vectors as wide as the run's embeddings."""
+    """A random index of `num_passages` vectors with the dimension of the run's embeddings."""
     config = run.config.retriever
     dim = config.projection_dim if config.projection == "linear" else build_retriever(config, run.tokenizer).dim
     return RandomIndex(num_passages, dim, run.passages.rows, run.config.seed)
 
 
 def time_stage(run: Run, name: str, index: RandomIndex) -> StagePlan:
-    """Time some steps of a stage."""
+    """Forecast a stage from the time of some steps."""
     log_line(f"timing {name}")
     with _sample_stage(run, name, index) as (stage, engine):
         size = min(2, stage.config.batch_size)
@@ -109,7 +109,7 @@ def time_stage(run: Run, name: str, index: RandomIndex) -> StagePlan:
 
 @contextmanager
 def _sample_stage(run: Run, name: str, index: RandomIndex) -> Iterator[tuple[Stage, Engine]]:
-    """A stage opened to be timed, under DeepSpeed."""
+    """Open a stage to be timed, under DeepSpeed."""
     threads = run.config.threads(name)
     torch.manual_seed(run.config.seed)
     with cpu_threads(threads), STAGE_PROGRAMS[name].open_sample(run, index) as stage:
@@ -120,9 +120,9 @@ def _sample_stage(run: Run, name: str, index: RandomIndex) -> Iterator[tuple[Sta
 
 
 def _time_steps(stage: Stage, engine: Engine, size: int, count: int) -> float:
-    """Seconds per step with batches of `size`, over up to `count` steps spread over the whole stage.
+    """Seconds per step with batches of `size`, over up to `count` steps across the whole stage.
 
-    Each step has a batch of its own: batches of new shapes take longer, in training too.
+    Batches are not reused, because batches of new shapes take longer, in training too.
     """
     began = time.monotonic()
     done = 0
@@ -137,10 +137,10 @@ def _time_steps(stage: Stage, engine: Engine, size: int, count: int) -> float:
 
 
 def extrapolate(measured: Sequence[tuple[int, float]], batch_size: int) -> float:
-    """Seconds per step at `batch_size` from (size, seconds) of ascending sizes.
+    """Seconds per step at `batch_size`, from (size, seconds) of ascending sizes.
 
-    The seconds of the largest size, and for each additional row what its rows took more than those of the size
-    before; at least half of the time per row of the largest size, in case a measurement was disturbed.
+    Extrapolates linearly from the two largest sizes. The time per additional row is between half of
+    and the whole time per row of the largest size, in case a measurement was disturbed.
     """
     size, seconds = measured[-1]
     per_row = seconds / size
@@ -188,7 +188,7 @@ def time_encoding(run: Run) -> EncodingRate:
             count = min(2 * count, SAMPLE_ROWS, len(run.passages))
             encode(count)
             embeddings_ND, seconds = encode(count)
-    if refresh.factory != "Flat":  # training needs enough vectors; their values hardly matter for size and time
+    if refresh.factory != "Flat":  # training needs enough vectors; their values hardly affect size and time
         embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
         embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)
     began = time.monotonic()
@@ -202,8 +202,10 @@ def time_encoding(run: Run) -> EncodingRate:
 
 
 def _encoder(run: Run) -> tuple[Callable[[int], tuple[np.ndarray, float]], int]:
-    """A function that encodes a number of random passages and returns their embeddings and the seconds it took;
-    and the embeddings' dimension."""
+    """A function that encodes a number of random passages, and the dimension of the embeddings.
+
+    The function returns the embeddings and the seconds it took.
+    """
     retriever = build_retriever(run.config.retriever, run.tokenizer).eval()
     if torch.cuda.is_available():
         retriever.to("cuda")
@@ -221,17 +223,17 @@ def _encoder(run: Run) -> tuple[Callable[[int], tuple[np.ndarray, float]], int]:
 
 @dataclass(frozen=True)
 class Contention:
-    """Trainer and refresher at work on the same cores, relative to each alone."""
+    """Slowdown of trainer and refresher when they share the cores, relative to each alone."""
 
     step_factor: float
-    """Time of a REALM step while the refresher encodes."""
+    """Factor on the time of a REALM step while the refresher encodes."""
     encoding_factor: float
-    """Time of encoding while the trainer trains."""
+    """Factor on the time of encoding while the trainer trains."""
 
 
 def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Contention:
-    """Time REALM steps alone and beside a process that encodes, with half of the configured batch."""
-    log_line("timing REALM beside a refresher")
+    """Time REALM steps alone and while another process encodes, with half the batch size."""
+    log_line("timing REALM with a refresher")
     with _sample_stage(run, "pretrain", index) as (stage, engine):
         size = max(1, min(stage.config.batch_size // 2, 8))
         _time_steps(stage, engine, size, WARMUP_STEPS)
@@ -244,19 +246,19 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
             while encoded.value < 0 and process.is_alive():
                 time.sleep(0.05)
             began, before = time.monotonic(), encoded.value
-            beside = _time_steps(stage, engine, size, 2 * MIN_STEPS)
-            beside = (beside + _time_steps(stage, engine, size, 2 * MIN_STEPS)) / 2
+            shared = _time_steps(stage, engine, size, 2 * MIN_STEPS)
+            shared = (shared + _time_steps(stage, engine, size, 2 * MIN_STEPS)) / 2
             rate = (encoded.value - before) / (time.monotonic() - began)
         finally:
             stop.set()
             process.join(30)
             process.kill()
     slower = encoded_per_s / rate if rate > 0 else 1.0
-    return Contention(max(1.0, beside / alone), max(1.0, slower))
+    return Contention(max(1.0, shared / alone), max(1.0, slower))
 
 
 def _encode_until(run: Run, encoded: Any, stop: Any) -> None:
-    """Encode passages until told to stop; counts them."""
+    """Encode passages until `stop` is set; count them in `encoded`."""
     with cpu_threads(run.config.refresh.threads):
         encode, _ = _encoder(run)
         encode(min(8, len(run.passages)))

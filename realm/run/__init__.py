@@ -1,1 +1,1 @@
-"""A run: its configuration, its folder, and what its stages start from."""
+"""Runs: configuration, run folder, and the models that stages start from."""

@@ -1,5 +1,7 @@
-"""The configuration tree of a run: each section belongs to the module that it configures, and this file
-joins them."""
+"""The configuration tree of a run.
+
+Each section is defined in the module that it configures; this file combines them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,18 +26,19 @@ from realm.training.sections import (
 )
 
 MIN_PASSAGE_ROOM = 16
-"""Wordpieces that a joint input must leave for the passage."""
+"""Minimum number of wordpieces in a joint input that must remain for the passage."""
 
 
 @dataclass(frozen=True)
 class InitFromConfig:
-    """Models of another run to start from, instead of those that `retriever` and `reader` describe."""
+    """Models of another run to start from, instead of those of `retriever` and `reader`."""
 
     retriever: str | None = None
     """Folder of a saved retriever, such as `RUN/pretrain/model/retriever`; default: built from
     `retriever`."""
     reader: str | None = None
-    """Folder of a saved reader, such as `RUN/pretrain/model/reader`; default: built from `reader`."""
+    """Folder of a saved reader, such as `RUN/pretrain/model/reader`; default: built from
+    `reader`."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,17 @@ class RealmConfig(Section):
             raise UserError(f"{'; '.join(problems)}.")
 
     def problems(self) -> Iterator[str]:
-        """What does not fit together between sections."""
+        """Problems between sections."""
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + MIN_PASSAGE_ROOM:
             yield (
-                f"reader.max_tokens ({joint}) leaves no room for a passage after retriever.max_query_tokens ({query}); raise it"
+                f"reader.max_tokens ({joint}) leaves no room for a passage after retriever.max_query_tokens ({query}); "
+                "raise it"
             )
         context, block = self.corpus.context_tokens, self.corpus.block_tokens
         if context and not block <= context <= joint - query:
             yield (
-                f"corpus.context_tokens ({context}) must be 0 or between corpus.block_tokens ({block}) and reader.max_tokens "
-                f"minus retriever.max_query_tokens ({joint - query}); change it, or raise reader.max_tokens"
+                f"corpus.context_tokens ({context}) must be 0, or between corpus.block_tokens ({block}) and "
+                f"reader.max_tokens minus retriever.max_query_tokens ({joint - query}); change it, or raise "
+                "reader.max_tokens"
             )

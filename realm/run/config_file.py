@@ -1,7 +1,7 @@
 """Reading and writing configs: YAML files, dotted overrides, errors that name the field.
 
-A file may start with `extends: other.yaml` (relative to itself); its keys are merged over that
-file's.
+A file may contain `extends: other.yaml` (relative to itself); its keys override those of the
+other file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which PyYAML would silently use the last."""
+    """YAML loader that rejects duplicate keys; PyYAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -46,8 +46,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
 
 
 def parse_section(kind: type[T], text: str, where: str) -> T:
-    """A path, or a mapping in YAML, as a config class with a `SHORTHAND`. Raises UserError that
-    begins with `where`."""
+    """Parse a path or a YAML mapping to a config class with a `SHORTHAND`.
+
+    Raises UserError that begins with `where`.
+    """
     try:
         tree = text if Path(text).exists() else yaml.safe_load(text)
     except (yaml.YAMLError, OSError) as error:
@@ -75,12 +77,15 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def dump_config(config: RealmConfig) -> str:
-    """The resolved configuration as YAML, which `load_config` reads back to an equal one."""
+    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(draccus.encode(config), sort_keys=False)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Parse `["--pretrain.steps", "5"]` or `["--pretrain.steps=5"]` to `{"pretrain": {"steps": 5}}`."""
+    """Parse `["--pretrain.steps", "5"]` or `["--pretrain.steps=5"]`, to a tree of sections.
+
+    Values are parsed as YAML. Raises UserError for arguments of another form.
+    """
     tree: dict[str, Any] = {}
     remaining = list(arguments)
     while remaining:
@@ -103,8 +108,10 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def expand_shorthands(kind: Any, value: Any) -> Any:
-    """Write out shorthands: a value for a section stands for the field that the class's `SHORTHAND`
-    names, a single entry for a list."""
+    """Expand shorthands: a string for a section with a `SHORTHAND`, a single entry for a list.
+
+    `SHORTHAND` is the name of the field that the string is for.
+    """
     if value is None:
         return None
     kind = _without_none(kind)
@@ -119,17 +126,20 @@ def expand_shorthands(kind: Any, value: Any) -> Any:
 
 
 def _without_none(kind: Any) -> Any:
-    """`X` of `X | None`."""
+    """The type `X` of `X | None`; other types unchanged."""
     members = [member for member in get_args(kind) if member is not NoneType]
     return members[0] if NoneType in get_args(kind) and len(members) == 1 else kind
 
 
 def find_type_errors(kind: Any, value: Any, name: str = "") -> Iterator[str]:
-    """Errors that draccus accepts, or reports without the field's name: empty values, sections that are
-    not mappings, unknown variants."""
+    """Errors that draccus accepts, or reports without the name of the field.
+
+    These are empty values, sections that are not mappings, values that are not lists or numbers,
+    and unknown variants.
+    """
     if value is None:
         if kind is not Any and NoneType not in get_args(kind):
-            yield f"`{name}` is empty; give it a value or leave it out"
+            yield f"`{name}` is empty; give it a value or remove it"
         return
     kind = _without_none(kind)
     if get_origin(kind) is tuple and is_dataclass(entry := get_args(kind)[0]):
@@ -160,7 +170,7 @@ def find_type_errors(kind: Any, value: Any, name: str = "") -> Iterator[str]:
 
 def _read_yaml(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a safe one
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a subclass of SafeLoader
     except FileNotFoundError as error:
         raise UserError(f"config file {path} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:

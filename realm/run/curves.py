@@ -20,8 +20,11 @@ _STATEMENTS = {"known": "fact in a passage", "unsupported": "fact in no passage"
 
 
 def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
-    """Draw the loss of each stage, retrieval and staleness during REALM, finetuning, and p(null|x) of statements
-    (`null_masses`) whose fact is in a passage (`known`) or in none (`unsupported`)."""
+    """Draw losses, retrieval and staleness during REALM, finetuning, and p(null|x).
+
+    `null_masses`: p(null|x) of statements whose fact is in a passage (`known`) or in none
+    (`unsupported`).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +52,7 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
 
 
 def _draw_shares(axis: Any, steps: list[dict], names: dict[str, str], title: str) -> None:
-    """Figures between 0 and 1 over the steps."""
+    """Plot figures between 0 and 1 by step."""
     for name, label in names.items():
         axis.plot(*_series(steps, name), label=label)
     axis.set(title=title, xlabel="step", ylim=(0, 1))
@@ -57,13 +60,13 @@ def _draw_shares(axis: Any, steps: list[dict], names: dict[str, str], title: str
 
 
 def _draw_null_masses(axis: Any, null_masses: dict[str, list[float]]) -> None:
-    """Histograms of p(null|x)."""
+    """Plot histograms of p(null|x)."""
     for name, label in _STATEMENTS.items():
         if values := null_masses.get(name):
             clipped, weights = np.clip(values, 1e-5, 1.0), np.full(len(values), 1 / len(values))
             legend = f"{label} (mean {np.mean(values):.3f})"
             axis.hist(clipped, np.geomspace(1e-5, 1, 26), weights=weights, alpha=0.6, label=legend)
-    xlabel = "p(null|x); the first bar includes all below 1e-5"
+    xlabel = "p(null|x); the first bar includes all values below 1e-5"
     axis.set(title="Probability of the null passage", xlabel=xlabel, ylabel="fraction of statements", xscale="log")
     if null_masses:
         axis.legend()

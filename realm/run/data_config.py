@@ -16,37 +16,38 @@ class QuestionSource:
     SHORTHAND: ClassVar[str] = "path"
 
     path: str
-    """File, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a saved data set
-    or a name on the Hugging Face hub."""
+    """File, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a saved
+    dataset or a name on the Hugging Face hub."""
     format: str = "auto"
     """`squad` (1.1, 2.0), `jsonl` (NQ-open), `qas` (DPR), `webq`, `trec` (CuratedTREC), `timeqa` or
     `datasets`; `auto`: detected from file name and content."""
     articles: tuple[str, ...] = ()
     """Only the questions about these SQuAD articles; default: all."""
     exclude_articles: tuple[str, ...] = ()
-    """Not the questions about these SQuAD articles."""
+    """Skip the questions about these SQuAD articles."""
     num_folds: int = 1
-    """Number of folds into which the documents asked about are dealt by name, so that training and
-    test share no document. Documents are articles of SQuAD and TimeQA, else what `passage` or
-    `context` names."""
+    """Number of folds into which the questions are split by the name of their document, so that
+    training and test questions have no document in common. The document is the article in SQuAD and
+    TimeQA, otherwise `passage` or `context`."""
     use_folds: tuple[int, ...] = ()
-    """Only the questions of these folds, the first being 0; default: all."""
+    """Only the questions of these folds, counted from 0; default: all."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Names of `id`, `question`, `answers`, `context` and `passage` in `jsonl` and `datasets`, where
-    they differ from these."""
+    """Names of `id`, `question`, `answers`, `context` and `passage` in `jsonl` and `datasets`, if
+    they are different."""
     name: str | None = None
-    """Configuration of a data set on the hub."""
+    """Configuration of a dataset on the hub."""
     split: str | None = None
-    """Split of a data set on the hub or in a folder of splits; default: the only one."""
+    """Split of a dataset on the hub or in a folder of splits; default: the only one."""
     limit: int | None = None
     """Use at most this many questions."""
     skip_bad: bool = False
-    """Skip and count records that cannot be used, instead of refusing the file."""
+    """Skip and count records that cannot be used, instead of failing."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.fields) - set(QUESTION_FIELDS)):
             raise UserError(
-                f"`fields` of {self.path} maps {unknown[0]!r}; the fields of a question are {', '.join(QUESTION_FIELDS)}."
+                f"`fields` of {self.path} maps {unknown[0]!r}; the fields of a question are "
+                f"{', '.join(QUESTION_FIELDS)}."
             )
         if self.limit is not None and self.limit < 1:
             raise UserError(f"`limit` of {self.path} must be at least 1, got {self.limit}.")
@@ -57,25 +58,30 @@ class QuestionSource:
             )
         if self.num_folds > 1 and not self.use_folds:
             raise UserError(
-                f"`num_folds` of {self.path} is {self.num_folds}, but `use_folds` is empty; add for example use_folds: [0]."
+                f"`num_folds` of {self.path} is {self.num_folds}, but `use_folds` is empty; "
+                "add for example use_folds: [0]."
             )
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Questions (a path, or a mapping with path and format) and annotated statements (JSONL);
-    `builtin:NAME` is a file of the built-in corpus."""
+    """Questions (a path, or a mapping with path and format) and annotated statements (JSONL).
+
+    `builtin:NAME` is a file of the built-in corpus.
+    """
 
     train: QuestionSource | None = None
     """Questions to finetune on."""
     validation: QuestionSource | None = None
-    """Questions to choose recipes by."""
+    """Questions for the choice of settings."""
     test: QuestionSource | None = None
-    """Questions to report."""
+    """Questions for reported results."""
     masked_spans: str | None = None
-    """Statements with a known answer and passage, for masked-span evaluation; default: a sample of the
-    run's statements."""
+    """Statements with a known answer and passage, for masked-span evaluation; default: a sample of
+    the run's statements."""
     closed_book: str | None = None
-    """The test questions' facts as statements with a known answer, for the closed-book cloze test."""
+    """The facts of the test questions as statements with a known answer, for the closed-book cloze
+    test."""
     unsupported: str | None = None
-    """Statements whose fact appears in no passage, to measure the null passage's probability on."""
+    """Statements whose fact does not appear in any passage, to measure the probability of the null
+    passage."""

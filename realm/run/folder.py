@@ -1,10 +1,10 @@
-"""The run folder: one resolved config that every program reads, and the checkpoints and models of each stage.
+"""The run folder: one resolved config for all programs, and checkpoints and models by stage.
 
 runs/NAME/
   config.yaml                     resolved; written once
   initial/retriever               the retriever before any training
   STAGE/checkpoints/step-000500/  to resume the stage
-  STAGE/model/retriever, reader   its models, written last: a stage with a `model` folder is finished
+  STAGE/model/retriever, reader   its models, written last: a stage with `model` is finished
   encoders/ indexes/ refresher/ lineage.json   see `realm.runtime.versions` and `index`
   frozen/                         indexes of frozen retrievers
   metrics.jsonl tensorboard/ evaluations/ summary.json curves.png
@@ -54,7 +54,8 @@ class Run:
     def create(cls, config: RealmConfig) -> "Run":
         """Create the folder with its config, or open it if it exists with the same config.
 
-        Raises UserError if the folder has another config, or the corpus was prepared with other settings.
+        Raises UserError if the folder has another config, or if the corpus was prepared with other
+        settings.
         """
         folder = Path(config.run)
         path, text = folder / "config.yaml", dump_config(config)
@@ -63,7 +64,8 @@ class Run:
                 old, new = path.read_text().splitlines(), text.splitlines()
                 changed = [line[2:].strip() for line in difflib.ndiff(old, new) if line.startswith("+ ")]
                 raise UserError(
-                    f"run folder {folder} exists with another config (now: {'; '.join(changed[:4]) or 'fewer fields'}); "
+                    f"run folder {folder} exists with another config "
+                    f"(now: {'; '.join(changed[:4]) or 'fewer fields'}); "
                     "choose another folder with --run, or restore the config."
                 )
             return cls(folder, config)
@@ -81,12 +83,15 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = ()) -> "Run":
-        """Open an existing run; `overrides` are not saved. Raises UserError if `folder` is not a run folder."""
+        """Open an existing run; `overrides` are not saved.
+
+        Raises UserError if `folder` is not a run folder.
+        """
         path = folder / "config.yaml"
         if not path.exists():
             raise UserError(
-                f"{folder} is not a run folder (it has no config.yaml); start one with `realm ict --config …` or check the "
-                "path."
+                f"{folder} is not a run folder (it has no config.yaml); start a run with `realm ict --config …`, "
+                "or check the path."
             )
         return cls(folder, load_config(path, overrides))
 
@@ -110,15 +115,17 @@ class Run:
         raise UserError(f"run {self.folder} has no finished stage yet; train one first, for example with `realm ict`.")
 
     def begin(self, stage: str, resume: bool) -> bool:
-        """Whether a stage has anything left to train. Raises UserError if it was begun before, unless
-        `resume`."""
+        """Whether a stage has to be trained: it is not finished.
+
+        Raises UserError if it was begun before, unless `resume`.
+        """
         if self.finished(stage):
             console.print(f"  {stage}: already finished, in {self.model(stage)}")
             return False
         if not resume and (self.stage(stage) / "checkpoints").exists():
             raise UserError(
-                f"stage {stage} of run folder {self.folder} was begun before; rerun with --resume to continue, or choose "
-                "another folder with --run."
+                f"stage {stage} of run folder {self.folder} was begun before; rerun with --resume to continue, "
+                "or choose another folder with --run."
             )
         return True
 
@@ -144,18 +151,21 @@ class Run:
 
     @cached_property
     def contexts(self) -> Contexts:
-        """What the reader reads for a passage."""
+        """The texts that the reader reads for the passages."""
         return Contexts(self.passages, self.config.corpus.context_tokens)
 
     @cached_property
     def statements(self) -> PreparedCorpus:
-        """The sentences to mask: a corpus of statements, or the passages."""
+        """The corpus of sentences to mask: the statements, or the passages if there are none."""
         sources = self.config.corpus.statements
         return self.passages if sources is None else self._open_corpus("statements", sources)
 
     def _open_corpus(self, kind: str, sources: Sequence[SourceConfig]) -> PreparedCorpus:
-        """Raises UserError if the corpus was prepared from other sources than the config's, as far as that can
-        be seen without reading them."""
+        """Open a prepared corpus.
+
+        Raises UserError if it was prepared with other settings, as far as this can be checked
+        without reading the sources.
+        """
         corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
         inputs = corpus.manifest["inputs"]
         limits = [source.limit for source in config.limited(sources)]
@@ -166,14 +176,17 @@ class Run:
         ):
             if before != now:
                 raise UserError(
-                    f"{corpus.path} was prepared with other settings: {name} was {before} and is now {now}; restore it, "
-                    "or prepare into another folder with --corpus.prepared."
+                    f"{corpus.path} was prepared with other settings: {name} was {before} and is now {now}; "
+                    "restore it, or prepare into another folder with --corpus.prepared."
                 )
         return corpus
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the corpus was prepared with. Raises UserError if nothing is prepared yet."""
+        """The tokenizer that the corpus was prepared with.
+
+        Raises UserError if the corpus is not prepared yet.
+        """
         if not (self.prepared / "tokenizer").exists():
             raise UserError(
                 f"{self.prepared} contains no prepared corpus; run `realm prepare` with the same config first."
@@ -193,16 +206,19 @@ class Run:
         return Collator(self.contexts, self.wordpieces, limits)
 
     def data(self, field: str) -> Path | None:
-        """File of annotated statements that a field of the config's `data` section names."""
+        """File of annotated statements of a field of `data` in the config; None if not set."""
         name = getattr(self.config.data, field)
         return None if name is None else source_path(name, self.prepared)
 
     def questions(self, field: str) -> QuestionSource | None:
-        """Source of questions that a field of the config's `data` section names."""
+        """Source of questions of a field of `data` in the config; None if not set."""
         source: QuestionSource | None = getattr(self.config.data, field)
         return None if source is None else replace(source, path=str(source_path(source.path, self.prepared)))
 
 
 def source_path(name: str, prepared: Path) -> Path:
-    """A path of the config; `builtin:NAME` is a file of the built-in corpus, which `realm prepare` writes."""
+    """Resolve a path of the config.
+
+    `builtin:NAME` is a file of the built-in corpus, which `realm prepare` writes.
+    """
     return prepared / "gazetteer" / name.removeprefix(BUILTIN) if name.startswith(BUILTIN) else Path(name)

@@ -1,5 +1,8 @@
-"""The models that a stage starts from: those of an earlier stage, of another run (`init_from`), or as the config
-builds them."""
+"""The models that a stage starts from.
+
+These are the models of an earlier stage, of another run (`init_from`), or those that the config
+describes.
+"""
 
 from pathlib import Path
 
@@ -18,10 +21,10 @@ from realm.training.streams import RunStream, run_seed
 
 
 def initial_retriever(run: Run, stage: str, learned: bool = False) -> Path:
-    """Folder of the retriever that a stage starts from: that of the last stage before it, else
-    `build_initial_retriever`.
+    """Folder of the retriever that a stage starts from.
 
-    With `learned`, raises UserError instead of returning random weights.
+    It is that of the last finished stage before it, or of `build_initial_retriever`. With
+    `learned`, raises UserError instead of returning random weights.
     """
     path = run.latest("retriever", before=stage)
     if path is None and learned and run.config.init_from.retriever is None and run.config.retriever.bert.path is None:
@@ -33,10 +36,11 @@ def initial_retriever(run: Run, stage: str, learned: bool = False) -> Path:
 
 
 def build_initial_retriever(run: Run) -> Path:
-    """Folder of the retriever before any training in this run: a copy of another run's, a checkpoint off the
-    shelf, or random weights.
+    """Folder of the retriever before any training in this run; built if it does not exist.
 
-    Raises UserError if `init_from.retriever` is not a saved retriever or has another vocabulary than the corpus.
+    It is a copy of another run's retriever, a pretrained checkpoint, or randomly initialized.
+    Raises UserError if `init_from.retriever` is not a saved retriever, or has another vocabulary
+    than the corpus.
     """
     folder, source = run.folder / "initial" / "retriever", run.config.init_from.retriever
 
@@ -59,25 +63,26 @@ def build_initial_retriever(run: Run) -> Path:
 
 
 def initial_reader(run: Run, stage: str, learned: bool = False) -> Reader:
-    """The reader that a stage starts from: that of the last stage before it, else `build_initial_reader`.
+    """The reader that a stage starts from.
 
-    With `learned`, raises UserError instead of returning random weights.
+    It is that of the last finished stage before it, or of `build_initial_reader`. With `learned`,
+    raises UserError instead of returning random weights.
     """
     if path := run.latest("reader", before=stage):
         return load_reader(path, run.config.reader)
     if learned and run.config.init_from.reader is None and run.config.reader.bert.path is None:
         raise UserError(
-            f"run {run.folder} has no trained reader yet; run `realm reader-pretraining` or `realm pretrain` first, or set "
-            "init_from.reader."
+            f"run {run.folder} has no trained reader yet; run `realm reader-pretraining` or `realm pretrain` first, "
+            "or set init_from.reader."
         )
     return build_initial_reader(run)
 
 
 def build_initial_reader(run: Run) -> Reader:
-    """The reader before any training in this run: another run's, or as the config builds it.
+    """The reader before any training in this run: another run's, or as the config describes it.
 
-    Raises UserError if `init_from.reader` is not a saved reader, has another vocabulary than the corpus, or
-    cannot be adapted to the config.
+    Raises UserError if `init_from.reader` is not a saved reader, has another vocabulary than the
+    corpus, or cannot be adapted to the config.
     """
     if source := run.config.init_from.reader:
         _check_saved("reader", source, "reader.json")
@@ -93,13 +98,14 @@ def build_initial_reader(run: Run) -> Reader:
 def _check_saved(part: str, source: str, file: str) -> None:
     if not (Path(source) / file).is_file():
         raise UserError(
-            f"init_from.{part} {source!r} is not a saved {part} (it has no {file}); give one such as RUN/pretrain/model/{part}."
+            f"init_from.{part} {source!r} is not a saved {part} (it has no {file}); "
+            f"give one such as RUN/pretrain/model/{part}."
         )
 
 
 def _check_vocabulary(run: Run, part: str, source: str, vocabulary: dict[str, int]) -> None:
     if vocabulary != run.tokenizer.get_vocab():
         raise UserError(
-            f"init_from.{part} {source!r} has another vocabulary than the corpus {run.prepared}; prepare the corpus with "
-            f"tokenizer.path: {source}."
+            f"init_from.{part} {source!r} has another vocabulary than the corpus {run.prepared}; "
+            f"prepare the corpus with tokenizer.path: {source}."
         )

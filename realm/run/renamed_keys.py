@@ -1,4 +1,4 @@
-"""Config keys of version 0.1 that have another name now."""
+"""Config keys of version 0.1 that were renamed."""
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -25,11 +25,11 @@ _FIELDS = {
     "data.*.folds": "data.*.num_folds",
     "data.*.take": "data.*.use_folds",
 }
-"""Old to new names, after the sections are renamed; `*` is the same part in both."""
+"""Old to new names, with the sections already renamed; `*` matches the same part in both."""
 
 
 def renamed_keys(tree: dict[str, Any]) -> Iterator[str]:
-    """One clause for each old key in a config tree, which says its new name."""
+    """Yield one clause with the new name for each old key in a config tree."""
     for old, new in _SECTIONS.items():
         if old in tree:
             yield f"`{old}` is now `{new}`"
@@ -50,6 +50,6 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _fill(pattern: str, key: str) -> str:
-    """The new name with the parts of the old key in the place of `*`."""
+    """Fill `*` in the new name with the parts of the old key."""
     parts = zip(pattern.split("."), key.split("."), strict=True)
     return ".".join(old if new == "*" else new for new, old in parts)

@@ -1,4 +1,4 @@
-"""What a finished run prints: the table of its stages, the index versions, and what to do next."""
+"""The printed report of a finished run: stages, index versions, and next steps."""
 
 import json
 from pathlib import Path
@@ -25,9 +25,10 @@ def print_summary(
     questions: dict[str, float],
     summary: dict[str, float],
 ) -> None:
-    """Print a table with a row per stage, one with a row per index version, and the summary.
+    """Print a table of stages, a table of index versions, and the summary.
 
-    `masked_spans`: figures of masked-span evaluation by stage; `questions`: figures of the evaluation.
+    `masked_spans`: figures of masked-span evaluation by stage; `questions`: figures of the
+    evaluation.
     """
     rows: list[list[object]] = []
     for stage, seconds in stage_times.items():
@@ -42,7 +43,7 @@ def print_summary(
 
 
 def _print_versions(folder: Path) -> None:
-    """Print the index versions that the trainer searched, if there were any."""
+    """Print a table of the index versions that the trainer searched, if there are any."""
     steps_of: dict[str, list[dict]] = {}
     for step in read_metrics(folder / "metrics.jsonl").get("pretrain", []):
         steps_of.setdefault(step["index"], []).append(step)
@@ -66,7 +67,15 @@ def _print_versions(folder: Path) -> None:
                 "kept" if name in kept else "collected",
             ]
         )
-    columns = ["version", "steps", "most steps behind", "refresh time", "drift (1 − cosine)", "top-8 overlap, %", "now"]
+    columns = [
+        "version",
+        "steps",
+        "max. steps behind",
+        "refresh time",
+        "drift (1 − cosine)",
+        "top-8 overlap, %",
+        "state",
+    ]
     print_table("Index versions that the trainer used", columns, rows)
 
 
@@ -78,7 +87,7 @@ def _refreshes(folder: Path) -> dict[str, dict]:
 
 
 def print_next(run: Run) -> None:
-    """Print where the files are, and what to do next."""
+    """Print the names of the result files, and commands to continue with."""
     folder = run.folder
     console.print(
         f"\ncurves: {folder}/curves.png   figures: {folder}/summary.json   tensorboard --logdir {folder}/tensorboard"

@@ -1,4 +1,4 @@
-"""The life of a stage in a run: begin, seed, open, train, publish its models."""
+"""Train a stage of a run from begin to end, and publish its models."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +19,11 @@ from realm.training.streams import RunStream, run_seed
 
 
 def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume: bool = False) -> None:
-    """Train the stage `name`, which `open_stage(run)` opens, and publish its models in `NAME/model`.
+    """Train the stage `name`, opened by `open_stage(run)`, and publish its models.
 
-    A finished stage is left as it is. Raises UserError if the stage was begun before, unless `resume`,
-    and Interrupted after Ctrl-C, when a checkpoint is written.
+    They are published in `NAME/model`. A finished stage is not changed. Raises UserError if the
+    stage was begun before, unless `resume`, and Interrupted after Ctrl-C, when a checkpoint is
+    written.
     """
     if not run.begin(name, resume):
         return
@@ -35,7 +36,7 @@ def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume:
 
 
 def _publish_models(run: Run, stage: Stage, seconds: float) -> None:
-    """Publish the stage's models, all at once: the stage is finished."""
+    """Publish the stage's models atomically, which marks the stage as finished."""
     assert stage.engine is not None
     models = [model for model in (stage.retriever, stage.reader) if model is not None]
     with stage.engine.gathered(*models):
@@ -50,6 +51,6 @@ def _publish_models(run: Run, stage: Stage, seconds: float) -> None:
 
 
 def export_retriever(run: Run, retriever: Retriever, folder: Path) -> None:
-    """Save a retriever with the run's tokenizer and maximal lengths."""
+    """Save a retriever with the run's tokenizer and maximum lengths."""
     config = run.config.retriever
     save_retriever(retriever, run.tokenizer, folder, config.max_query_tokens, config.max_passage_tokens)

@@ -1,1 +1,1 @@
-"""What all training stages share: settings, engine, loop, random streams."""
+"""Training code of all stages: config sections, engine, loop, random streams."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: folders `checkpoints/step-NNNNNN`, each with the step and state it was written at."""
+"""Checkpoints of a stage: folders `checkpoints/step-NNNNNN`, each with a `state.json`."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ STATE_FILE = "state.json"
 
 
 def checkpoint_folder(stage: Path, step: int) -> Path:
-    """Folder of the checkpoint at a step, in a stage's folder."""
+    """Folder of the checkpoint of a step, in a stage's folder."""
     return stage / "checkpoints" / f"step-{step:06d}"
 
 
@@ -37,6 +37,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if state["world_size"] != world_size():
         written, now = state["world_size"], world_size()
         raise UserError(
-            f"{checkpoint} was written by {written} processes and this run has {now}; resume with {written}."
+            f"{checkpoint} was written by {written} processes, but this run has {now}; resume with {written}."
         )
     return state

@@ -33,8 +33,10 @@ _DEEPSPEED_TAG = "deepspeed"
 def optimizer_groups(
     module: nn.Module, optim: OptimConfig, retriever_prefix: str = "retriever."
 ) -> list[dict[str, Any]]:
-    """AdamW parameter groups: retriever or not, with decay or (biases, norms) without; frozen
-    and repeated parameters left out."""
+    """AdamW parameter groups by learning rate (retriever or not) and weight decay.
+
+    Biases and norms have no weight decay. Frozen parameters are skipped, shared ones occur once.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -70,7 +72,8 @@ class Engine:
         """`called_between_steps`: parts of the module that are also called between two steps (see
         `gathered_copy`).
 
-        Raises UserError for raw DeepSpeed settings that would be ignored or that DeepSpeed refuses.
+        Raises UserError for raw DeepSpeed settings that would be ignored, or that DeepSpeed
+        rejects.
         """
         deepspeed = start_processes()
         if config.threads:
@@ -88,7 +91,8 @@ class Engine:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             if is_rank_zero() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print(
-                    "  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; set engine.precision to fp32"
+                    "  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; "
+                    "set engine.precision to fp32"
                 )
         for name, remedy in (
             ("gradient_accumulation_steps", "batch_size of the stage"),
@@ -107,7 +111,7 @@ class Engine:
                 model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings
             )
         except (ValueError, AssertionError, KeyError) as error:
-            raise UserError(f"engine.deepspeed was refused by DeepSpeed ({error}); check the raw settings.") from error
+            raise UserError(f"DeepSpeed rejected engine.deepspeed ({error}); check the raw settings.") from error
         self.module = module
 
     @property
@@ -121,7 +125,7 @@ class Engine:
         return self.deepspeed.zero_optimization_stage()
 
     def gathered(self, *modules: nn.Module) -> contextlib.AbstractContextManager[object]:
-        """Context in which every rank can read the modules' full parameters; all ranks must enter it."""
+        """Context in which every rank has the modules' full parameters; all ranks must enter it."""
         if self.zero_stage < 3:
             return contextlib.nullcontext()
         import deepspeed
@@ -129,17 +133,18 @@ class Engine:
         return deepspeed.zero.GatheredParameters([parameter for module in modules for parameter in module.parameters()])
 
     def gathered_copy(self, part: nn.Module) -> nn.Module:
-        """A part of the module to be called between two steps; all ranks must call this together.
+        """A part of the module that can be called between two steps.
 
-        ZeRO 3 gathers parameters in the order in which a step calls them, which other calls would
-        disturb: it gets an up-to-date copy. Otherwise the part itself is returned.
+        ZeRO 3 gathers parameters in the order in which a step calls them, and other calls would
+        change this order; for ZeRO 3, it is therefore an up-to-date copy of the part, otherwise the
+        part itself. All ranks must call this together.
         """
         if part not in self._copies:
             return part
         plain = self._copies[part].to(self.device)
         with self.gathered(part), torch.no_grad():
-            for mine, theirs in zip(plain.parameters(), part.parameters(), strict=True):
-                mine.copy_(theirs)
+            for copied, original in zip(plain.parameters(), part.parameters(), strict=True):
+                copied.copy_(original)
         return plain
 
     def step(self, batch: Any) -> dict[str, float]:
@@ -152,8 +157,11 @@ class Engine:
         return {name: float(value.detach()) for name, value in outputs.items()}
 
     def save(self, folder: Path, state: dict[str, Any], write_extra: Callable[[Path], None]) -> None:
-        """Publish the checkpoint `folder` atomically: DeepSpeed's state, `state.json` with `state`, and
-        what `write_extra(temporary folder)` adds on each rank."""
+        """Publish the checkpoint `folder` atomically.
+
+        It contains DeepSpeed's state, `state.json` with `state`, and the files that
+        `write_extra(temporary folder)` adds on each rank.
+        """
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self.deepspeed.save_checkpoint(str(temporary), tag=_DEEPSPEED_TAG)
@@ -166,7 +174,8 @@ class Engine:
     def load(self, folder: Path) -> dict[str, Any]:
         """Load weights, optimizer and schedule from a checkpoint; returns its state.
 
-        Raises UserError if it was written by another number of processes, or has no DeepSpeed state.
+        Raises UserError if it was written by another number of processes, or has no DeepSpeed
+        state.
         """
         state = read_state(folder)
         path, _ = self.deepspeed.load_checkpoint(str(folder), tag=_DEEPSPEED_TAG)
@@ -176,17 +185,20 @@ class Engine:
 
 
 def start_processes() -> Any:
-    """Import DeepSpeed quietly and set up its process group, once; returns the package."""
+    """Import DeepSpeed without its log output and initialize its process group, once.
+
+    Returns the package.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_device())  # DeepSpeed does so later, and much is placed before
+        torch.cuda.set_device(local_device())  # DeepSpeed does so only after tensors are placed
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        # A world of one has nobody to share memory with: no need to compile DeepSpeed's
-        # shared-memory collectives first.
+        # A single process needs no shared-memory collectives, so DeepSpeed does not have to compile
+        # them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: step, log, checkpoint, resume, interrupt."""
+"""The training loop of all stages: step, log, checkpoint, resume, interrupt."""
 
 import shutil
 import time
@@ -16,10 +16,10 @@ from realm.training.streams import seed_step
 
 
 def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> float:
-    """Train `stage` from its newest checkpoint in `run_folder` to its end.
+    """Train `stage` to its last step, starting from its newest checkpoint in `run_folder`.
 
-    Returns the seconds of training, including those before the checkpoint. After Ctrl-C or SIGTERM
-    the current step is finished, a checkpoint written, and Interrupted raised.
+    Returns the seconds of training, including those before the checkpoint. After Ctrl-C or SIGTERM,
+    finishes the current step, writes a checkpoint, and raises Interrupted.
     """
     engine = Engine(stage.module, stage.config, config, stage.called_between_steps())
     folder = run_folder / stage.name

@@ -49,7 +49,7 @@ class EngineConfig(Section):
     log_every_s: float = 10.0
     """Seconds between progress lines if the output is not a terminal."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept per stage."""
+    """Number of newest checkpoints that are kept per stage."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed settings, merged over those made from this config."""
 
@@ -60,7 +60,7 @@ class EngineConfig(Section):
 
 @dataclass(frozen=True)
 class StageConfig(Section):
-    """What every training stage has."""
+    """Settings that every training stage has."""
 
     steps: int = 1000
     """Optimizer updates."""
@@ -78,7 +78,7 @@ class StageConfig(Section):
 
 @dataclass(frozen=True)
 class IctConfig(StageConfig):
-    """Inverse cloze task, the warm start of the retriever (Lee et al. 2019, section 4)."""
+    """Inverse cloze task: the warm start of the retriever (Lee et al. 2019, section 4)."""
 
     steps: int = 100_000
     """Optimizer updates; 0: skip the stage."""
@@ -93,9 +93,9 @@ class IctConfig(StageConfig):
     mask_span_prob: float = 0.0
     """Probability that one salient span of the sentence is masked, as in pretraining's queries."""
     null_prob: float = 0.0
-    """Probability that the sentence's block is withheld, which makes the null passage the right
-    choice. Its score then starts between those of matching and of other passages. 0: the null
-    passage is not a candidate."""
+    """Probability that the sentence's block is withheld, so that the null passage is the right
+    choice. After this stage, the score of the null passage is between those of matching and of
+    other passages. 0: the null passage is not a candidate."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -104,8 +104,10 @@ class IctConfig(StageConfig):
 
 @dataclass(frozen=True)
 class ReaderPretrainingConfig(StageConfig):
-    """Reader pretraining: predict salient spans from retrieved passages that contain them, so that
-    the reader can read before it teaches the retriever."""
+    """Reader pretraining: predict salient spans from retrieved passages that contain them.
+
+    The reader must be able to read before the retriever can learn from it.
+    """
 
     steps: int = 1000
     """Optimizer updates; 0: skip the stage."""
@@ -117,17 +119,17 @@ class ReaderPretrainingConfig(StageConfig):
     """Probability of entity substitution: the span is replaced, in target and passage, by another
     span of its type, so that it must be copied and cannot be remembered."""
     title_span_prob: float = 1.0
-    """Probability of keeping an example whose span appears in the passage's title: naming the topic
-    takes little reading."""
+    """Probability of keeping an example whose span appears in the passage's title: predicting the
+    topic takes little reading."""
     null_prob: float = 0.0
-    """Probability of reading the null passage instead: what the reader predicts unread should not
-    be worse than what it predicts from a wrong passage."""
+    """Probability of reading the null passage instead, so that predictions from the null passage
+    are not worse than predictions from a wrong passage."""
     span_loss: float = 1.0
     """Weight of the span head's loss (find the same span in the passage) relative to the
     masked-language head's; 0: the span head is trained in finetuning only."""
     sentence_steps: int = 0
-    """First steps, which read only the sentence that contains the span: copying is learned sooner
-    from a short text."""
+    """Number of first steps in which only the sentence that contains the span is read: copying is
+    learned faster from a short text."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -159,10 +161,10 @@ class PretrainConfig(StageConfig):
     substitution_prob: float = 0.0
     """Probability of entity substitution, as in reader pretraining, in all candidates alike."""
     reader_buckets: int = 4
-    """Groups of similar length into which joint inputs are padded. Constant, so that all ranks issue
-    the same collectives."""
+    """Groups of similar length into which joint inputs are padded. Constant, so that all ranks
+    issue the same collectives."""
     reader_check: int = 256
-    """Masked sentences on which the reader is tested, before training, on a passage that contains
+    """Masked sentences on which the reader is tested before training, with a passage that contains
     the span; 0: no test."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
     """Optimizer."""
@@ -179,7 +181,7 @@ class PretrainConfig(StageConfig):
 @dataclass(frozen=True)
 class RefreshConfig(Section):
     """Asynchronous index refresh: when the trainer exports the retriever, how the refresher builds
-    an index from it, and how far the index may lag behind."""
+    an index from it, and how far the index may lag behind the trainer."""
 
     export_every: int = 500
     """Steps between exports of the retriever; 0: export on drift only."""
@@ -200,8 +202,8 @@ class RefreshConfig(Section):
     """FAISS search parameters, separated by commas: `nprobe=32` (inverted lists), `efSearch=128`
     (HNSW), `k_factor_rf=4` (refinement). Stored with each index version."""
     search_on: Literal["cpu", "gpu"] = "cpu"
-    """Device on which trainer and evaluation search. gpu: with FAISS's GPU build, or, without it, a
-    flat index exactly through torch."""
+    """Device on which trainer and evaluation search. gpu: with the GPU build of FAISS; without it,
+    flat indexes are searched exactly with torch."""
     shard_rows: int = 50_000
     """Passages per encoding shard, the unit of work that a killed refresher repeats."""
     token_budget: int = 4096
@@ -209,14 +211,14 @@ class RefreshConfig(Section):
     precision: Precision = "fp32"
     """Precision of encoding; embeddings are stored as fp32."""
     compile: bool = False
-    """Compile the encoder for each version (torch.compile; on a CPU it needs a C++ compiler). It
-    takes half a minute and pays off from about 10,000 passages."""
+    """Compile the encoder for each version (torch.compile; on a CPU it needs a C++ compiler).
+    Compiling takes half a minute and pays off from about 10,000 passages."""
     threads: int = 1
     """CPU threads of the refresher."""
     poll_s: float = 0.5
-    """Seconds between looks at the file system, of refresher and trainer."""
+    """Polling interval of refresher and trainer in seconds."""
     keep_last: int = 3
-    """Index versions kept."""
+    """Number of newest index versions that are kept."""
     grace_s: float = 60.0
     """Seconds for which a replaced index is kept."""
     lease_expiry_s: float = 30.0
@@ -224,10 +226,10 @@ class RefreshConfig(Section):
     max_stale_steps: int | None = None
     """Steps by which the index may lag behind the trainer; default: unbounded."""
     stale_policy: Literal["warn", "wait", "stop"] = "warn"
-    """What the trainer does when the index lags by more than `max_stale_steps`."""
+    """What the trainer does if the index lags by more than `max_stale_steps`."""
     wait_timeout_s: float = 120.0
-    """Longest wait for an index, at the start and under the policy `wait`; training then stops with
-    a message."""
+    """Maximum seconds to wait for an index, at the start and under the policy `wait`; after that,
+    training stops with an error."""
 
     @property
     def export_period(self) -> int:
@@ -248,7 +250,7 @@ class RefreshConfig(Section):
         )
         yield from self.finite("grace_s")
         if self.export_every == 0 and self.max_drift is None:
-            yield "export_every is 0 and refresh.max_drift is not set, so nothing would be exported; set one of them"
+            yield "export_every is 0 and refresh.max_drift is not set, so nothing is exported; set one of them"
         too_tight = self.max_stale_steps is not None and (
             self.export_period == 0 or self.max_stale_steps < self.export_period
         )
@@ -256,28 +258,30 @@ class RefreshConfig(Section):
             yield (
                 f"max_stale_steps ({self.max_stale_steps}) must be at least refresh.export_every "
                 f"({self.export_every or 'exports on drift only'}) times staleness_multiplier "
-                f"({self.staleness_multiplier}) with stale_policy {self.stale_policy}, or the trainer would wait for an "
-                "export that it has not made; raise it, or set stale_policy to warn"
+                f"({self.staleness_multiplier}) with stale_policy {self.stale_policy}, because the trainer would "
+                "otherwise wait for an export that it has not made yet; raise it, or set stale_policy to warn"
             )
 
 
 @dataclass(frozen=True)
 class FinetuneRetrieverConfig(StageConfig):
-    """Finetuning of the retriever: both towers learn from questions with hard negatives (Karpukhin et
-    al. 2020, section 3). All passages are encoded again afterwards."""
+    """Finetuning of both towers of the retriever on questions with hard negatives.
+
+    Karpukhin et al. 2020, section 3. All passages are encoded again afterwards.
+    """
 
     steps: int = 0
     """Optimizer updates; 0: skip the stage."""
     batch_size: int = 48
     """Questions per update and process; the other questions' passages are negatives."""
     retrieve: int = 50
-    """Passages retrieved per question, from which hard negatives are drawn, and in which a passage with
-    an answer is looked for if the question's own passage is not known."""
+    """Passages retrieved per question. Hard negatives are drawn from them, and a question without a
+    known passage is paired with the best one that contains an answer."""
     negatives: int = 1
     """Hard negatives per question."""
     positives: Literal["answer", "document"] = "answer"
-    """Passages that are not negatives: all that contain an answer, or only those of the question's own
-    document."""
+    """Passages that are not negatives: all that contain an answer, or only those of the question's
+    own document."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
@@ -291,8 +295,11 @@ class FinetuneRetrieverConfig(StageConfig):
 
 @dataclass(frozen=True)
 class FinetuneConfig(StageConfig):
-    """Finetuning of the reader and the query tower on questions (Lee et al. 2019, section 5; Guu et al.
-    2020, section 4.3). Passage embeddings stay as the index has them; shared towers are untied."""
+    """Finetuning of the reader and the query tower on questions.
+
+    Lee et al. 2019, section 5; Guu et al. 2020, section 4.3. Passage embeddings are frozen; shared
+    towers are untied.
+    """
 
     steps: int = 2000
     """Optimizer updates; 0: skip the stage."""
@@ -303,11 +310,11 @@ class FinetuneConfig(StageConfig):
     read: int = 5
     """Passages read per question."""
     substitution_prob: float = 0.0
-    """Probability that a question's answer is replaced, in every passage read, by another span of its
-    type."""
+    """Probability that a question's answer is replaced, in every passage read, by another span of
+    its type."""
     positives: Literal["answer", "document"] = "answer"
-    """Passages that the retriever should prefer: all that contain an answer, or those of the question's
-    own document if it is known."""
+    """Passages that the retriever should prefer: all that contain an answer, or those of the
+    question's own document if it is known."""
     read_gold: bool = True
     """In training, add the question's own passage to those read if it was not retrieved; with
     `positives: document` also to those retrieved."""
@@ -329,11 +336,11 @@ class EvaluateConfig(Section):
     batch_size: int = 64
     """Questions per retrieval batch."""
     retrieve: int = 20
-    """Passages retrieved per question: the deepest recall reported."""
+    """Passages retrieved per question, the maximum depth of the reported recall."""
     token_budget: int = 8192
     """Padded wordpieces per reader batch."""
     normalize_nfd: bool = True
-    """Apply Unicode NFD before SQuAD's normalization; false for parity with the official script."""
+    """Apply Unicode NFD before SQuAD's normalization; false: as in the official script."""
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "read", "batch_size", "retrieve", "token_budget")

@@ -1,4 +1,4 @@
-"""What a training stage is: the module it trains, its batches, and the state it keeps between steps."""
+"""The base class of training stages: the trained module, its batches, and its state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from realm.training.sections import StageConfig
 class Stage(AbstractContextManager["Stage"], ABC):
     """A training stage, run by `realm.training.loop.train`.
 
-    Batches must be a function of the seed and the step, and of what `restore` brings back, so that a
-    resumed stage sees the batches that it would have seen. A stage is used as a context manager:
-    leaving it releases what it opened (index, threads, processes).
+    Batches must be a function of the seed, the step, and what `restore` restores, so that a resumed
+    stage gets the batches that it would have had without the interruption. A stage is used as a
+    context manager: on exit, it releases what it opened (index, threads, processes).
     """
 
     name: ClassVar[str]
@@ -29,42 +29,43 @@ class Stage(AbstractContextManager["Stage"], ABC):
     def __init__(
         self, module: nn.Module, config: StageConfig, retriever: Retriever | None = None, reader: Reader | None = None
     ) -> None:
-        """`module(batch)` returns scalars, `loss` among them; `retriever` and `reader` are the models in
-        it that are published when the stage ends."""
+        """`module(batch)` returns scalars, including `loss`.
+
+        `retriever` and `reader` are the models in it that are published when the stage ends.
+        """
         self.module, self.config, self.retriever, self.reader = module, config, retriever, reader
         self.engine: Engine | None = None
 
     @abstractmethod
     def draw(self, step: int, size: int) -> Batch:
-        """The batch of step `step` on this rank, if batches have `size` examples."""
+        """The batch of step `step` on this rank, with `size` examples."""
 
     @abstractmethod
     def progress_line(self, values: dict[str, Any]) -> str:
-        """The figures of a step that the progress line shows."""
+        """The figures of a step as text for the progress line."""
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` on this rank."""
         return self.draw(step, self.config.batch_size)
 
     def sample_batch(self, step: int, size: int) -> Batch:
-        """A batch of `size` examples like that of step `step`, from a stage that was opened to be timed
-        (see `realm.app.step_timing`)."""
+        """A batch like that of step `step`, for timing (see `realm.app.step_timing`)."""
         return self.draw(step, size)
 
     def called_between_steps(self) -> Sequence[nn.Module]:
-        """Parts of the module that `batch` and `after_step` call, through `current`."""
+        """Parts of the module that `batch` and `after_step` call, using `current`."""
         return ()
 
     def current(self, part: nn.Module) -> nn.Module:
-        """One of `called_between_steps` with its current weights; all ranks must call this together."""
+        """A part of the module with its current weights; all ranks must call this together."""
         return part if self.engine is None else self.engine.gathered_copy(part)
 
     def begin(self, engine: Engine) -> None:
-        """Called once before the first step, when `engine` holds the module and its weights are loaded."""
+        """Called once before the first step, after the weights are loaded into `engine`."""
         self.engine = engine
 
     def after_step(self, step: int) -> dict[str, float | str]:
-        """Called after `step` steps are done; returns figures for the metrics."""
+        """Called when `step` steps are done; returns figures for the metrics."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -75,10 +76,10 @@ class Stage(AbstractContextManager["Stage"], ABC):
         """Add this rank's files to a checkpoint."""
 
     def restore(self, folder: Path, step: int) -> None:
-        """Read back what `save` wrote; training continues from step `step`."""
+        """Read the files written by `save`; training continues from step `step`."""
 
     def finish(self) -> None:
-        """Called when the models are published."""
+        """Called after the models are published."""
 
     def close(self) -> None:
         """Release what the stage opened."""

@@ -1,7 +1,8 @@
-"""Named random streams: every random choice of a run is a function of its seed, a stream and, in
-training, the step and the rank. A resumed stage therefore needs no generator state.
+"""Named random streams.
 
-The numbers are part of what makes a run reproducible: never reuse or change one.
+Every random choice of a run is a function of its seed, a stream and, in training, the step and the
+rank. A resumed stage therefore needs no generator state. Runs are only reproducible if the numbers
+of the streams stay the same: never reuse or change one.
 """
 
 from enum import IntEnum
@@ -13,7 +14,7 @@ from realm.runtime.distributed import rank
 
 
 class RunStream(IntEnum):
-    """Streams drawn from once per run: initial weights, order of epochs, samples."""
+    """Streams that are used once per run: initial weights, order of epochs, samples."""
 
     ICT = 0
     """Initial retriever, and the order of the blocks in inverse cloze."""
@@ -30,12 +31,12 @@ class RunStream(IntEnum):
 
 
 class StepStream(IntEnum):
-    """Streams drawn from in each step, on each rank."""
+    """Streams that are used in each step, on each rank."""
 
     ICT_EXAMPLES = 1
     READER_PRETRAINING_EXAMPLES = 2
     SUPPORTING_PASSAGES = 3
-    """Sentences for which reader pretraining looks for supporting passages."""
+    """Sentences for which reader pretraining retrieves supporting passages."""
     MASKED_SENTENCES = 4
     PRETRAIN_SUBSTITUTION = 5
     FINETUNE_SUBSTITUTION = 6

@@ -1,4 +1,4 @@
-"""Two evaluations side by side: differences, paired intervals, and what cannot be compared."""
+"""Comparison of two evaluations: differences, paired intervals, and invalid files."""
 
 import json
 from pathlib import Path
@@ -17,24 +17,24 @@ def write(path: Path, rights: list[bool], ranks: list[int | None]) -> Path:
             "em": right,
             "f1": 0.5,
             "rank_of_answer": rank,
-        }  # some ids stand there twice
+        }  # some ids occur twice
         for n, (right, rank) in enumerate(zip(rights, ranks, strict=True))
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
-def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
+def test_differences_are_paired_by_question(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", [False] * 50 + [True] * 50, [1] * 100)
     second = write(tmp_path / "b.jsonl", [True] * 20 + [False] * 30 + [True] * 50, [None] * 40 + [3] * 60)
     rows = {row["figure"]: row for row in compare(first, second)}
     assert (rows["em"]["first"], rows["em"]["second"]) == (50.0, 70.0)
     assert 12 < rows["em"]["low"] < 20 < rows["em"]["high"] < 29, (
-        "every change is for the better: far narrower than two separate intervals"
+        "every change is an improvement, so the interval is far narrower than unpaired ones"
     )
     assert (rows["f1"]["low"], rows["f1"]["high"]) == (0.0, 0.0)
     assert rows["recall@1"]["second"] == 0.0 and rows["recall@5"]["second"] == 60.0
-    assert rows["em"]["questions"] == 100 and "recall@20" not in rows, "no more than five were retrieved"
+    assert rows["em"]["questions"] == 100 and "recall@20" not in rows, "only five passages were retrieved"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_differences_are_of_the_same_questions(tmp_path: Path) -> None:
         ('{"id": "other", "em": true, "retrieved": []}\n', "different questions"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_files_and_different_questions_are_refused(tmp_path: Path, content: str, message: str) -> None:
     first = write(tmp_path / "a.jsonl", [True], [1])
     (tmp_path / "b.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):

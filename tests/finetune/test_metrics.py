@@ -1,3 +1,5 @@
+"""Question answering metrics: normalization, answers in passages, patterns, intervals."""
+
 import re
 import unicodedata
 
@@ -29,17 +31,17 @@ from finetune.metrics import (
         ("Vienna, Austria", ["Vienna"], False),
     ],
 )
-def test_exact_match_follows_the_squad_normaliser(prediction: str, answers: list[str], expected: bool) -> None:
+def test_exact_match_uses_squad_normalization(prediction: str, answers: list[str], expected: bool) -> None:
     assert exact_match(prediction, answers) is expected
 
 
-def test_composed_and_decomposed_spellings_agree_only_with_nfd() -> None:
+def test_composed_and_decomposed_spellings_match_only_with_nfd() -> None:
     composed, decomposed = unicodedata.normalize("NFC", "Beyoncé"), unicodedata.normalize("NFD", "Beyoncé")
     assert exact_match(composed, [decomposed])
     assert not exact_match(composed, [decomposed], nfd=False)
 
 
-def test_f1_counts_common_tokens_of_the_best_answer() -> None:
+def test_f1_is_the_maximum_over_answers() -> None:
     assert f1("the river Rhine", ["Rhine"]) == pytest.approx(2 * 1 / (2 + 1))
     assert f1("the river Rhine", ["Danube", "river Rhine"]) == 1.0
     assert f1("nothing", ["Rhine"]) == 0.0
@@ -52,7 +54,7 @@ def test_has_answer_matches_whole_tokens() -> None:
     assert not has_answer("He died in New, York.", ["New York"])
 
 
-def test_an_empty_answer_stands_nowhere() -> None:
+def test_an_empty_answer_is_never_found() -> None:
     assert not has_answer("anything", [""])
     assert not has_answer("anything", [" "])
 
@@ -64,7 +66,7 @@ def test_metrics_accept_any_text(prediction: str, answer: str) -> None:
     has_answer(prediction, [answer])
 
 
-def test_tokens_are_dprs() -> None:
+def test_tokens_match_dpr() -> None:
     assert answer_tokens("Mr. O'Neil's 1,000\u00a0km_run") == [
         "mr",
         ".",
@@ -81,11 +83,11 @@ def test_tokens_are_dprs() -> None:
         "run",
     ]
     assert answer_tokens("Beyonce\u0301") == answer_tokens("Beyonc\u00e9") == ["beyonce\u0301"], (
-        "a mark belongs to its letter"
+        "a combining mark belongs to its letter"
     )
 
 
-def test_substrings_are_found_within_words_and_tokens_are_not() -> None:
+def test_substrings_match_inside_words_but_tokens_do_not() -> None:
     texts = ["abcdefg", "hijklmn"]
     assert [has_substring(text, ["hij"]) for text in texts] == [False, True]
     assert [has_answer(text, ["hij"]) for text in texts] == [False, False]
@@ -95,10 +97,10 @@ def test_substrings_are_found_within_words_and_tokens_are_not() -> None:
 def test_a_pattern_must_match_the_whole_prediction() -> None:
     pattern = re.compile(r"Sept?(ember)?|Feb(ruary)?", re.IGNORECASE)
     assert pattern_match("september", pattern) and pattern_match(" Feb ", pattern)
-    assert not pattern_match("September 1918", pattern), "re.match would take the prefix"
+    assert not pattern_match("September 1918", pattern), "re.match would accept the prefix"
 
 
-# What SQuAD's official evaluation script makes of the same strings (normalize_answer,
+# Results of SQuAD's official evaluation script for the same strings (normalize_answer,
 # exact_match_score, f1_score).
 OFFICIAL = [
     ("The Beatles", ["Beatles, the"], True, 1.0),
@@ -125,24 +127,24 @@ def test_parity_with_the_official_script_without_nfd(
     st.lists(st.sampled_from(["ab", "b a", "a", "c-d", "c", ""]), min_size=1, max_size=4),
     st.lists(st.text("abc -", max_size=12), max_size=5),
 )
-def test_answers_in_a_corpus_agree_with_one_text_at_a_time(answers: list[str], texts: list[str]) -> None:
+def test_answers_in_corpus_agrees_with_has_answer(answers: list[str], texts: list[str]) -> None:
     found = answers_in_corpus(texts, [[answer] for answer in answers])
     assert found.tolist() == [any(has_answer(text, [answer]) for text in texts) for answer in answers]
 
 
-def test_articles_are_words_and_no_part_of_an_accented_one() -> None:
+def test_articles_inside_accented_words_are_kept() -> None:
     assert not exact_match("thé", ["á"]) and f1("théâtre", ["thé"]) == 0.0
     assert exact_match("the thé", ["thé"]) and exact_match("a tea", ["the tea"])
 
 
-def test_patterns_in_a_corpus_do_not_reach_across_passages() -> None:
+def test_patterns_do_not_match_across_passages() -> None:
     texts = ["It ends with New", "York begins it"] * 600
     assert patterns_in_corpus(texts, [re.compile(r"New\s?York"), re.compile("begins")]).tolist() == [False, True]
     asked = [re.compile(pattern) for pattern in ("^York", "New$", r"\AIt", r"^begins", r"New\W+York", r"It\W|x")]
     assert patterns_in_corpus(texts, asked).tolist() == [True, True, True, False, False, True]
 
 
-def test_bootstrap_intervals_cover_the_mean_and_repeat() -> None:
+def test_bootstrap_intervals_cover_the_mean_and_are_deterministic() -> None:
     values = np.random.default_rng(0).random(400) < 0.3
     low, high = bootstrap_interval(values)
     assert low < values.mean() < high

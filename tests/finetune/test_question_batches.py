@@ -1,4 +1,4 @@
-"""What the reader is given for a question: which spans of a title and a text are answers."""
+"""Reader targets of questions: which spans of title and text are answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ def asked(run: Run, answer: str) -> Question:
 
 
 def answers(run: Run, question: Question, change: Substitute | None = None) -> list[tuple[int, str]]:
-    """Segment (0: title, 1: text) and words of every answer in the first passage."""
+    """Segment (0: title, 1: text) and text of every target span in the first passage."""
     collator = QuestionCollator(run.collator, run.tokenizer, NoIndex(), run.config.reader.max_span_tokens)
     rows = np.array([[0]])
     batch = collator.batch([question], collator.queries([question]), rows, rows, [change])
@@ -37,17 +37,17 @@ def answers(run: Run, question: Question, change: Substitute | None = None) -> l
     return [(int(start > second_sep), run.tokenizer.decode(ids[start : start + width + 1])) for start, width in found]
 
 
-def test_an_answer_is_right_in_the_title_as_in_the_text(run):
+def test_answers_in_title_and_text_are_targets(run):
     town, river = TOWNS[0].lower(), RIVERS[0].lower()
     assert answers(run, asked(run, TOWNS[0])) == [(0, town), (1, town), (1, town)]
     assert answers(run, asked(run, RIVERS[0])) == [(1, river)]
 
 
-def test_a_pattern_is_right_in_the_title_as_in_the_text(run):
+def test_matches_of_a_pattern_in_title_and_text_are_targets(run):
     pattern = replace(asked(run, "Ald[ao]|Is..r"), answer_ids=(), is_pattern=True)
     assert answers(run, pattern) == [(0, "alda"), (1, "alda"), (1, "ister"), (1, "alda")]
 
 
-def test_a_substitute_takes_the_place_of_the_answer_in_title_and_text(run):
+def test_a_substitute_replaces_the_answer_in_title_and_text(run):
     change = encoded(run, TOWNS[0]), encoded(run, "Quill Moor")
     assert answers(run, asked(run, TOWNS[0]), change) == [(0, "quill moor"), (1, "quill moor"), (1, "quill moor")]

@@ -1,4 +1,4 @@
-"""Questions in the formats people have: what is read, what is left out, what is refused and where."""
+"""Question formats: auto-detection, records, skipped questions, and error messages."""
 
 import gzip
 import json
@@ -57,14 +57,29 @@ TIMEQA = [
 ]
 FILES: dict[str, tuple[str, str, list[tuple[str, tuple[str, ...]]]]] = {
     "squad.json": (json.dumps(SQUAD), "squad", [("Which is old?", ("Alda",)), ("Why?", ("so",))]),
-    "open.jsonl": ('{"question": "who led", "answer": ["Ada", "Ada Moor"]}\n\n{"question": "and then", "answers": "Ben"}\n', "jsonl",
-                   [("who led", ("Ada", "Ada Moor")), ("and then", ("Ben",))]),
-    "dev.qas.tsv": ('who led\t[\'Ada "the" Moor\', "O\'Neil"]\n"he said ""no"""\t"[""it\'s"", ""two""]"\n', "qas",
-                    [("who led", ('Ada "the" Moor', "O'Neil")), ('he said "no"', ("it's", "two"))]),
-    "webq.json": (json.dumps([{"qId": "w1", "qText": "where is Alda?", "answers": ["Ister"]}]), "webq", [("where is Alda?", ("Ister",))]),
-    "trec.tsv": ("17\tfactoid\tWhen was it?\tSept?(ember)?|Feb(ruary)?\n", "trec", [("When was it?", ("Sept?(ember)?|Feb(ruary)?",))]),
+    "open.jsonl": (
+        '{"question": "who led", "answer": ["Ada", "Ada Moor"]}\n\n{"question": "and then", "answers": "Ben"}\n',
+        "jsonl",
+        [("who led", ("Ada", "Ada Moor")), ("and then", ("Ben",))],
+    ),
+    "dev.qas.tsv": (
+        'who led\t[\'Ada "the" Moor\', "O\'Neil"]\n"he said ""no"""\t"[""it\'s"", ""two""]"\n',
+        "qas",
+        [("who led", ('Ada "the" Moor', "O'Neil")), ('he said "no"', ("it's", "two"))],
+    ),
+    "webq.json": (
+        json.dumps([{"qId": "w1", "qText": "where is Alda?", "answers": ["Ister"]}]),
+        "webq",
+        [("where is Alda?", ("Ister",))],
+    ),
+    "trec.tsv": (
+        "17\tfactoid\tWhen was it?\tSept?(ember)?|Feb(ruary)?\n",
+        "trec",
+        [("When was it?", ("Sept?(ember)?|Feb(ruary)?",))],
+    ),
     "timeqa.json": (json.dumps(TIMEQA), "timeqa", [("Who led Alda?", ("Ada Moor",))]),
-}  # fmt: skip
+}
+"""Content of each file, its format, and the expected questions with their answers."""
 
 
 def read(path: Path, **options: object) -> tuple[list[QuestionRecord], BadRecords]:
@@ -74,7 +89,7 @@ def read(path: Path, **options: object) -> tuple[list[QuestionRecord], BadRecord
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gzip"])
 @pytest.mark.parametrize("name", FILES)
-def test_every_format_is_told_from_its_content_and_read(tmp_path: Path, name: str, compressed: bool) -> None:
+def test_every_format_is_auto_detected_and_read(tmp_path: Path, name: str, compressed: bool) -> None:
     content, expected_format, expected = FILES[name]
     path = tmp_path / (name + ".gz" if compressed else name)
     path.write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
@@ -85,13 +100,13 @@ def test_every_format_is_told_from_its_content_and_read(tmp_path: Path, name: st
     assert all(record.is_pattern == (expected_format == "trec") for record in records)
 
 
-def test_unanswerable_questions_are_counted_apart(tmp_path: Path) -> None:
+def test_unanswerable_questions_are_counted_separately(tmp_path: Path) -> None:
     for name in ("squad.json", "timeqa.json"):
         (tmp_path / name).write_text(FILES[name][0])
         assert read(tmp_path / name)[1].counts == {UNANSWERABLE: 1}
 
 
-def test_articles_are_chosen_by_title_with_underscores_or_blanks(tmp_path: Path) -> None:
+def test_articles_are_selected_by_title_with_underscores_or_spaces(tmp_path: Path) -> None:
     path = tmp_path / "squad.json"
     path.write_text(FILES["squad.json"][0])
     assert [record.id for record in read(path, articles=("Old Towns",))[0]] == ["a"]
@@ -100,7 +115,7 @@ def test_articles_are_chosen_by_title_with_underscores_or_blanks(tmp_path: Path)
         read(path, articles=("Lakes",))
 
 
-def test_folds_part_the_questions_by_document(tmp_path: Path) -> None:
+def test_folds_split_questions_by_document(tmp_path: Path) -> None:
     articles = [
         {
             "title": f"Town {a}",
@@ -113,11 +128,11 @@ def test_folds_part_the_questions_by_document(tmp_path: Path) -> None:
     parts = [{record.id for record in read(path, num_folds=4, use_folds=(fold,))[0]} for fold in range(4)]
     assert all(parts) and sum(map(len, parts)) == 120 == len(set().union(*parts))
     assert all(len({id.split("-")[0] for id in part}) * 3 == len(part) for part in parts), (
-        "all questions of an article stand in one fold"
+        "all questions of an article are in the same fold"
     )
     assert {record.id for record in read(path, num_folds=4, use_folds=(1, 3))[0]} == parts[1] | parts[3]
     (tmp_path / "open.jsonl").write_text('{"question": "who?", "answer": "x"}\n')
-    with pytest.raises(UserError, match=r"open\.jsonl:1: folds are of documents"):
+    with pytest.raises(UserError, match=r"open\.jsonl:1: `use_folds` splits questions by document"):
         read(tmp_path / "open.jsonl", num_folds=2, use_folds=(0,))
 
 
@@ -125,7 +140,7 @@ def squad_entry(id: str) -> dict:
     return {"id": id, "question": "Who led it?", "answers": [{"text": "Ada", "answer_start": 0}]}
 
 
-def test_places_of_answers_in_timeqa_count_over_the_whole_article(tmp_path: Path) -> None:
+def test_timeqa_answer_offsets_are_relative_to_the_whole_article(tmp_path: Path) -> None:
     path = tmp_path / "timeqa.json"
     path.write_text(FILES["timeqa.json"][0])
     (record,), _ = read(path)
@@ -135,18 +150,34 @@ def test_places_of_answers_in_timeqa_count_over_the_whole_article(tmp_path: Path
 
 
 BROKEN = {
-    "open.jsonl": [("{", "invalid JSON"), ('{"q": 1, "answer": "x"}', "no field question"), ('{"question": "a", "answer": 3}', "answers are no list"),
-                   ('{"question": " ", "answer": ["x"]}', "no question")],
-    "dev.qas.tsv": [("a\tb\tc", "not 2 columns"), ("who\t[1, 2", "answers are no list"), ("who\t[1]", "answers are no list of texts"),
-                    ('"who\t[\'a\']', "invalid quoting")],
-    "trec.tsv": [("1\tfactoid\tWhen?\t(", "no regular expression"), ("1\tWhen?\tx", "not 4 columns"), ("1\tf\tWhen?\tx*", "matches nothing")],
-}  # fmt: skip
+    "open.jsonl": [
+        ("{", "invalid JSON"),
+        ('{"q": 1, "answer": "x"}', "missing field question"),
+        ('{"question": "a", "answer": 3}', "answers are not a list"),
+        ('{"question": " ", "answer": ["x"]}', "empty question"),
+        ('{"question": null, "answer": ["x"]}', "question is not a string but null"),
+    ],
+    "dev.qas.tsv": [
+        ("a\tb\tc", "expected 2 columns, got 3"),
+        ("who\t[1, 2", "answers are not a list"),
+        ("who\t[1]", "answers are not a list of strings"),
+        ("\"who\t['a']", "invalid quoting"),
+    ],
+    "trec.tsv": [
+        ("1\tfactoid\tWhen?\t(", "invalid regular expression"),
+        ("1\tWhen?\tx", "expected 4 columns"),
+        ("1\tf\tWhen?\tx*", "matches the empty string"),
+    ],
+}
+"""Invalid lines of each file, with the expected reasons."""
 
 
 @pytest.mark.parametrize(
     ("name", "line", "reason"), [(name, *case) for name, cases in BROKEN.items() for case in cases]
 )
-def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name: str, line: str, reason: str) -> None:
+def test_invalid_lines_are_reported_with_file_and_line(
+    tmp_path: Path, run: Run, name: str, line: str, reason: str
+) -> None:
     path = tmp_path / name
     path.write_text(FILES[name][0] + line + "\n")
     kind = FILES[name][1]
@@ -164,7 +195,7 @@ def test_broken_lines_are_named_by_file_and_line(tmp_path: Path, run: Run, name:
     ),
     st.data(),
 )
-def test_any_answers_survive_dprs_table(answers: list[str], data: st.DataObject) -> None:
+def test_any_answers_can_be_read_from_dpr_tables(answers: list[str], data: st.DataObject) -> None:
     import csv
     import io
     import tempfile
@@ -187,24 +218,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return prepared_run(tmp_path_factory.mktemp("questions"), corpus={"block_tokens": 24})
 
 
-def test_a_question_belongs_to_the_block_of_its_paragraph_that_holds_the_answer(run: Run) -> None:
+def test_a_question_gets_the_block_of_its_paragraph_that_contains_the_answer(run: Run) -> None:
     source = run.questions("train")
     assert source is not None
     questions = load_questions(source, run.passages, run.tokenizer)
-    assert len(run.passages) > len(TOWNS), "paragraphs are cut into several blocks here"
+    assert len(run.passages) > len(TOWNS), "paragraphs are split into several blocks here"
     for question, founder in zip(questions, FOUNDERS, strict=True):
         assert question.passage is not None and founder in run.passages.text(question.passage)
         assert question.document == run.passages.document(question.passage)
 
 
-def test_a_passage_that_the_corpus_has_not_is_refused(tmp_path: Path, run: Run) -> None:
+def test_an_unknown_passage_is_refused(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
     with pytest.raises(UserError, match=r"open.jsonl:1: document 'town-99' is not in the corpus"):
         load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
 
 
-def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
+def test_saved_datasets_are_read(tmp_path: Path, run: Run) -> None:
     import datasets
 
     rows = [{"id": "1", "question": "who", "context": "none", "answers": {"text": ["Ada"], "answer_start": [0]}}]
@@ -213,7 +244,7 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
     (question,) = load_questions(source, run.passages, run.tokenizer)
     assert question.answers == ("Ada",) and question.passage is None
     assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer)) == 1, (
-        "the only split there is"
+        "the only split is the default"
     )
     with pytest.raises(UserError, match="no split 'train'; choose one of validation"):
         load_questions(replace(source, split="train"), run.passages, run.tokenizer)
@@ -223,10 +254,10 @@ def test_saved_data_sets_are_read(tmp_path: Path, run: Run) -> None:
         load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer)
 
 
-def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Path) -> None:
+def test_dpr_tables_of_patterns_need_an_explicit_format(tmp_path: Path) -> None:
     path = tmp_path / "curatedtrec-test.qas.csv"
     path.write_text("where?\t['New\\\\s?York', 'Albany']\nwhen?\t[\"18[0-9]+\"]\nwho?\t[Aa]da\n")
-    with pytest.raises(UserError, match="name its format, trec for patterns or qas for answers"):
+    with pytest.raises(UserError, match="set `format` to trec for regular expressions or to qas for answers"):
         format_of(QuestionSource(str(path)))
     records, report = read(path, format="trec")
     assert [record.answers[0] for record in records] == [
@@ -236,7 +267,7 @@ def test_patterns_of_dprs_tables_and_what_cannot_be_told_from_them(tmp_path: Pat
     ] and not report.total
 
 
-def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, run: Run) -> None:
+def test_unanswerable_questions_do_not_hide_an_invalid_line(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
     with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: invalid JSON"):
@@ -251,7 +282,7 @@ def test_questions_without_an_answer_do_not_hide_a_broken_line(tmp_path: Path, r
         ({"num_folds": 5}, "`use_folds` is empty"),
     ],
 )
-def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) -> None:
+def test_options_without_effect_are_refused(source: dict, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         QuestionSource("a.jsonl", **source)
 
@@ -261,7 +292,7 @@ def test_options_that_could_do_nothing_are_refused(source: dict, reason: str) ->
 )
 def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option: dict) -> None:
     (tmp_path / name).write_text(FILES[name][0])
-    with pytest.raises(UserError, match="leave it out"):
+    with pytest.raises(UserError, match=r"is only for the format .*; remove it"):
         read(tmp_path / name, **option)
 
 
@@ -270,13 +301,17 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
     [
         ("a.jsonl", '{"question": "a", "answer": [1%s]}' % ("0" * 5000), "invalid JSON"),
         ("a.jsonl", '{"question": "a\\ud800", "answer": ["x"]}', "unpaired surrogate"),
-        ("a.jsonl", '{"question": "a", "answer": [1969]}', "answers are no list of texts: a number is among them"),
-        ("a.qas", "a\t{[]: 1}", "answers are no list"),
-        ("a.qas", "a\t" + "[" * 5000, "answers are no list"),
-        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "not as SQuAD has it"),
+        (
+            "a.jsonl",
+            '{"question": "a", "answer": [1969]}',
+            "answers are not a list of strings: the list contains a number",
+        ),
+        ("a.qas", "a\t{[]: 1}", "answers are not a list"),
+        ("a.qas", "a\t" + "[" * 5000, "answers are not a list"),
+        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "not a SQuAD article"),
     ],
 )
-def test_no_content_ends_in_a_traceback(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
+def test_unusual_content_raises_user_errors(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
         load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer)
@@ -290,12 +325,12 @@ PUBLISHED = {
     "squad/dev-v1.1.json.gz": ("squad", 10570),
     "long/timeqa-human-train.json.gz": ("timeqa", 1171),
 }
-"""Files as their publishers wrote them: format and number of questions, answered or not."""
+"""Published files: format and number of questions, including those without an answer."""
 
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_files_are_read_whole(shared_data: Path, name: str) -> None:
+def test_published_files_are_read_completely(shared_data: Path, name: str) -> None:
     expected_format, count = PUBLISHED[name]
     records, report = read(shared_data / name)
     assert format_of(QuestionSource(str(shared_data / name))) == expected_format

@@ -1,5 +1,4 @@
-"""Batches that finetune the retriever: each question's passage first, hard negatives after, and
-what may not serve as a negative."""
+"""Batches of retriever finetuning: passages, hard negatives, and excluded passages."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +48,7 @@ def questions(run: Run) -> list[Question]:
 
 
 def rows_of(run: Run, batch) -> list[int]:
-    """The passage of each row of a batch, by its wordpieces."""
+    """The corpus row of each passage of a batch, found by its wordpieces."""
     words = run.wordpieces
     texts = {
         (
@@ -67,7 +66,7 @@ def rows_of(run: Run, batch) -> list[int]:
     ]
 
 
-def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questions):
+def test_every_question_has_its_passage_and_negatives(run, make, questions):
     by_ids = {tuple(question.ids.tolist()): question for question in questions}
     seen = set()
     for step in range(6):
@@ -83,12 +82,12 @@ def test_every_question_comes_with_its_passage_and_wrong_ones(run, make, questio
             negatives = rows[4 + 2 * b : 6 + 2 * b]
             assert question.passage not in negatives and len(set(negatives)) == 2
             wanted = [c != b and rows[c] == question.passage for c in range(12)]
-            assert batch.excluded_BC[b].tolist() == wanted, "another copy of the own passage is neither right nor wrong"
+            assert batch.excluded_BC[b].tolist() == wanted, "other copies of the question's passage are excluded"
             seen.add(question.id)
     assert len(seen) == 12, "six batches of four are two epochs of twelve"
 
 
-def test_hard_negatives_are_what_the_retriever_finds_and_a_function_of_the_step(run, make, questions):
+def test_hard_negatives_are_retrieved_and_depend_only_on_the_step(run, make, questions):
     batches = make(questions)
     first, again = batches(2, 4), make(questions)(2, 4)
     assert first.passage_ids_CL.equal(again.passage_ids_CL) and first.query_ids_BL.equal(again.query_ids_BL)
@@ -97,8 +96,8 @@ def test_hard_negatives_are_what_the_retriever_finds_and_a_function_of_the_step(
     assert set(rows_of(run, first)[4:]) <= found and batches.retrieved.shape == (12, 6)
 
 
-def test_passages_that_hold_an_answer_are_no_negatives_unless_the_document_counts(run, make, questions):
-    # "a town" stands in every passage, so that nothing is left to be wrong.
+def test_passages_with_an_answer_are_negatives_only_for_document_positives(run, make, questions):
+    # "a town" appears in every passage, so there are no negatives.
     words = run.tokenizer("a town", add_special_tokens=False)["input_ids"]
     everywhere = [
         replace(question, answers=("a town",), answer_ids=(np.array(words, np.int32),)) for question in questions
@@ -109,25 +108,25 @@ def test_passages_that_hold_an_answer_are_no_negatives_unless_the_document_count
     assert len(batch.passage_ids_CL) == 12
 
 
-def test_a_question_of_no_known_passage_is_tied_to_one_that_holds_its_answer_or_left_out(run, make, questions, capsys):
-    loose = [replace(question, passage=None, document=None) for question in questions]
-    batches = make(loose, retrieve=12)
+def test_a_question_without_a_passage_gets_one_with_an_answer_or_is_skipped(run, make, questions, capsys):
+    unpaired = [replace(question, passage=None, document=None) for question in questions]
+    batches = make(unpaired, retrieve=12)
     assert [question.passage for question in batches.questions] == [question.passage for question in questions]
     few = make(
-        [loose[0], replace(loose[1], answers=("Atlantis",), answer_ids=(np.array([5, 6, 7, 8], np.int32),))],
+        [unpaired[0], replace(unpaired[1], answers=("Atlantis",), answer_ids=(np.array([5, 6, 7, 8], np.int32),))],
         retrieve=12,
     )
-    assert [question.id for question in few.questions] == [loose[0].id] and len(few.retrieved) == 1
+    assert [question.id for question in few.questions] == [unpaired[0].id] and len(few.retrieved) == 1
     assert "1 questions skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"finetune_retriever\.retrieve"):
-        make([replace(loose[1], answers=("Atlantis",))])
+        make([replace(unpaired[1], answers=("Atlantis",))])
 
 
-def test_mistakes_are_answered_before_anything_is_trained(run):
-    for changes, said in (
+def test_mistakes_are_reported_before_training(run):
+    for changes, message in (
         ({"finetune_retriever": replace(run.config.finetune_retriever, steps=0)}, "finetune_retriever.steps is 0"),
         ({"data": replace(run.config.data, train=None)}, "data.train"),
         ({"data": replace(run.config.data, train=QuestionSource(str(Path("nowhere.json"))))}, "realm ict"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             RetrieverFinetuning.open(Run(run.folder, replace(run.config, **changes)))

@@ -1,4 +1,4 @@
-"""Masked-span evaluation: what counts as found, and that no sentence is found in itself."""
+"""Masked-span evaluation: recall, trivial passages, and annotated statements."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ from tests.tiny import write_config, write_sources
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Passages that are their own statements."""
-    folder = tmp_path_factory.mktemp("probe")
+    """A run whose passages are also its statements."""
+    folder = tmp_path_factory.mktemp("masked_spans")
     write_sources(folder)
     config = load_config(write_config(folder, corpus={"statements": None}, data={"masked_spans": None, "train": None}))
     prepare(config)
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 class OwnPassageFirst:
-    """Finds the passage each sentence was drawn from, then all others."""
+    """A search that returns the sentence's own passage first, then all others."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -45,7 +45,9 @@ class OwnPassageFirst:
         return np.array([[example.row, *(row for row in every if row != example.row)][:k] for example in examples])
 
 
-def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_own_passage_of_a_sentence_does_not_count(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(pretrain.masked_span_eval, "FrozenSearch", OwnPassageFirst)
     items = sample_items(run)
     collator = run.collator
@@ -62,15 +64,15 @@ def test_a_sentence_is_not_found_in_itself(run: Run, monkeypatch: pytest.MonkeyP
     assert figures["recall@5"] <= 100 * np.mean(elsewhere)
 
 
-def test_where_the_passage_is_known_the_very_passage_is_counted_too(run: Run) -> None:
+def test_exact_recall_counts_the_known_passage(run: Run) -> None:
     items = [MaskedSpanItem(item.example, item.example.row) for item in sample_items(run, 3)]
     found = np.array([[item.example.row, (item.example.row + 1) % len(run.passages)] for item in items])
     assert retrieval_recall(run.collator, items, found, (1, 2))["exact_recall@1"] == 100.0
     assert retrieval_recall(run.collator, items, found[:, 1:], (1,))["exact_recall@1"] == 0.0
 
 
-def test_statements_are_lines_and_no_other_sign_ends_one(run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "probe.jsonl"
+def test_statements_are_separated_by_newlines_only(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "statements.jsonl"
     record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
     assert [item.passage for item in load_annotated(path, run.tokenizer, run.passages, 32)] == [0]

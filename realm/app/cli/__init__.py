@@ -1,5 +1,7 @@
-"""The command line: one subcommand per program, each importing what it needs when it runs, so that `realm --help`
-answers at once."""
+"""The command line: one subcommand per program.
+
+Each subcommand imports what it needs when it runs, so that `realm --help` is fast.
+"""
 
 import argparse
 import re
@@ -21,7 +23,10 @@ _DESCRIPTION = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 after an interrupt."""
+    """Run one command.
+
+    Returns the exit status: 0, 2 after a user error, 130 after an interrupt.
+    """
     rest, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
     options, others = _parser().parse_known_args(rest)
     overrides += others
@@ -45,8 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments without overrides of the form `--section.field value`, and these overrides: argparse would take
-    such a value for a positional argument."""
+    """Separate overrides of the form `--section.field value` from the other arguments.
+
+    Returns the other arguments and the overrides. argparse would take an override's value for a
+    positional argument.
+    """
     rest, overrides = [], []
     remaining = iter(arguments)
     for argument in remaining:

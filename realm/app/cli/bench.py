@@ -1,4 +1,4 @@
-"""`realm bench …`: each benchmark prints one table, with ratios taken in one run."""
+"""`realm bench …`: each benchmark prints one table; ratios are measured within one run."""
 
 import argparse
 from pathlib import Path
@@ -9,20 +9,23 @@ from realm.errors import UserError
 
 def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The subcommands and their options."""
-    bench = commands.add_parser("bench", help="benchmarks", description="Benchmarks; each prints one table.")
+    bench = commands.add_parser("bench", help="run a benchmark", description="Benchmarks; each prints one table.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser(
-        "spans", add_help=False, help="salient spans against annotated text: precision, recall, F1, sentences a second"
+        "spans", add_help=False, help="span tagger on annotated text: precision, recall, F1, sentences per second"
     )
     spans.set_defaults(command=_spans, takes_overrides=True)
     attention = kinds.add_parser(
-        "attention", help="time and memory of every attention variant by length, beside other implementations"
+        "attention", help="time and memory of attention variants by length, compared with other implementations"
     )
     attention.add_argument(
-        "--variants", nargs="+", metavar="TYPE", help="names, or '{type: longformer, window: 128}' (default: all)"
+        "--variants",
+        nargs="+",
+        metavar="TYPE",
+        help="names, or mappings such as '{type: longformer, window: 128}' (default: all)",
     )
     attention.add_argument(
-        "--lengths", nargs="+", type=int, metavar="L", help="tokens (default: 512, doubled up to 32768)"
+        "--lengths", nargs="+", type=int, metavar="L", help="lengths in tokens (default: 512, 1024, … 32768)"
     )
     attention.add_argument("--heads", type=int, default=6, help="attention heads (default: 6)")
     attention.add_argument("--head-width", type=int, default=64, help="width of a head (default: 64)")
@@ -30,68 +33,75 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast (default: fp32)"
     )
     attention.add_argument(
-        "--no-projections", action="store_true", help="the attention alone, without making queries, keys and values"
+        "--no-projections", action="store_true", help="measure without the projections to queries, keys and values"
     )
-    attention.add_argument("--no-peers", action="store_true", help="our variants alone")
+    attention.add_argument("--no-peers", action="store_true", help="measure only the variants of this package")
     attention.add_argument(
         "--limit",
         type=float,
         default=60.0,
         metavar="S",
-        help="leave out lengths likely to take longer a pass (default: 60)",
+        help="skip lengths that are expected to take longer than S seconds per pass (default: 60)",
     )
-    attention.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    attention.add_argument("--picture", type=Path, metavar="FILE", help="draw time, memory and approximation error")
+    attention.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    attention.add_argument("--picture", type=Path, metavar="FILE", help="plot time, memory and approximation error")
     attention.set_defaults(command=_attention, takes_overrides=False)
     long = kinds.add_parser(
-        "long", help="what every attention variant can do on texts longer than it was trained on, and what that costs"
+        "long", help="accuracy of attention variants on texts longer than in training, and their cost"
     )
     long.add_argument(
         "--variants",
         nargs="+",
         metavar="TYPE",
-        help="names, or '{type: longformer, window: 8}' (default: each, of sizes that suit)",
+        help="names, or mappings such as '{type: longformer, window: 8}' (default: all, with suitable sizes)",
     )
-    long.add_argument("--tasks", nargs="+", metavar="TASK", help="passkey, 'masked span', listops (default: all)")
-    long.add_argument("--steps", type=int, metavar="N", help="training steps (default: each task's own)")
-    long.add_argument("--tests", type=int, default=1000, help="texts tested of each length (default: 1000)")
+    long.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="any of passkey, 'masked span', listops (default: all)"
+    )
+    long.add_argument("--steps", type=int, metavar="N", help="training steps (default: depends on the task)")
+    long.add_argument("--tests", type=int, default=1000, help="test texts per length (default: 1000)")
     long.add_argument("--seed", type=int, default=0)
-    long.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    long.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     long.set_defaults(command=_long, takes_overrides=False)
     store = kinds.add_parser(
         "index",
-        help="encoding beside sentence-transformers, approximate search beside exact, opening",
+        help="encoding compared with sentence-transformers, approximate with exact search, and opening an index",
         allow_abbrev=False,
     )
-    store.add_argument("--run", type=Path, required=True, help="run folder; its newest index and encoder are used")
+    store.add_argument("--run", type=Path, required=True, help="run folder; the newest index and encoder are used")
     store.add_argument("--passages", type=int, default=2000, help="passages to encode (default: 2000)")
     store.add_argument("--queries", type=int, default=256, help="queries to search (default: 256)")
     store.add_argument(
-        "--scale", type=int, default=0, metavar="N", help="search N rows, too: the embeddings repeated with jitter"
+        "--scale", type=int, default=0, metavar="N", help="also search N rows: the embeddings repeated with noise"
     )
     store.add_argument(
-        "--synthetic", metavar="NxD", help="build and search an index of random vectors, too, such as 10000000x128"
+        "--synthetic", metavar="NxD", help="also build and search an index of random vectors, such as 10000000x128"
     )
-    store.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    store.add_argument("--picture", type=Path, metavar="FILE", help="draw recall against speed")
+    store.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    store.add_argument("--picture", type=Path, metavar="FILE", help="plot recall against speed")
     store.set_defaults(command=_index, takes_overrides=True)
-    swaps = kinds.add_parser("swaps", help="step times of a trainer with and without index versions swapped in")
+    swaps = kinds.add_parser("swaps", help="step time of a trainer with and without index swaps")
     swaps.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default: 1,000,000)")
-    swaps.add_argument("--dim", type=int, default=128, help="its dimensions (default: 128)")
-    swaps.add_argument("--steps", type=int, default=1200, help="steps of each kind (default: 1200)")
-    swaps.add_argument("--every", type=int, default=200, help="steps between two versions (default: 200)")
-    swaps.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    swaps.add_argument("--dim", type=int, default=128, help="dimension of the index (default: 128)")
+    swaps.add_argument("--steps", type=int, default=1200, help="steps with and without swaps, each (default: 1200)")
+    swaps.add_argument("--every", type=int, default=200, help="steps between two swaps (default: 200)")
+    swaps.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     swaps.set_defaults(command=_swaps, takes_overrides=False)
     faults = kinds.add_parser(
         "faults",
-        help="kill -9 at random, flipped bits, frozen lease holders, a full disk: what the index store survives",
+        help="fault tests of the index store: kill -9, bit flips, frozen lease holders, a full disk",
     )
-    faults.add_argument("--kills", type=int, default=500, help="kill -9 of refresher and trainer (default: 500)")
     faults.add_argument(
-        "--flips", type=int, default=1000, help="bit flips and cuts in the files of a version (default: 1000)"
+        "--kills", type=int, default=500, help="number of kill -9 of refresher and trainer (default: 500)"
+    )
+    faults.add_argument(
+        "--flips",
+        type=int,
+        default=1000,
+        help="number of bit flips and truncations in the files of a version (default: 1000)",
     )
     faults.add_argument("--seed", type=int, default=0)
-    faults.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    faults.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     faults.set_defaults(command=_faults, takes_overrides=False)
 
 

@@ -1,4 +1,4 @@
-"""What several commands share: subparsers, and opening the run that they are about."""
+"""Functions that several commands share: adding subparsers, and opening a run."""
 
 import argparse
 from collections.abc import Callable
@@ -46,7 +46,7 @@ def add_question_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def open_run(options: argparse.Namespace) -> "Run":
-    """The run of `--config`, which is created if it is new, or of `--run`."""
+    """Open the run of `--run`, or of `--config`, which is created if it does not exist."""
     from realm.run.config_file import load_config
     from realm.run.folder import Run
     from realm.runtime.distributed import on_rank_zero, world_size
@@ -68,7 +68,7 @@ def with_questions(run: "Run", options: argparse.Namespace, field: str) -> "Run"
 
     if options.questions is None:
         if options.format is not None:
-            raise UserError(f"--format is the format of --questions; add --questions, or set data.{field}.format.")
+            raise UserError(f"--format applies to --questions only; add --questions, or set data.{field}.format.")
         return run
     source = parse_section(QuestionSource, options.questions, "--questions")
     if options.format is not None:

@@ -1,4 +1,4 @@
-"""`realm index …`: look after the index versions of a run."""
+"""`realm index …`: manage the index versions of a run."""
 
 import argparse
 from dataclasses import replace
@@ -12,46 +12,44 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     """The subcommands and their options."""
     index = commands.add_parser(
         "index",
-        help="look after the index versions of a run",
-        description="Index versions of a run: list, show, check, collect.",
+        help="manage the index versions of a run",
+        description="Manage the index versions of a run.",
     )
     verbs = index.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, command, about in (
-        ("ls", _ls, "every version, its age, its size, and who needs it"),
-        ("show", _show, "all that one version says of itself"),
-        ("verify", _verify, "read every byte of the versions against their manifests"),
-        ("gc", _gc, "remove what nobody needs and what crashes left behind"),
-        ("add", _add, "add documents to the run's corpus, or take some away, and complete the newest index"),
+        ("ls", _ls, "list all versions with size, creation time and state"),
+        ("show", _show, "print the manifest and state of one version as JSON"),
+        ("verify", _verify, "check the files of versions against the checksums in their manifests"),
+        ("gc", _gc, "remove unused versions and encoders, and leftovers of crashes"),
+        ("add", _add, "add documents to the run's corpus, or remove some, and update the newest index"),
     ):
         verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
         verb.add_argument("--run", type=Path, required=True, help="run folder")
         verb.set_defaults(command=command, takes_overrides=True)
         if name == "show":
-            verb.add_argument("version", help="such as a01-step-000500-e3")
+            verb.add_argument("version", help="name of a version, such as a01-step-000500-e3")
         if name == "verify":
-            verb.add_argument("version", nargs="*", help="such as a01-step-000500-e3; default: all")
+            verb.add_argument("version", nargs="*", help="names such as a01-step-000500-e3 (default: all versions)")
         if name == "add":
             verb.add_argument(
                 "documents", nargs="*", help="files or folders of documents, or mappings as in corpus.passages"
             )
-            verb.add_argument("--format", help="format of the documents (default: told by name and content)")
+            verb.add_argument("--format", help="format of the documents (default: auto-detected)")
             verb.add_argument(
-                "--delete", type=Path, metavar="FILE", help="file of ids of documents to take away, one a line"
+                "--delete", type=Path, metavar="FILE", help="file with the ids of documents to remove, one per line"
             )
             verb.add_argument(
-                "--replace", action="store_true", help="added documents take the place of those of the same id"
+                "--replace", action="store_true", help="added documents replace existing ones with the same id"
             )
-            verb.add_argument(
-                "--skip-bad", action="store_true", help="leave out records that cannot be used, and count them"
-            )
+            verb.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be used")
         if name == "gc":
             verb.add_argument(
                 "--grace",
                 type=float,
                 metavar="S",
-                help="seconds in which readers may still take one (default: refresh.grace_s)",
+                help="seconds that readers have to pin a version before it is removed (default: refresh.grace_s)",
             )
-            verb.add_argument("--dry-run", action="store_true", help="say what would go")
+            verb.add_argument("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -59,9 +57,16 @@ def _ls(options: argparse.Namespace) -> None:
     from realm.runtime.telemetry import print_table
 
     rows = [
-        [info.path.relative_to(options.run).as_posix(), info.manifest and f"{info.manifest.count:,}", info.manifest and info.manifest.factory,
-         f"{info.bytes / 2**20:,.1f}", info.manifest and info.manifest.created_at, info.state] for info in list_versions(open_run(options).folder)
-    ]  # fmt: skip
+        [
+            info.path.relative_to(options.run).as_posix(),
+            info.manifest and f"{info.manifest.count:,}",
+            info.manifest and info.manifest.factory,
+            f"{info.bytes / 2**20:,.1f}",
+            info.manifest and info.manifest.created_at,
+            info.state,
+        ]
+        for info in list_versions(open_run(options).folder)
+    ]
     print_table(
         f"Index versions of {options.run}", ["version", "passages", "factory", "MiB", "created (UTC)", "state"], rows
     )
@@ -76,9 +81,10 @@ def _show(options: argparse.Namespace) -> None:
     info = find_version(open_run(options).folder, options.version)
     if info.manifest is None:
         raise UserError(
-            f"{info.path} has no manifest that can be read; `realm index verify` says why, the refresher builds it again."
+            f"{info.path} has no readable manifest; `realm index verify` prints the reason, and the refresher rebuilds "
+            "the version."
         )
-    everything = {**asdict(info.manifest), "bytes": info.bytes, "state": info.state, "holders": info.readers}
+    everything = {**asdict(info.manifest), "bytes": info.bytes, "state": info.state, "readers": info.readers}
     print(json.dumps(everything, indent=1))
 
 
@@ -90,7 +96,8 @@ def _verify(options: argparse.Namespace) -> None:
     broken = [info for info in chosen if verify(info, print) is not None]
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(chosen)} index versions would be refused; readers pass them over; remove them to have them built anew."
+            f"{len(broken)} of {len(chosen)} index versions would be refused by readers; remove them, "
+            "and the refresher rebuilds them."
         )
 
 
@@ -117,7 +124,5 @@ def _add(options: argparse.Namespace) -> None:
         sources = [replace(source, format=options.format) for source in sources]
     delete = [] if options.delete is None else read_names(options.delete)
     if not sources and not delete:
-        raise UserError(
-            "nothing to add and nothing to take away; name files of documents, or a file of ids with --delete."
-        )
+        raise UserError("no documents to add or remove; give files of documents, or a file of ids with --delete.")
     add_documents(open_run(options), sources, delete, options.replace, options.skip_bad)

@@ -11,11 +11,11 @@ def add_question_commands(commands: Commands) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate, "answer questions and compute metrics", "run")
     add_question_options(evaluate, "those of --split")
     evaluate.add_argument(
-        "--name", help="name of the result in evaluations/ (default: that of the file or the split, and of the stage)"
+        "--name", help="name of the result in evaluations/ (default: name of the file or split, and of the stage)"
     )
     evaluate.add_argument(
         "--stage",
-        help="stage whose models answer: initial, or a training stage (default: the last finished stage)",
+        help="stage whose models are evaluated: initial, or a training stage (default: the last finished stage)",
     )
     evaluate.add_argument(
         "--compare",
@@ -25,13 +25,16 @@ def add_question_commands(commands: Commands) -> None:
         help="also evaluate other stages, bm25, or sentence-transformers models",
     )
     evaluate.add_argument(
-        "--split", choices=("validation", "test"), default="test", help="questions of the run's config (default: test)"
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="questions of the run's config to use (default: test)",
     )
 
     about = "compare two evaluations of the same questions: differences with paired intervals"
     compare = add_command(commands, "compare", _compare, about, None)
-    compare.add_argument("first", type=Path, help="…predictions.jsonl of one evaluation")
-    compare.add_argument("second", type=Path, help="…predictions.jsonl of another, of the same or another run")
+    compare.add_argument("first", type=Path, help="….predictions.jsonl of an evaluation")
+    compare.add_argument("second", type=Path, help="….predictions.jsonl of another evaluation, of any run")
 
     ask = add_command(commands, "ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")

@@ -11,22 +11,24 @@ _RESUME = "continue from the newest checkpoint"
 
 def add_training_commands(commands: Commands) -> None:
     """The subcommands and their options."""
-    about = "all stages in order, then a table: prepare, ict, reader-pretraining, pretrain, finetune, evaluate"
+    about = "run all stages (prepare, ict, reader-pretraining, pretrain, finetune, evaluate) and print a summary"
     everything = add_command(commands, "run", _run, about, "config")
-    everything.add_argument("--resume", action="store_true", help="continue a run that was begun before")
+    everything.add_argument("--resume", action="store_true", help="continue an existing run")
 
     about = "forecast time, memory and disk of a run on this machine, from a short measurement"
     plan = add_command(commands, "plan", _plan, about, "config")
-    plan.add_argument("--passages", type=int, metavar="N", help="blocks of the whole corpus, if it is not prepared yet")
+    plan.add_argument(
+        "--passages", type=int, metavar="N", help="number of blocks of the corpus, if it is not prepared yet"
+    )
 
-    about = "documents to token arrays and salient spans, once"
+    about = "tokenize documents and tag salient spans, once per corpus"
     prepare = add_command(commands, "prepare", _prepare, about, "config")
     prepare.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be used")
 
     for name, command, about in (
         ("ict", _train, "train the retriever on the inverse cloze task"),
         ("reader-pretraining", _train, "train the reader to copy spans from retrieved passages"),
-        ("pretrain", _pretrain, "REALM pretraining with an index that a refresher keeps up to date"),
+        ("pretrain", _pretrain, "train retriever and reader (REALM) with an asynchronously refreshed index"),
     ):
         stage = add_command(commands, name, command, about, "config")
         stage.add_argument("--resume", action="store_true", help=_RESUME)
@@ -37,10 +39,10 @@ def add_training_commands(commands: Commands) -> None:
                 "--replay",
                 type=Path,
                 metavar="RUN",
-                help="search at each step the index that this run, or an earlier attempt of the same run, searched",
+                help="in each step, search the index that the run RUN searched; RUN may be this run, before a resume",
             )
 
-    about = "the asynchronous index refresher, a separate process; start, kill and restart it at any time"
+    about = "build indexes from exported encoders, as a separate process; can be killed and restarted at any time"
     refresh = add_command(commands, "refresh", _refresh, about, "run")
     refresh.add_argument("--once", action="store_true", help="exit when there is nothing left to do")
 

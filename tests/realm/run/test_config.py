@@ -1,5 +1,4 @@
-"""Configuration files: reading, extending, overriding, and every mistake named by its file and
-field."""
+"""Config files: reading, extending, overriding, and error messages with file and field."""
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ def test_every_shipped_config_loads(path):
     assert config.run and config.corpus.passages
 
 
-def test_configs_are_shipped():
+def test_shipped_configs_are_found():
     assert SHIPPED
 
 
@@ -64,7 +63,7 @@ def test_a_dumped_config_loads_to_an_equal_one(overrides, tmp_path):
         assert config != load_config(write(tmp_path, BASE))
 
 
-def test_a_dumped_config_spells_out_every_field(tmp_path):
+def test_a_dumped_config_contains_every_field(tmp_path):
     config = load_config(write(tmp_path, BASE))
 
     def missing(part, tree):
@@ -80,7 +79,7 @@ def test_a_dumped_config_spells_out_every_field(tmp_path):
     assert tree["reader"]["attention"]["type"] == "dense"
 
 
-def test_extends_merges_over_a_chain_of_files(tmp_path):
+def test_extends_merges_a_chain_of_files(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path, BASE + "seed: 1\nict: {steps: 5, optim: {lr: 0.5, max_grad_norm: 2.0}}\n", "base.yaml")
     write(tmp_path, "extends: base.yaml\nseed: 2\nict: {steps: 6}\n", "middle.yaml")
@@ -105,7 +104,7 @@ def test_overrides_are_yaml_values():
     }
 
 
-def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
+def test_another_attention_type_replaces_the_fields_of_the_first(tmp_path):
     longformer = write(tmp_path, BASE + "reader: {attention: {type: longformer, window: 7}, span_hidden: 3}\n")
     assert load_config(longformer).reader.attention == LongformerAttention(window=7)
     assert load_config(longformer, ["--reader.attention.window", "8"]).reader.attention == LongformerAttention(window=8)
@@ -172,7 +171,7 @@ def test_another_variant_replaces_the_fields_of_the_first(tmp_path):
         ("extends: nowhere.yaml\n" + BASE, ["nowhere.yaml", "does not exist"]),
     ],
 )
-def test_mistakes_are_named(text, named, tmp_path):
+def test_mistakes_are_reported_with_the_field(text, named, tmp_path):
     path = write(tmp_path, text)
     with pytest.raises(UserError) as caught:
         load_config(path)
@@ -182,12 +181,12 @@ def test_mistakes_are_named(text, named, tmp_path):
     assert "\n" not in message and "Error" not in message and message.endswith(".")
 
 
-def test_all_empty_and_misplaced_fields_are_named_at_once(tmp_path):
+def test_all_empty_and_misplaced_fields_are_reported_at_once(tmp_path):
     with pytest.raises(UserError, match=r"`ict` must be a mapping.*`reader.span_hidden` is empty"):
         load_config(write(tmp_path, BASE + "ict: 3\nreader: {span_hidden: null}\n"))
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
@@ -209,7 +208,7 @@ def test_files_that_cannot_be_read(tmp_path):
         (["--reader.attention.type", "spiral"], "reader.attention.*'spiral'"),
     ],
 )
-def test_mistaken_overrides_are_named(overrides, message, tmp_path):
+def test_invalid_overrides_are_reported(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, BASE), overrides)
 
@@ -222,28 +221,28 @@ def test_mistaken_overrides_are_named(overrides, message, tmp_path):
         (["--refresh.threads", "0"], "refresh.threads must be at least 1, got 0"),
     ],
 )
-def test_threads_that_cannot_be_are_refused(override, message, tmp_path):
+def test_invalid_numbers_of_threads_are_refused(override, message, tmp_path):
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, BASE), override)
 
 
-def test_a_stage_has_threads_of_its_own(tmp_path):
+def test_threads_can_be_set_per_stage(tmp_path):
     config = load_config(write(tmp_path, BASE), ["--engine.threads", "3", "--pretrain.threads", "1"])
     assert (config.threads("ict"), config.threads("pretrain")) == (3, 1)
     before = torch.get_num_threads()
     with cpu_threads(1):
-        torch.set_num_threads(2)  # what runs within may set its own
+        torch.set_num_threads(2)  # changed inside the context
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("folds", "take"), [(4, [4]), (4, [0, -1]), (0, [])])
-def test_folds_that_do_not_exist_are_refused(tmp_path, folds, take):
-    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, num_folds: {folds}, use_folds: {take}}}}}\n")
+@pytest.mark.parametrize(("num_folds", "use_folds"), [(4, [4]), (4, [0, -1]), (0, [])])
+def test_invalid_folds_are_refused(tmp_path, num_folds, use_folds):
+    path = write(tmp_path, f"{BASE}data: {{test: {{path: q.json, num_folds: {num_folds}, use_folds: {use_folds}}}}}\n")
     with pytest.raises(UserError, match=r"`use_folds` of .* must be between 0 and"):
         load_config(path)
 
 
-def test_all_renamed_keys_are_named_at_once_with_their_new_names(tmp_path):
+def test_all_renamed_keys_are_reported_at_once_with_their_new_names(tmp_path):
     old = (
         "start: {reader: x}\nreader_warmup: {topic_share: 0.2, steps: 5, optim: {clip: 1.0}}\n"
         "reader: {context_tokens: 400}\nrefresh: {every_steps: 10}\ndata: {test: {path: q.json, folds: 5, take: [0]}}\n"
@@ -264,7 +263,7 @@ def test_all_renamed_keys_are_named_at_once_with_their_new_names(tmp_path):
     assert "reader_warmup.steps" not in str(error.value)
 
 
-def test_all_invalid_values_are_named_at_once(tmp_path):
+def test_all_invalid_values_are_reported_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         load_config(write(tmp_path, BASE + "ict: {steps: -1, batch_size: 0}\nrefresh: {keep_last: 0}\n"))
     for clause in ("ict.steps must be at least 0", "ict.batch_size must be at least 1", "refresh.keep_last must be"):

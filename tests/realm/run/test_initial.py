@@ -1,5 +1,4 @@
-"""Starting from the models of another run: what is taken over, how it reads and is searched, and
-what is refused."""
+"""Starting from the models of another run (`init_from`): weights, finetuning, and refusals."""
 
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from tests.tiny import prepared_run, write_config
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a prepared corpus, and in `other/` a retriever and a reader as another run
-    might have left them."""
-    run = prepared_run(tmp_path_factory.mktemp("start"))
+    """A run with a prepared corpus, and a retriever and a reader of another run in `other/`."""
+    run = prepared_run(tmp_path_factory.mktemp("init_from"))
     torch.manual_seed(7)
     save_retriever(
         build_retriever(run.config.retriever, run.tokenizer), run.tokenizer, run.folder / "other/retriever", 32, 80
@@ -34,12 +32,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def another(source: Run, folder: Path, **changes: dict) -> Run:
-    """A run of its own over the same corpus that starts from the models in `other/`."""
+    """Another run over the same corpus, which starts from the models in `other/`."""
     other = source.folder / "other"
-    start = {"retriever": str(other / "retriever"), "reader": str(other / "reader")}
+    init_from = {"retriever": str(other / "retriever"), "reader": str(other / "reader")}
     data = {
         key: str(source.folder.parent / name)
-        for key, name in (("train", "questions.json"), ("test", "questions.json"), ("masked_spans", "probe.jsonl"))
+        for key, name in (
+            ("train", "questions.json"),
+            ("test", "questions.json"),
+            ("masked_spans", "masked_spans.jsonl"),
+        )
     }
     corpus = {
         "passages": str(source.folder.parent / "passages.jsonl"),
@@ -47,10 +49,10 @@ def another(source: Run, folder: Path, **changes: dict) -> Run:
         "prepared": str(source.prepared),
     }
     changes["corpus"] = corpus | changes.get("corpus", {})
-    return Run.create(load_config(write_config(folder, **{"init_from": start, "data": data, **changes})))
+    return Run.create(load_config(write_config(folder, **{"init_from": init_from, "data": data, **changes})))
 
 
-def test_the_first_stage_takes_over_the_weights_of_the_other_run(source: Run, tmp_path: Path) -> None:
+def test_the_first_stage_starts_from_the_weights_of_the_other_run(source: Run, tmp_path: Path) -> None:
     run = another(source, tmp_path)
     assert checksum(initial_retriever(run, "ict")) == checksum(source.folder / "other/retriever")
     theirs = load_reader(source.folder / "other/reader").state_dict()
@@ -60,7 +62,7 @@ def test_the_first_stage_takes_over_the_weights_of_the_other_run(source: Run, tm
     )
 
 
-def test_what_was_read_densely_is_read_long(source: Run, tmp_path: Path) -> None:
+def test_a_dense_reader_continues_with_longformer_and_longer_inputs(source: Run, tmp_path: Path) -> None:
     longer = {
         "reader": {**source_reader(source), "attention": {"type": "longformer", "window": 8}, "max_tokens": 160},
         "corpus": {"context_tokens": 120},
@@ -71,16 +73,16 @@ def test_what_was_read_densely_is_read_long(source: Run, tmp_path: Path) -> None
 
 
 def source_reader(source: Run) -> dict:
-    """The reader's section of the tiny config."""
+    """The `reader` section of the tiny config."""
     from tests.tiny import tiny_tree
 
     return dict(tiny_tree(source.folder.parent)["reader"])
 
 
-def test_another_run_is_finetuned_and_answers_with_no_stage_of_its_own_before(source: Run, tmp_path: Path) -> None:
+def test_models_of_another_run_are_finetuned_and_answer_without_pretraining(source: Run, tmp_path: Path) -> None:
     run = another(source, tmp_path)
     before = Answerer(run, "initial")
-    assert before.model is not None, "the reader of the other run reads, zero-shot"
+    assert before.model is not None, "the reader of the other run is used zero-shot"
     train_stage(run, "finetune", Finetuning.open)
     after = Answerer(run)
     assert (
@@ -91,13 +93,11 @@ def test_another_run_is_finetuned_and_answers_with_no_stage_of_its_own_before(so
     theirs = load_reader(source.folder / "other/reader").state_dict()
     assert after.model is not None
     assert any(not torch.equal(value, theirs[name]) for name, value in after.model.reader.state_dict().items()), (
-        "it has learned"
+        "finetuning changes the weights"
     )
 
 
-def test_models_of_another_vocabulary_and_folders_without_models_are_refused(
-    source: Run, tmp_path: Path, tokenizer
-) -> None:
+def test_another_vocabulary_and_folders_without_models_are_refused(source: Run, tmp_path: Path, tokenizer) -> None:
     foreign = tmp_path / "foreign"
     save_reader(build_reader(source.config.reader, tokenizer)[0], tokenizer, foreign)
     run = another(source, tmp_path, init_from={"reader": str(foreign), "retriever": str(tmp_path / "nothing")})
