@@ -4,7 +4,7 @@ PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/realm run --config configs/demo.yaml --resume
@@ -14,7 +14,13 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The generated pages of docs/: after a change of a config field or of a command's options.
+docs: .venv/installed
+	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_commands.py
 
 bench: .venv/installed
 	$(BIN)/realm bench --help

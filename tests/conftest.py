@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.tiny import realm, write_config, write_sources
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -31,6 +33,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real text: {folder} does not exist")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished tiny run in `run`, trained once; tests add evaluations to it and
+    change nothing else."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_sources(folder)
+    result = realm("run", "--config", write_config(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
 
 
 @pytest.fixture(scope="session")

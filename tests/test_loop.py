@@ -17,24 +17,7 @@ from realm.run.config_file import load_config
 from realm.run.folder import Run
 from realm.runtime.publish import checksum
 from realm.runtime.telemetry import read_metrics
-from tests.tiny import FOUNDERS, TOWNS, write_config, write_sources
-
-
-def realm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
-    """Run the command line as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "realm", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
-    )  # type: ignore[call-overload]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished tiny run in `run`."""
-    folder = tmp_path_factory.mktemp("loop")
-    write_sources(folder)
-    result = realm("run", "--config", write_config(folder))
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+from tests.tiny import FOUNDERS, TOWNS, realm, write_config, write_sources
 
 
 def test_a_run_writes_metrics_of_every_stage_a_summary_and_curves(finished: Path) -> None:

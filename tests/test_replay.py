@@ -17,8 +17,7 @@ from realm.run.config_file import load_config
 from realm.run.folder import Run
 from realm.runtime.publish import checksum
 from realm.runtime.telemetry import read_metrics
-from tests.test_loop import realm
-from tests.tiny import write_config, write_sources
+from tests.tiny import realm, write_config, write_sources
 
 CHANGES = {
     "pretrain": {"steps": 60, "checkpoint_every": 7, "reader_check": 0},

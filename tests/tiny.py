@@ -1,6 +1,8 @@
 """A run that trains in seconds: a corpus of invented towns, statements, questions, and a config."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,13 @@ FOUNDERS = (
     "Kim Voss",
     "Leo Marsh",
 )
+
+
+def realm(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run the command line as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "realm", *map(str, arguments)], capture_output=True, text=True, timeout=240, **options
+    )  # type: ignore[call-overload]
 
 
 def write_sources(folder: Path) -> None:

@@ -124,7 +124,7 @@ def _fused_is_faster(dtype: torch.dtype) -> bool:
         return True
     if torch.is_grad_enabled() or dtype != torch.bfloat16:
         return False
-    return torch.cpu.get_capabilities().get("amx_tile", False)
+    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
 
 
 def _rows_per_chunk(heads: int, length: int) -> int:

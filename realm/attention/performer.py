@@ -113,7 +113,8 @@ def draw_projection(rows: int, width: int, orthogonal: bool, generator: torch.Ge
         q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
         blocks.append((q * r.diagonal().sign()).T)  # the signs make the distribution uniform over rotations
     norms = torch.randn(rows, width, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return (torch.cat(blocks)[:rows] * norms).float()
+    projection_MD: Tensor = torch.cat(blocks)[:rows] * norms
+    return projection_MD.float()
 
 
 def random_feature_attention(

@@ -76,7 +76,8 @@ def dilated_attention(inputs: WindowInputs, window: int, dilation: int, dropout:
 def windowed_attention(inputs: WindowInputs, window: int, dropout: float) -> Tensor:
     """Attention of every token to its window and to the shared keys, (B, H, L, D)."""
     if inputs.q_BHLD.device.type == "cpu" and not dropout:
-        return _BlockwiseAttention.apply(*inputs, window)  # type: ignore[no-untyped-call]
+        out_BHLD: Tensor = _BlockwiseAttention.apply(*inputs, window)  # type: ignore[no-untyped-call]
+        return out_BHLD
     return _fused_windowed_attention(inputs, window, dropout)
 
 

@@ -59,7 +59,8 @@ class _Batch:
 
     def list_values(self, name: str, row: int) -> np.ndarray:
         offsets, values = self.lists[name]
-        return values[offsets[row] : offsets[row + 1]]
+        piece: np.ndarray = values[offsets[row] : offsets[row + 1]]
+        return piece
 
 
 class PreparedCorpus:
@@ -140,7 +141,7 @@ class PreparedCorpus:
     def title(self, row: int) -> str:
         """Title of the block's document."""
         batch, i = self._locate(row)
-        return batch.columns["title"][i].as_py()
+        return str(batch.columns["title"][i].as_py())
 
     def text(self, row: int) -> str:
         """Text of the block with leading and trailing white space.
@@ -148,7 +149,7 @@ class PreparedCorpus:
         The concatenated blocks of a document are its text.
         """
         batch, i = self._locate(row)
-        return batch.columns["text"][i].as_py()
+        return str(batch.columns["text"][i].as_py())
 
     def title_ids(self, row: int) -> np.ndarray:
         """Wordpieces of the title without special tokens, truncated to half a block."""
@@ -279,7 +280,7 @@ class _BlockIds(Sequence[str]):
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         batch, i = self._corpus._locate(row)
-        return batch.columns["id"][i].as_py()
+        return str(batch.columns["id"][i].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for batch in self._corpus._batches:

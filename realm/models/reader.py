@@ -112,7 +112,9 @@ class Reader(nn.Module):
         extra = {}
         if not isinstance(self.config.attention, DenseAttention):
             extra["global_mask"] = (type_BL == 0) & mask_BL.bool()
-        return self.bert(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL, **extra).last_hidden_state
+        output = self.bert(input_ids=ids_BL, attention_mask=mask_BL, token_type_ids=type_BL, **extra)
+        hidden_BLH: Tensor = output.last_hidden_state
+        return hidden_BLH
 
     def mlm_logits(self, hidden_BLH: Tensor, position_BM: Tensor) -> Tensor:
         """Vocabulary logits at the given positions, (B, M, V)."""
@@ -130,7 +132,8 @@ class Reader(nn.Module):
         width = self.config.max_span_tokens
         ends_BLWK = F.pad(end_BLK, (0, 0, 0, width - 1)).unfold(1, width, 1).transpose(2, 3)
         hidden_BLWK = self.span_norm(F.relu(start_BLK[:, :, None] + ends_BLWK))
-        return self.span_score(hidden_BLWK).squeeze(-1).float()
+        score_BLW: Tensor = self.span_score(hidden_BLWK).squeeze(-1)
+        return score_BLW.float()
 
 
 def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:

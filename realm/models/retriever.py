@@ -107,11 +107,13 @@ class Retriever(nn.Module):
 
     def embed_queries(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """(B, L) ids and padding mask to query embeddings (B, D)."""
-        return self.query_tower(ids_BL, mask_BL)
+        query_emb_BD: Tensor = self.query_tower(ids_BL, mask_BL)
+        return query_emb_BD
 
     def embed_passages(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """(B, L) ids and padding mask to passage embeddings (B, D)."""
-        return self.passage_tower(ids_BL, mask_BL)
+        passage_emb_BD: Tensor = self.passage_tower(ids_BL, mask_BL)
+        return passage_emb_BD
 
     def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
         """Relevance f(x, z) of N candidates per query, (B, N): inner product divided by the
@@ -145,7 +147,7 @@ def embed_no_grad(tower: nn.Module, ids_BL: Tensor, mask_BL: Tensor, precision: 
     training = tower.training
     tower.eval()
     with torch.inference_mode(), autocast(device, precision):
-        embeddings = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
+        embeddings: np.ndarray = tower(ids_BL.to(device), mask_BL.to(device)).float().cpu().numpy()
     tower.train(training)
     return embeddings
 

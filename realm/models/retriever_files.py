@@ -7,6 +7,7 @@ folder each; `retriever.json` adds the settings that sentence-transformers does 
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -84,19 +85,20 @@ def load_retriever(path: Path) -> tuple[Retriever, PreTrainedTokenizerBase]:
     return retriever.eval(), tokenizer
 
 
-def read_retriever_settings(path: Path) -> dict:
+def read_retriever_settings(path: Path) -> dict[str, Any]:
     """The `retriever.json` of an exported retriever. Raises UserError if it cannot be read."""
     try:
-        return json.loads((path / "retriever.json").read_text())
+        settings: dict[str, Any] = json.loads((path / "retriever.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path} is not an exported retriever (no readable retriever.json); use a folder under encoders/ of a run."
         ) from error
+    return settings
 
 
 def _save_tower(
     tower: Tower, tokenizer: PreTrainedTokenizerBase, path: Path, prefix: str, max_tokens: int
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Save one tower as modules of sentence-transformers; returns their entries of modules.json."""
     package = "sentence_transformers.models"
     transformer = path / f"{prefix}0_Transformer" if prefix else path
@@ -121,7 +123,7 @@ def _save_tower(
     _write_json(transformer / "tokenizer_config.json", tokenizer_config)
     modules = [_module_entry(0, transformer.name if prefix else "", f"{package}.Transformer")]
 
-    def add(name: str, config: dict) -> Path:
+    def add(name: str, config: dict[str, Any]) -> Path:
         folder = path / f"{prefix}{len(modules)}_{name}"
         folder.mkdir(exist_ok=True)
         if config:
@@ -154,7 +156,7 @@ def _save_tower(
     return modules
 
 
-def _module_entry(number: int, path: str, kind: str) -> dict:
+def _module_entry(number: int, path: str, kind: str) -> dict[str, Any]:
     return {"idx": number, "name": str(number), "path": path, "type": kind}
 
 

@@ -63,7 +63,8 @@ def decode(kind: type[T], value: Any, where: str) -> T:
     if complaints := list(find_type_errors(kind, tree)):
         raise UserError(f"{where}: {'; '.join(complaints)}.")
     try:
-        return draccus.decode(kind, tree)
+        section: T = draccus.decode(kind, tree)
+        return section
     except (DraccusException, ValueError) as error:
         # The reason is in the config class's own error, which draccus wraps.
         cause: BaseException | None = error

@@ -130,8 +130,10 @@ class Run:
         return True
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
-        """The `retriever` or `reader` of the last finished stage that has one; only stages before `before`, or
-        up to and including `until`, if given."""
+        """The `retriever` or `reader` of the last finished stage that has one.
+
+        `before`, `until`: only stages before this one, or up to and including it.
+        """
         names = list(STAGES)
         end = names.index(before) if before else names.index(until) + 1 if until else len(names)
         for name in reversed(names[:end]):

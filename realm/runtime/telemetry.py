@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -167,13 +168,13 @@ class Metrics:
             self._board.close()
 
 
-def read_metrics(path: Path) -> dict[str, list[dict]]:
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Read `metrics.jsonl`: the rows of each stage, in the order of steps.
 
     If a step was logged twice (by a resumed run), the last line counts. Incomplete lines are
     skipped.
     """
-    by_stage: dict[str, dict[int, dict]] = {}
+    by_stage: dict[str, dict[int, dict[str, Any]]] = {}
     for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
