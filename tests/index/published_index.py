@@ -64,5 +64,5 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (_truncate, "bytes"),
     (_flip, "checksum"),
     (_remove_manifest, "missing"),
-    (_edit_manifest, "altered"),
+    (_edit_manifest, "modified after it was published"),
 ]

@@ -92,7 +92,7 @@ def test_replacement_and_invalid_arguments(run: Run, tmp_path: Path, capsys: pyt
     assert add(run, "town-1", "--replace") == 0
     corpus = PreparedCorpus.open(run.prepared / "passages")
     assert corpus.deleted == {1} and corpus.row_of_id("town-1") == 12
-    assert main(["index", "add", "--run", str(run.folder)]) == 2 and "nothing to add" in capsys.readouterr().err
+    assert main(["index", "add", "--run", str(run.folder)]) == 2 and "no documents to add" in capsys.readouterr().err
     assert main(["index", "add", "--run", str(run.folder), str(tmp_path / "missing.jsonl")]) == 2
     empty = tmp_path / "empty"
     empty.touch()
