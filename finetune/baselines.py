@@ -11,7 +11,6 @@ import numpy as np
 from finetune.questions import Question
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.run.folder import Run
 from realm.runtime.publish import published
 from realm.runtime.telemetry import console, progress
 
@@ -46,12 +45,10 @@ class Bm25:
 
 
 class SentenceTransformerRetriever:
-    """A sentence-transformers model, by path or hub name, over `title text`.
+    """A sentence-transformers model, by path or hub name, over `title text`."""
 
-    Passage embeddings are cached in the run's `frozen/`.
-    """
-
-    def __init__(self, name: str, run: Run) -> None:
+    def __init__(self, name: str, passages: PreparedCorpus, cache: Path, log_every_s: float) -> None:
+        """Passage embeddings are cached in a folder inside `cache`."""
         import faiss
         from sentence_transformers import SentenceTransformer
 
@@ -65,24 +62,22 @@ class SentenceTransformerRetriever:
             raise UserError(
                 f"--compare: {name} cannot be loaded as a sentence-transformers model ({str(error).splitlines()[0]})"
             ) from error
-        self.rows = run.passages.rows
-        embeddings_ND = self._embeddings(name, run)
+        self.rows = passages.rows
+        embeddings_ND = self._embeddings(name, passages, cache, log_every_s)
         self.index = faiss.IndexFlatIP(embeddings_ND.shape[1])
         self.index.add(embeddings_ND)
 
-    def _embeddings(self, name: str, run: Run) -> np.ndarray:
-        passages = run.passages
+    def _embeddings(self, name: str, passages: PreparedCorpus, cache: Path, log_every_s: float) -> np.ndarray:
         weights = hashlib.sha256(json.dumps([name, passages.fingerprint]).encode())
         for parameter in self.model.parameters():
             weights.update(parameter.detach().float().cpu().numpy().tobytes())
-        folder = run.folder / "frozen" / f"{Path(name).name}-{weights.hexdigest()[:12]}"
+        folder = cache / f"{Path(name).name}-{weights.hexdigest()[:12]}"
         if not folder.exists():
             texts = [f"{passages.title(row)} {passages.text(row)}" for row in passages.rows.tolist()]
             order = np.argsort([-len(text) for text in texts], kind="stable")
             embeddings_ND = np.empty((len(texts), self.model.get_sentence_embedding_dimension() or 0), dtype=np.float32)
-            with progress(
-                f"encode with {Path(name).name}", len(texts), unit="passage", every_s=run.config.engine.log_every_s
-            ) as ticker:
+            title = f"encode with {Path(name).name}"
+            with progress(title, len(texts), unit="passage", every_s=log_every_s) as ticker:
                 for start in range(0, len(texts), 1024):
                     rows = order[start : start + 1024]
                     embeddings_ND[rows] = self.model.encode_document([texts[row] for row in rows], batch_size=32)
@@ -96,9 +91,12 @@ class SentenceTransformerRetriever:
         return self.rows[self.index.search(embeddings_BD, k)[1]]
 
 
-def load_baseline(name: str, run: Run) -> PassageRetriever:
+def load_baseline(name: str, passages: PreparedCorpus, cache: Path, log_every_s: float) -> PassageRetriever:
     """Load `bm25`, or a sentence-transformers model by path or hub name.
 
-    Raises UserError if the package or the model cannot be loaded.
+    `cache`: folder for the model's passage embeddings. Raises UserError if the package or the model
+    cannot be loaded.
     """
-    return Bm25(run.passages) if name == "bm25" else SentenceTransformerRetriever(name, run)
+    if name == "bm25":
+        return Bm25(passages)
+    return SentenceTransformerRetriever(name, passages, cache, log_every_s)

@@ -102,13 +102,12 @@ def training_source(run: Run) -> QuestionSource:
     return source
 
 
-def sample_questions(run: Run, count: int = 512) -> list[Question]:
+def sample_questions(passages: PreparedCorpus, seed: int, count: int = 512) -> list[Question]:
     """Artificial questions for timing: the first wordpieces of random passages.
 
     The answer of each is the first salient span of its passage, if it has one.
     """
-    passages = run.passages
-    rng = np.random.default_rng(run.config.seed)
+    rng = np.random.default_rng(seed)
     questions = []
     for row in rng.choice(passages.rows, min(count, len(passages.rows)), replace=False).tolist():
         ids, (starts, ends, _) = passages.text_ids(row), passages.spans(row)

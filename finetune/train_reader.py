@@ -86,7 +86,7 @@ class Finetuning(Stage):
         """The stage to be timed."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         reader, _ = build_reader(run.config.reader, run.tokenizer)
-        return cls(run, retriever, reader, index, sample_questions(run))
+        return cls(run, retriever, reader, index, sample_questions(run.passages, run.config.seed))
 
     def called_between_steps(self) -> Sequence[nn.Module]:
         return [self.retriever.query_tower]

@@ -67,7 +67,7 @@ class RetrieverFinetuning(Stage):
     def open_sample(cls, run: Run, index: Index) -> "RetrieverFinetuning":
         """The stage to be timed."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
-        return cls._with(run, index, retriever, retriever, sample_questions(run))
+        return cls._with(run, index, retriever, retriever, sample_questions(run.passages, run.config.seed))
 
     @classmethod
     def _with(

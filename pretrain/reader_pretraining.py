@@ -50,8 +50,7 @@ class ReaderPretraining(Stage):
         """The stage as it trains in `run`."""
         reader = initial_reader(run, cls.name)
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
-        search = FrozenSearch.open(run, initial_retriever(run, cls.name), collator)
-        return cls(reader, ReaderPretrainingBatches(run, collator, search), run.config.reader_pretraining)
+        return cls._with(run, reader, FrozenSearch.open(run, initial_retriever(run, cls.name), collator))
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "ReaderPretraining":
@@ -59,8 +58,14 @@ class ReaderPretraining(Stage):
         retriever = build_retriever(run.config.retriever, run.tokenizer).to(local_device())
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
         search = FrozenSearch(retriever, index, collator, run.config.engine.precision)
-        reader, _ = build_reader(run.config.reader, run.tokenizer)
-        return cls(reader, ReaderPretrainingBatches(run, collator, search), run.config.reader_pretraining)
+        return cls._with(run, build_reader(run.config.reader, run.tokenizer)[0], search)
+
+    @classmethod
+    def _with(cls, run: Run, reader: Reader, search: FrozenSearch) -> "ReaderPretraining":
+        config, longest = run.config.reader_pretraining, run.config.pretrain.max_span_tokens
+        answer_tokens = run.config.reader.max_span_tokens
+        batches = ReaderPretrainingBatches(run.statements, search, config, longest, answer_tokens, run.config.seed)
+        return cls(reader, batches, config)
 
     def draw(self, step: int, size: int) -> ReaderPretrainingBatch:
         return self.batches(step, size)
@@ -83,15 +88,22 @@ class ReaderPretrainingBatches:
     and replaced by the next one, so batches stay full.
     """
 
-    def __init__(self, run: Run, collator: MaskedCollator, search: FrozenSearch) -> None:
-        self.config, self.seed = run.config.reader_pretraining, run.config.seed
-        self.collator, self.search = collator, search
-        self.statements: PreparedCorpus = run.statements
-        self.passages: PreparedCorpus = run.passages
-        self.max_answer_tokens = run.config.reader.max_span_tokens
-        max_span_tokens = run.config.pretrain.max_span_tokens
-        self.sampler = SpanSampler(run.statements, max_span_tokens, collator.inputs.limits.query - 2)
-        self.pool: SpanPool = span_pool([run.statements, run.passages], max_span_tokens)
+    def __init__(
+        self,
+        statements: PreparedCorpus,
+        search: FrozenSearch,
+        config: ReaderPretrainingConfig,
+        max_span_tokens: int,
+        max_answer_tokens: int,
+        seed: int,
+    ) -> None:
+        """`max_span_tokens`: longest masked span; `max_answer_tokens`: longest span that the span
+        head can choose."""
+        self.statements, self.search, self.collator = statements, search, search.collator
+        self.config, self.max_answer_tokens, self.seed = config, max_answer_tokens, seed
+        self.passages = self.collator.inputs.passages
+        self.sampler = SpanSampler(statements, max_span_tokens, self.collator.inputs.limits.query - 2)
+        self.pool: SpanPool = span_pool([statements, self.passages], max_span_tokens)
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 
