@@ -118,6 +118,18 @@ def test_run_folder_with_another_config(capsys: pytest.CaptureFixture[str], fold
     assert "another config" in message and "--run" in message
 
 
+@pytest.mark.parametrize("override", [("--ict.optim.lr", "1e20"), ("--retriever.temperature", "1e-40")])
+def test_diverged_training_stops_and_publishes_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path, override: tuple[str, str]
+) -> None:
+    config = write_config(folder, ict={"checkpoint_every": 1, "optim": {"warmup_steps": 0}})
+    assert main(["prepare", "--config", str(config)]) == 0
+    assert main(["ict", "--config", str(config), *override]) == 2
+    message = capsys.readouterr().err
+    assert "ict diverged at step" in message and "ict.optim.lr" in message and "checkpoint" in message
+    assert not (folder / "run" / "ict" / "model").exists()
+
+
 def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
     import faiss
     import numpy as np

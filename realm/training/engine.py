@@ -156,6 +156,13 @@ class Engine:
         count_update(self.module)
         return {name: float(value.detach()) for name, value in outputs.items()}
 
+    def weights_are_finite(self) -> bool:
+        """Whether all trained parameters on this rank are finite (under ZeRO 3, its partitions)."""
+        # The sum of a tensor is not finite if one of its elements is not.
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        sums = [getattr(parameter, "ds_tensor", parameter).detach().sum() for parameter in trained]
+        return bool(torch.stack(sums).isfinite().all())
+
     def save(self, folder: Path, state: dict[str, Any], write_extra: Callable[[Path], None]) -> None:
         """Publish the checkpoint `folder` atomically.
 

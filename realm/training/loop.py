@@ -1,10 +1,12 @@
 """The training loop of all stages: step, log, checkpoint, resume, interrupt."""
 
+import math
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from realm.errors import UserError
 from realm.runtime.distributed import any_rank, is_rank_zero, mean_over_ranks
 from realm.runtime.signals import Interrupted, stop_signals
 from realm.runtime.telemetry import Metrics, peak_memory, progress
@@ -19,7 +21,8 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
     """Train `stage` to its last step, starting from its newest checkpoint in `run_folder`.
 
     Returns the seconds of training, including those before the checkpoint. After Ctrl-C or SIGTERM,
-    finishes the current step, writes a checkpoint, and raises Interrupted.
+    finishes the current step, writes a checkpoint, and raises Interrupted. Raises UserError if a
+    loss or weight is not finite; nothing of that step is saved or exported.
     """
     engine = Engine(stage.module, stage.config, config, stage.called_between_steps())
     folder = run_folder / stage.name
@@ -40,7 +43,7 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
     steps, every_s = stage.config.steps, config.log_every_s
     with stop_signals() as stop, progress(stage.name, steps, start, every_s=every_s) as ticker:
         for step in range(start, steps):
-            values = _step(stage, engine, step, seed)
+            values = _step(stage, engine, step, seed, folder)
             done = step + 1
             metrics.log(done, values)
             ticker.update(done, stage.progress_line(values))
@@ -57,16 +60,28 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
     return seconds()
 
 
-def _step(stage: Stage, engine: Engine, step: int, seed: int) -> dict[str, Any]:
-    """Train one step; returns its figures."""
+def _step(stage: Stage, engine: Engine, step: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Train one step; returns its figures. Raises UserError if training has diverged."""
     seed_step(seed, step)
     began = time.monotonic()
     batch = stage.batch(step).to(engine.device)
     drawn = time.monotonic()
     values: dict[str, Any] = mean_over_ranks(engine.step(batch))
+    if any_rank(not (math.isfinite(values["loss"]) and engine.weights_are_finite())):
+        raise UserError(_diverged(stage, step + 1, values["loss"], folder))
     values |= {"seconds/batch": drawn - began, "seconds/update": time.monotonic() - drawn}
     values |= stage.after_step(step + 1)
     return values | {"seconds/step": time.monotonic() - began} | peak_memory()
+
+
+def _diverged(stage: Stage, step: int, loss: float, folder: Path) -> str:
+    """The message for a step whose loss or weights are not finite."""
+    checkpoint = newest_checkpoint(folder)
+    saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
+    return (
+        f"{stage.name} diverged at step {step}: the loss is {loss}, or a weight is not finite; {saved}. Train in a "
+        f"new run (--run) with a lower {stage.name}.optim.lr or more {stage.name}.optim.warmup_steps."
+    )
 
 
 def _remove_old_checkpoints(folder: Path, keep: int) -> None:
