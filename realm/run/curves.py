@@ -32,8 +32,8 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
 
     metrics = read_metrics(folder / "metrics.jsonl")
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    for stage, title in ((stage, title) for stage, title in STAGES.items() if stage in metrics):
-        axes[0, 0].plot(*_series(metrics[stage], "loss", relative=True), label=title)
+    for stage in (stage for stage in STAGES if stage in metrics):
+        axes[0, 0].plot(*_series(metrics[stage], "loss", relative=True), label=STAGES[stage].title)
     axes[0, 0].set(title="Loss by stage", xlabel="fraction of the stage's steps", ylabel="loss (nats)", yscale="log")
     axes[0, 0].legend()
     if steps := metrics.get("pretrain", []):

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,14 +34,23 @@ from realm.text.tokenizer import load_tokenizer
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
 
+
+class StageInfo(NamedTuple):
+    """What a run knows of a training stage without opening it."""
+
+    title: str
+    models: tuple[str, ...]
+    """Models that the finished stage has in its `model` folder: `retriever`, `reader`."""
+
+
 STAGES = {
-    "ict": "inverse cloze",
-    "reader_pretraining": "reader pretraining",
-    "pretrain": "REALM",
-    "finetune_retriever": "finetune the retriever",
-    "finetune": "finetune",
+    "ict": StageInfo("inverse cloze", ("retriever",)),
+    "reader_pretraining": StageInfo("reader pretraining", ("reader",)),
+    "pretrain": StageInfo("REALM", ("retriever", "reader")),
+    "finetune_retriever": StageInfo("finetune the retriever", ("retriever",)),
+    "finetune": StageInfo("finetune", ("retriever", "reader")),
 }
-"""Training stages in their order, with their titles."""
+"""Training stages in their order."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +142,20 @@ class Run:
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one.
 
-        `before`, `until`: only stages before this one, or up to and including it.
+        `before`, `until`: only stages before this one, or up to and including it. Raises UserError
+        if that stage's model is missing, instead of returning an earlier one.
         """
         names = list(STAGES)
         end = names.index(before) if before else names.index(until) + 1 if until else len(names)
         for name in reversed(names[:end]):
-            if (self.model(name) / part).exists():
-                return self.model(name) / part
+            if self.finished(name) and part in STAGES[name].models:
+                folder = self.model(name) / part
+                if not folder.exists():
+                    raise UserError(
+                        f"{folder} is missing, although stage {name} is finished; restore it from a copy of the run, "
+                        f"or remove {self.stage(name)} to train the stage again."
+                    )
+                return folder
         return None
 
     @property

@@ -34,7 +34,7 @@ def print_summary(
     for stage, seconds in stage_times.items():
         spans, asked = masked_spans.get(stage, {}), questions if stage == "evaluate" else {}
         cells = [*(spans.get(name) for name in _MASKED_SPAN_FIGURES), *(asked.get(name) for name in _QUESTION_FIGURES)]
-        rows.append([STAGES.get(stage, stage), format_seconds(seconds), *cells])
+        rows.append([STAGES[stage].title if stage in STAGES else stage, format_seconds(seconds), *cells])
     title = "Masked spans right (%) from null, random, gold and retrieved passages; masked-span recall; questions"
     console.print()
     print_table(title, ["stage", "time", *_MASKED_SPAN_FIGURES.values(), *_QUESTION_FIGURES.values()], rows)

@@ -113,3 +113,17 @@ def test_random_weights_are_not_finetuned(source: Run) -> None:
         initial_retriever(source, "finetune", learned=True)
     with pytest.raises(UserError, match="no trained reader yet; run `realm reader-pretraining`"):
         initial_reader(source, "finetune", learned=True)
+
+
+@pytest.mark.parametrize("part", ["retriever", "reader"])
+def test_a_missing_model_of_a_finished_stage_is_an_error_and_not_replaced_by_an_earlier_one(
+    tmp_path: Path, part: str
+) -> None:
+    run = prepared_run(tmp_path)
+    for stage, models in (("ict", ["retriever"]), ("pretrain", ["retriever", "reader"])):
+        for model in models:
+            (run.model(stage) / model).mkdir(parents=True)
+    assert run.latest(part) == run.model("pretrain") / part
+    (run.model("pretrain") / part).rmdir()
+    with pytest.raises(UserError, match=f"{part} is missing, although stage pretrain is finished"):
+        run.latest(part)
