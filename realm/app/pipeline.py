@@ -18,6 +18,7 @@ from pretrain.collate import MaskedCollator
 from pretrain.masked_span_eval import annotated_items, evaluate_stage_masked_spans, masked_accuracy, read_retrieved
 from pretrain.realm import LiveRealmPretraining
 from pretrain.search import FrozenSearch
+from realm.app.checks import check_inputs
 from realm.app.corpus import prepare
 from realm.app.stages import STAGE_PROGRAMS
 from realm.corpus.collate import NULL
@@ -63,6 +64,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     prepare(config)
     stage_times = {"prepare": time.monotonic() - began}
     run = Run.create(config)
+    check_inputs(run)
     masked_spans: dict[str, dict[str, float]] = {}
     for name in STAGES:
         if getattr(config, name).steps == 0:

@@ -51,7 +51,7 @@ def build_initial_retriever(run: Run) -> Path:
         if source is None:
             built = build_retriever(run.config.retriever, run.tokenizer)
         else:
-            _check_saved("retriever", source, "retriever.json")
+            _check_saved("retriever", source)
             built, tokenizer = load_retriever(Path(source))
             _check_vocabulary(run, "retriever", source, tokenizer.get_vocab())
         config = run.config.retriever
@@ -85,7 +85,7 @@ def build_initial_reader(run: Run) -> Reader:
     corpus, or cannot be adapted to the config.
     """
     if source := run.config.init_from.reader:
-        _check_saved("reader", source, "reader.json")
+        _check_saved("reader", source)
         reader = load_reader(Path(source), run.config.reader)
         _check_vocabulary(run, "reader", source, load_tokenizer(source).get_vocab())
         return reader
@@ -95,10 +95,17 @@ def build_initial_reader(run: Run) -> Reader:
     return reader
 
 
-def _check_saved(part: str, source: str, file: str) -> None:
-    if not (Path(source) / file).is_file():
+def check_init_from(run: Run) -> None:
+    """Raises UserError if `init_from` names a folder that is not a saved model."""
+    for part, source in vars(run.config.init_from).items():
+        if source is not None:
+            _check_saved(part, source)
+
+
+def _check_saved(part: str, source: str) -> None:
+    if not (Path(source) / f"{part}.json").is_file():
         raise UserError(
-            f"init_from.{part} {source!r} is not a saved {part} (it has no {file}); "
+            f"init_from.{part} {source!r} is not a saved {part} (it has no {part}.json); "
             f"give one such as RUN/pretrain/model/{part}."
         )
 
