@@ -17,7 +17,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The generated pages of docs/: after a change of a config field or of a command's options.
+# Regenerates docs/configuration.md and docs/commands.md. Run it after changing a config field or an
+# option of a command.
 docs: .venv/installed
 	$(BIN)/python docs/make_configuration.py
 	$(BIN)/python docs/make_commands.py

@@ -1,4 +1,4 @@
-"""Write docs/commands.md from the parsers of the command line.
+"""Write docs/commands.md from the parsers of the command line interface.
 
     .venv/bin/python docs/make_commands.py
 
@@ -24,14 +24,14 @@ INTRODUCTION = """\
     realm COMMAND --help
 
 prints the options of a command. `python -m realm` is the same program, for launchers such as
-`torchrun` and `deepspeed` ([several processes](guide/several-processes.md)).
+`torchrun` and `deepspeed` ([multiple processes](guide/several-processes.md)).
 
 - Commands that take config fields accept every field of the [configuration](configuration.md) as
   `--section.field value`, for example `--pretrain.steps 1000`.
 - `--config` takes a YAML file and creates the run folder that it names. `--run` takes an existing
   run folder and reads its `config.yaml`.
-- Exit status: 0 on success; 2 for a mistake in arguments, config or data, named in one sentence on
-  standard error; 130 after an interrupt (rerun a training stage with `--resume` to continue).
+- Exit status: 0 on success; 2 for an error in the arguments, the config or the data, with a message
+  on standard error; 130 after an interrupt (rerun a training stage with `--resume` to continue).
 """
 EXAMPLES = {
     "run": "realm run --config configs/demo.yaml --resume",
@@ -59,11 +59,11 @@ EXAMPLES = {
     "bench swaps": "realm bench swaps --rows 100000 --steps 400 --every 100",
     "bench faults": "realm bench faults --kills 50 --flips 100",
 }
-"""One call of each command."""
+"""An example call of each command."""
 
 
 def render() -> str:
-    """The whole page."""
+    """Render the page."""
     parts = [INTRODUCTION]
     for name, about, parser in commands():
         level = "##" if " " not in name else "###"

@@ -36,24 +36,24 @@ pretrain:
   steps: 5000
 ```
 
-- `extends: other.yaml` (relative to the file) takes the fields of another file; the file's own
-  fields are merged over them.
+- `extends: other.yaml` (relative to the file) inherits the fields of another file; the file's own
+  fields override them.
 - On the command line `--section.field value` overrides a field: `--pretrain.steps 1000`,
   `--reader.attention '{type: infini}'`. Values are YAML. With `--config` the override becomes part
   of the run; with `--run` it applies to that command only.
 - A new run folder receives the resolved configuration as `config.yaml`. Later commands read it from
   there with `--run`.
-- An unknown field, a value of the wrong type or out of range is refused with its name.
+- Unknown fields and invalid values are refused with an error that names the field.
 
 Fields are listed by section, with type and default; `null` means "not set".
 """
 
 TITLES = {"SourceConfig": "source of documents", "QuestionSource": "source of questions"}
-"""Headings of classes whose fields have several names."""
+"""Headings of classes that are used under several field names."""
 
 
 def render() -> str:
-    """The whole page."""
+    """Render the page."""
     sections = {entry.name: kind for entry, kind in config_fields(RealmConfig) if is_dataclass(kind)}
     shared = shared_classes(sections)
     links = shared | {kind: name for name, kind in sections.items()}
@@ -131,7 +131,7 @@ def field_docstrings(kind: Any) -> dict[str, str]:
 
 
 def type_name(kind: Any, links: dict[Any, str]) -> str:
-    """A type as users write values of it."""
+    """The name of a type in terms of the YAML values that users write."""
     if kind in links:
         return f"[{links[kind]}](#{anchor(links[kind])})"
     if get_origin(kind) is Literal:
@@ -149,7 +149,7 @@ def type_name(kind: Any, links: dict[Any, str]) -> str:
 
 
 def default_of(entry: Field[Any], kind: Any) -> str:
-    """The default as YAML; of a section, what differs from the defaults of its class."""
+    """The default as YAML; for a section, only the values that differ from its class."""
     value: Any
     if entry.default_factory is not MISSING:
         value = entry.default_factory()
@@ -173,7 +173,7 @@ def yaml_value(value: Any) -> str:
         return "{" + ", ".join(f"{name}: {yaml_value(part)}" for name, part in value.items()) + "}"
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(yaml_value, value))}]"
-    if isinstance(value, float):  # YAML takes 3e-05 for text
+    if isinstance(value, float):  # PyYAML reads 3e-05 as a string
         return re.sub(r"^(-?\d+)(?:\.0)?e(-?)0?", r"\1.0e\2", repr(value))
     return value if isinstance(value, str) and value else json.dumps(value)
 
@@ -188,7 +188,7 @@ def docstring(kind: Any, more: str = "") -> str:
 
 
 def anchor(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """The anchor that GitHub generates for a heading."""
     return re.sub("[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-")
 
 

@@ -1,4 +1,4 @@
-"""Mark the salient spans of a text: what pretraining masks.
+"""Mark the salient spans of a text, which pretraining masks.
 
 python examples/tag_spans.py "Marie Curie discovered radium in Paris in December 1898."
 """

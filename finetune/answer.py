@@ -41,7 +41,7 @@ class Answer:
     passage: int | None
     """Row of the passage it was read from; None if no passage was retrieved."""
     start: int
-    """First character of the answer in the passage's text; -1 if it was read from the title."""
+    """Character offset of the answer in the passage's text; -1 if it was read from the title."""
     probability: float
     """p(z|x) of that passage among those read."""
 
@@ -90,7 +90,7 @@ class Answerer:
         return self.index.search(embeddings, k)[1]
 
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
-        """The best span in the given passages, (B, N) rows; rows below 0 are not passages."""
+        """The best span in the given passages, (B, N) rows; negative rows are empty slots."""
         assert self.model is not None
         if (rows < 0).all():
             return [NO_ANSWER] * len(questions)

@@ -15,12 +15,12 @@ from realm.text.tokenizer import tokenize
 def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> None:
     """Print the answer of a stage's models to the question `text`, reading `passages` passages.
 
-    Prints also the passage with the answer marked, its p(z|x), and the titles of the other passages
+    Also prints the passage with the answer marked, its p(z|x), and the titles of the other passages
     read. Raises UserError if the question is empty or the stage has no reader.
     """
     if not text.strip():
         raise UserError(
-            'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?"'
+            'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?".'
         )
     answerer = Answerer(run, stage)
     if answerer.model is None:

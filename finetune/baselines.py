@@ -32,7 +32,7 @@ class Bm25:
         try:
             import bm25s
         except ImportError as error:
-            raise UserError("BM25 requires the package bm25s; install it with: pip install 'realm[eval]'") from error
+            raise UserError("BM25 requires the package bm25s; install it with: pip install 'realm[eval]'.") from error
         console.print(f"  BM25: indexing {len(passages.rows):,} passages")
         self._bm25s, self.index, self.rows = bm25s, bm25s.BM25(), passages.rows
         texts = [f"{passages.title(row)} {passages.text(row)}" for row in self.rows.tolist()]
@@ -60,7 +60,7 @@ class SentenceTransformerRetriever:
             self.model = SentenceTransformer(name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--compare: {name} cannot be loaded as a sentence-transformers model ({str(error).splitlines()[0]})"
+                f"--compare: {name} cannot be loaded as a sentence-transformers model ({str(error).splitlines()[0]})."
             ) from error
         self.rows = passages.rows
         embeddings_ND = self._embeddings(name, passages, cache, log_every_s)

@@ -102,10 +102,10 @@ class QuestionCollator:
         read: np.ndarray,
         substitutes: Sequence[Substitute | None] | None = None,
     ) -> QuestionBatch:
-        """A batch of questions.
+        """Build a batch of questions.
 
         `retrieved`: (B, K) rows for the retriever's softmax; `read`: (B, N) rows for the reader;
-        rows below 0 are not passages. `substitutes` are applied to the reader's inputs. Answers in
+        negative rows are empty slots. `substitutes` are applied to the reader's inputs. Answers in
         the title are targets of the reader too, as in evaluation.
         """
         read_slot_BN = np.array([self.inputs.contexts.read_slots(rows) for rows in read.tolist()], dtype=np.int64)
@@ -171,5 +171,5 @@ class QuestionCollator:
         return relevant
 
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:
-        """Embeddings of the given rows in the index, (…, D); that of row 0 for rows below 0."""
+        """Embeddings of the given rows in the index, (…, D); that of row 0 for negative rows."""
         return torch.from_numpy(self.index.embeddings(np.maximum(rows, 0).ravel())).view(*rows.shape, -1)

@@ -50,7 +50,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
                 }
             )
     if not rows:
-        raise UserError(f"{first} and {second} have no figure in common.")
+        raise UserError(f"{first} and {second} have no figures in common.")
     table = [
         [
             row["figure"],
@@ -74,7 +74,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
 def _read(path: Path) -> dict[Key, dict[str, float]]:
     """Read the figures of each question; recall only up to the retrieved depth.
 
-    Raises UserError if the file contains other records, or none.
+    Raises UserError if the file contains other records, or no records.
     """
     report = BadRecords()
     records = list(parsed_lines(path, "predictions written by `realm evaluate`", report, _prediction))

@@ -45,10 +45,10 @@ def evaluate(
     """
     source = run.questions(split)
     if source is None:
-        raise UserError(f"no questions given: pass --questions FILE or set data.{split} in the config.")
+        raise UserError(f"data.{split} is not set; set it in the config, or pass --questions FILE.")
     _check_retrievers((stage, *compare))
     folder = run.folder / "evaluations"
-    _refuse_other_questions(folder / f"{name}.json", source)
+    _check_same_questions(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)
     questions = load_questions(source, run.passages, run.tokenizer)
     config = run.config.evaluate
@@ -103,7 +103,7 @@ def _labels(retrievers: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _refuse_other_questions(path: Path, source: QuestionSource) -> None:
+def _check_same_questions(path: Path, source: QuestionSource) -> None:
     """Raise UserError if `path` contains the figures of other questions."""
     try:
         existing = json.loads(path.read_text())["questions"]
@@ -121,7 +121,7 @@ def answerable(passages: PreparedCorpus, questions: Sequence[Question], log_ever
     plain = [number for number, question in enumerate(questions) if not question.is_pattern]
     patterns = [number for number, question in enumerate(questions) if question.is_pattern]
     if plain:
-        with progress("look for answers", len(passages), unit="passage", every_s=log_every_s) as ticker:
+        with progress("search for answers", len(passages), unit="passage", every_s=log_every_s) as ticker:
 
             def texts() -> Iterator[str]:
                 for row in passages.rows.tolist():

@@ -109,13 +109,13 @@ def format_of(source: QuestionSource) -> str:
         columns = _columns(path)
         if columns == 2 and "trec" in path.name.lower():
             raise UserError(
-                f"{path} contains answers or regular expressions, which look alike; set `format` to trec for regular "
-                "expressions or to qas for answers"
+                f"{path} may contain answers or regular expressions; set `format` to trec for regular "
+                "expressions or to qas for answers."
             )
         if columns in (2, 4):
             return {2: "qas", 4: "trec"}[columns]
     raise UserError(
-        f"the format of the questions {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}"
+        f"the format of the questions {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}."
     )
 
 
@@ -276,7 +276,7 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
     path = Path(source.path)
     entries = read_json(path, "a list of WebQuestions questions")
     if not isinstance(entries, list):
-        raise UserError(f"{path} is not in WebQuestions format: expected a list of objects with qText and answers")
+        raise UserError(f"{path} is not in WebQuestions format: expected a list of objects with qText and answers.")
     for number, entry in enumerate(entries):
         place = Place(f"{path}, record {number}")
         try:
@@ -297,11 +297,11 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
     path = Path(source.path)
     squad = read_json(path, "SQuAD articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'question file {path} is not in SQuAD format: expected an object with a list under "data"')
+        raise UserError(f'question file {path} is not in SQuAD format: expected an object with a list under "data".')
     titles = [_plain(str(article.get("title") or "")) if isinstance(article, dict) else "" for article in squad["data"]]
     wanted, excluded = {_plain(name) for name in source.articles}, {_plain(name) for name in source.exclude_articles}
     if missing := sorted((wanted | excluded) - set(titles)):
-        raise UserError(f"question file {path} has no article {missing[0]!r}; check `articles` and `exclude_articles`")
+        raise UserError(f"question file {path} has no article {missing[0]!r}; check `articles` and `exclude_articles`.")
     for a, (title, article) in enumerate(zip(titles, squad["data"], strict=True)):
         if (wanted and title not in wanted) or title in excluded:
             continue

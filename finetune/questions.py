@@ -68,7 +68,7 @@ def load_questions(
         raise UserError(f"{report}\nFix them, or skip them with skip_bad: true next to the path of these questions.")
     if not records:
         raise UserError(
-            f"question file {source.path} contains no usable question." + (f"\n{report}" if report.total else "")
+            f"question file {source.path} contains no usable questions." + (f"\n{report}" if report.total else "")
         )
     question_ids = [ids for ids, _ in tokenize(tokenizer, [record.text for record in records])]
     answer_ids = [
@@ -98,7 +98,7 @@ def training_source(run: Run) -> QuestionSource:
     """The source of the questions to finetune on. Raises UserError if `data.train` is not set."""
     source = run.questions("train")
     if source is None:
-        raise UserError("data.train names no questions to finetune on; set it in the config or pass --data.train FILE.")
+        raise UserError("data.train is not set; set it in the config, or pass --questions FILE.")
     return source
 
 

@@ -70,7 +70,7 @@ class Finetuning(Stage):
 
     @classmethod
     def open(cls, run: Run) -> "Finetuning":
-        """The stage as it trains in `run`, with the index of the retriever that it starts from.
+        """Open the stage for training in `run`, with the index of its initial retriever.
 
         Raises UserError if the run has no trained retriever, no trained reader, or no training
         questions.
@@ -83,7 +83,7 @@ class Finetuning(Stage):
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "Finetuning":
-        """The stage to be timed."""
+        """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         reader, _ = build_reader(run.config.reader, run.tokenizer)
         return cls(run, retriever, reader, index, sample_questions(run.passages, run.config.seed))
@@ -96,7 +96,8 @@ class Finetuning(Stage):
 
     def progress_line(self, values: dict[str, Any]) -> str:
         return (
-            f"loss {values['loss']:.2f}  span right {values['accuracy']:.2f}  retrieved {values['retriever_rows']:.2f}"
+            f"loss {values['loss']:.2f}  accuracy {values['accuracy']:.2f}  "
+            f"answer retrieved {values['retriever_rows']:.2f}"
         )
 
     def close(self) -> None:

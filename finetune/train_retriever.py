@@ -32,7 +32,7 @@ from realm.training.streams import RunStream, StepStream, run_seed, step_generat
 
 
 class RetrieverFinetuning(Stage):
-    """A question must find its passage among those of the other questions and hard negatives."""
+    """Retrieve each question's passage among those of the other questions and hard negatives."""
 
     name = "finetune_retriever"
     config: FinetuneRetrieverConfig
@@ -43,15 +43,15 @@ class RetrieverFinetuning(Stage):
 
     @classmethod
     def open(cls, run: Run) -> "RetrieverFinetuning":
-        """The stage as it trains in `run`.
+        """Open the stage for training in `run`.
 
-        Raises UserError if the run is finetuned already, it has no trained retriever, or there are
-        no training questions with a passage to find.
+        Raises UserError if the run is already finetuned, has no trained retriever, or has no
+        training questions with a passage to find.
         """
         config = run.config.finetune_retriever
         if run.finished("finetune"):
             raise UserError(
-                f"run {run.folder} is finetuned already, with its present retriever; remove {run.stage('finetune')} "
+                f"run {run.folder} is already finetuned with its current retriever; remove {run.stage('finetune')} "
                 "or copy the run."
             )
         if config.steps == 0:
@@ -61,16 +61,16 @@ class RetrieverFinetuning(Stage):
         questions = load_questions(source, run.passages, run.tokenizer)
         index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
         miner, _ = load_retriever(path)
-        return cls._with(run, index, load_retriever(path)[0], miner, questions)
+        return cls._build(run, index, load_retriever(path)[0], miner, questions)
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "RetrieverFinetuning":
-        """The stage to be timed."""
+        """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
-        return cls._with(run, index, retriever, retriever, sample_questions(run.passages, run.config.seed))
+        return cls._build(run, index, retriever, retriever, sample_questions(run.passages, run.config.seed))
 
     @classmethod
-    def _with(
+    def _build(
         cls, run: Run, index: Index, retriever: Retriever, miner: Retriever, questions: Sequence[Question]
     ) -> "RetrieverFinetuning":
         config = run.config.finetune_retriever
@@ -173,7 +173,7 @@ class RetrieverBatches:
     def _is_negative(self, question: Question, row: int) -> bool:
         """Whether a passage may be a negative.
 
-        It must be of another document, and with `positives: answer` contain no answer.
+        It must be from another document and, with `positives: answer`, must not contain an answer.
         """
         if self.collator.passages.document(row) == question.document:
             return False

@@ -39,7 +39,7 @@ class VersionInfo:
 
     @property
     def state(self) -> str:
-        """Short description of what keeps the version and what is wrong with it."""
+        """Short description of why the version is kept, and of its problems."""
         words = [
             "newest" if self.newest else "",
             f"pinned by {len(self.readers)}" if self.readers else "",
@@ -105,7 +105,7 @@ def find_version(run: Path, name: str) -> VersionInfo:
 def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """Check every byte of a version against its manifest and map it into memory.
 
-    Returns the reason why readers would refuse it, or None.
+    Returns the reason why it would be refused, or None.
     """
     start = time.monotonic()
     try:
@@ -145,7 +145,7 @@ def collect_garbage(
                 removed += [store / "indexes" / version.name for version in waiting]
                 continue
             if waiting:
-                log(f"removing {len(waiting)} versions unless a reader pins them within {grace_s:g} s")
+                log(f"removing {len(waiting)} versions unless a process pins them within {grace_s:g} s")
                 time.sleep(grace_s)
                 lease.check()
                 collected += collector.collect(lineage, lineage.current)
@@ -166,6 +166,6 @@ def _acquire_lease(lease: Lease, store: Path, config: RefreshConfig, log: Callab
         if time.monotonic() > deadline:
             raise UserError(
                 f"refresher {lease.current_holder()} is running in {store} and collects garbage itself; "
-                "stop it first, or leave the collection to it."
+                "stop it first, or let it collect garbage."
             )
         time.sleep(min(0.2, config.lease_expiry_s / 6))

@@ -26,7 +26,7 @@ _ADD_ROWS = 65_536
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """Contents of an index's `manifest.json`, besides `format` and the checksums of the files."""
+    """Contents of an index's `manifest.json`, except `format` and the checksums of the files."""
 
     encoder: str
     """Name of the encoder version the index was built from."""
@@ -45,7 +45,7 @@ class IndexManifest:
     seconds: dict[str, float]
     """Build time by phase."""
     created_at: str
-    """UTC, ISO 8601; informational only, no decision depends on it."""
+    """UTC, ISO 8601; for information only."""
     search_parameters: str = ""
     """FAISS search parameters, such as `nprobe=32`."""
     drift: dict[str, Any] = field(default_factory=dict)
@@ -74,14 +74,14 @@ def empty_index(dim: int, factory: str) -> faiss.Index:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
-            f'FAISS cannot create index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat"'
+            f'FAISS cannot create index factory "{factory}" for {dim} dimensions ({_reason(error)}); try "Flat".'
         ) from error
     inner = faiss.downcast_index(index)
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexFastScan | faiss.IndexIVFFastScan):
         raise UserError(
-            f'index factory "{factory}" cannot reconstruct vectors, which finetuning requires; append ",RFlat" to it'
+            f'index factory "{factory}" cannot reconstruct vectors, which finetuning requires; append ",RFlat" to it.'
         )
     return index
 
@@ -97,7 +97,7 @@ def set_search_parameters(index: faiss.Index, parameters: str) -> None:
     except RuntimeError as error:
         raise UserError(
             f'search parameters "{parameters}" are invalid for this index ({_reason(error)}); '
-            "fix refresh.search_parameters"
+            "fix refresh.search_parameters."
         ) from error
 
 
@@ -129,7 +129,7 @@ def build_index(
         add_rows(index, shards)
     except RuntimeError as error:
         raise UserError(
-            f'index factory "{factory}" cannot be built from {count} passages ({_reason(error)}); try "Flat"'
+            f'index factory "{factory}" cannot be built from {count} passages ({_reason(error)}); try "Flat".'
         ) from error
     return index
 

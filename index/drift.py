@@ -40,7 +40,7 @@ def cosine_change(before_PD: np.ndarray, now_PD: np.ndarray) -> float:
 
 
 def overlap(stale_PK: np.ndarray, fresh_PK: np.ndarray) -> float:
-    """Fraction of the fresh index's results that the stale index finds too."""
+    """Fraction of the fresh index's results that the stale index also finds."""
     return float(
         np.mean(
             [

@@ -2,7 +2,7 @@
 lease detects this before it publishes.
 
 Each tenure is a directory `epoch-000003`. `mkdir` creates it, which is exclusive on local file
-systems and on NFS. The highest epoch is in force until its holder writes `released` there or its
+systems and on NFS. The highest epoch is valid until its holder writes `released` there or its
 heartbeat stops. Epochs are never removed and only increase.
 """
 
@@ -20,11 +20,12 @@ class LeaseLost(Exception):
 
 
 class Lease:
-    """Exclusive right to write in a run's index store.
+    """Exclusive right to write to a run's index store.
 
     `folder`: contains the epochs. `holder`: description of this process, for messages. `expiry_s`:
     a holder whose heartbeat does not change for this many seconds is considered dead. The observer
-    measures them by its own monotonic clock; other machines' clocks and file times are not used.
+    measures this time with its own monotonic clock; other machines' clocks and file times are not
+    used.
     """
 
     def __init__(self, folder: Path, holder: str, expiry_s: float) -> None:
@@ -71,7 +72,7 @@ class Lease:
         return True
 
     def current_holder(self) -> str:
-        """The process that holds, or last held, the lease; for messages."""
+        """The process that holds or last held the lease, for messages."""
         try:
             return (self._path(self._latest_epoch()) / "holder").read_text().strip()
         except FileNotFoundError:

@@ -34,7 +34,7 @@ def remove_export_leftovers(folder: Path) -> None:
 
 
 class LiveIndex:
-    """The index in use, which follows the refresher; one per trainer, used as a context manager."""
+    """The index in use, updated from the refresher; one per trainer, used as a context manager."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class LiveIndex:
 
     @property
     def index(self) -> PassageIndex:
-        """The index of this step."""
+        """The index in use."""
         assert self._slot.index is not None, "call wait_for_first before the first search"
         return self._slot.index
 
@@ -126,7 +126,7 @@ class LiveIndex:
     def wait_for_first(self, step: int = 0) -> None:
         """Wait for the index of `step`, the first step, at most `refresh.wait_timeout_s`.
 
-        Raises UserError with the remedy if it is not available by then.
+        Raises UserError if it does not become available in time.
         """
         if step in self.replay:
             self._wait_for_export(self.replay[step])
@@ -136,7 +136,7 @@ class LiveIndex:
     def swap(self, step: int) -> None:
         """Swap in a newer index before `step` if one is ready, then apply the staleness policy.
 
-        A replayed step waits for exactly the index that it searched before.
+        A replayed step waits for an index of the export that the log names.
         """
         if step in self.replay:
             self._wait_for_export(self.replay[step])

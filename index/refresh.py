@@ -113,7 +113,7 @@ class _Refresher:
             if not waiting:
                 waiting = True
                 self.log(
-                    f"refresher {lease.current_holder()} holds the lease; waiting until it ends, "
+                    f"refresher {lease.current_holder()} holds the lease; waiting until it exits, "
                     f"or for {self.config.lease_expiry_s:g} s without a heartbeat"
                 )
             self.stop.wait(min(self.config.poll_s, self.config.lease_expiry_s / 4))
@@ -135,7 +135,7 @@ class _Refresher:
             return False
 
     def run_loop(self, lease: Lease, once: bool) -> None:
-        """Build versions until none is left; the first worker decides for all."""
+        """Build versions until no work is left; the first worker decides for all workers."""
         while True:
             running, version = self.workers.run_on_first(lambda: self._wait_for_work(lease, once))
             if not running:
@@ -191,7 +191,7 @@ class _Refresher:
         return matches_config(self.run / "indexes" / version.name, self.corpus, self.config)
 
     def _build(self, version: Version, lease: Lease, once: bool) -> None:
-        """Build and publish the index of an encoder; log what prevents it and can be retried."""
+        """Build and publish the index of an encoder; log errors that can be retried."""
         try:
             build = VersionBuild(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
             build.build(self.load, lambda fraction_done: self._check_superseded(version, fraction_done))
@@ -228,7 +228,7 @@ class _Refresher:
         lineage = Lineage.load(self.run)
         assert lineage.current is not None
         if not lineage.allows(version, lineage.current):
-            raise Superseded(f"attempt {lineage.current} has abandoned it")
+            raise Superseded(f"attempt {lineage.current} abandoned it")
         if version.step in requested_exports(self.run):
             return
         latest = next(iter(newest(self.run / "encoders", lineage, lineage.current)), version)

@@ -1,12 +1,13 @@
 """Retention of index versions: which versions are needed, and garbage collection of the others.
 
-Besides the newest versions, two kinds are kept. A version is *pinned* by a reader that has it open:
-a `ReaderPin`, a file under `refresher/holds/`. A version is *referenced* by a checkpoint that needs
-it to resume exactly: the checkpoint names it in its file `index_version`.
+In addition to the newest versions, two kinds are kept. A version is *pinned* by a process that has
+it open: a `ReaderPin`, a file under `refresher/holds/`. A version is *referenced* by a checkpoint
+that needs it to resume exactly: the checkpoint names it in its file `index_version`.
 
-A reader takes a pin and then checks that the version still exists. The collector moves a version
-aside, then checks for pins and moves it back if there is one. The second of the two always sees the
-first, so no version disappears after a reader has checked it.
+A process that opens a version creates a pin and then checks that the version still exists. The
+collector renames a version, then checks for pins, and renames it back if there is one. Whichever
+acts second sees the action of the other, so no version disappears after a process has pinned and
+checked it.
 """
 
 import os
@@ -41,7 +42,7 @@ class ReaderPin:
 
 
 def pinning_readers(run: Path, version: Version) -> list[str]:
-    """`host.pid` of every reader pin of a version.
+    """`host.pid` of every process that pins a version.
 
     Removes pins of dead processes of this host; a pin of another host counts as long as its file
     exists.
@@ -58,7 +59,7 @@ def pinning_readers(run: Path, version: Version) -> list[str]:
 
 
 def is_pinned(run: Path, version: Version) -> bool:
-    """Whether a reader pins the version."""
+    """Whether a process pins the version."""
     return bool(pinning_readers(run, version))
 
 
@@ -76,8 +77,8 @@ class GarbageCollector:
     """Removes index versions that have been unneeded for `grace_s` seconds, then the exported
     encoders of removed versions.
 
-    A version is unneeded if it is not among the newest `keep_last`, no reader pins it, no
-    checkpoint references it and no replay requests it. The grace period protects readers on other
+    A version is unneeded if it is not among the newest `keep_last`, no process pins it, no
+    checkpoint references it and no replay requests it. The grace period protects processes on other
     NFS hosts, where access to a mapped file that was unlinked is a bus error. It is measured by
     this process's monotonic clock and restarts with each process. Only the lease holder may
     collect.
@@ -134,13 +135,13 @@ class GarbageCollector:
             if version not in indexed and (
                 abandoned or (version.step, version.attempt) < (usable[0].step, usable[0].attempt)
             ):
-                # No process opens it any more. After a kill, the next call finishes.
+                # No process opens it from now on. After a kill, the next call finishes the removal.
                 shutil.rmtree(encoders / version.name)
                 removed.append(version)
         return removed
 
     def _remove(self, version: Version) -> bool:
-        """Remove an index version; returns False if a reader has pinned it meanwhile."""
+        """Remove an index version; returns False if a process has pinned it in the meantime."""
         folder = self.run / "indexes" / version.name
         aside = folder.parent / f"{TEMPORARY}{version.name}-{uuid.uuid4().hex}"
         folder.rename(aside)
@@ -155,8 +156,8 @@ class GarbageCollector:
 def remove_leftovers(run: Path) -> list[Path]:
     """Remove temporary files that crashes left in the run's index store; returns their paths.
 
-    A version that a killed collector had moved aside is moved back if a reader pins it. Only the
-    lease holder may call it.
+    A version that a killed collector had renamed is restored if a process pins it. Only the lease
+    holder may call it.
     """
     removed = []
     for path in (*run.glob(f"indexes/{TEMPORARY}*"), *run.glob(f"refresher/{TEMPORARY}*")):
@@ -173,7 +174,7 @@ def remove_leftovers(run: Path) -> list[Path]:
 
 
 def _moved_aside(path: Path) -> Version | None:
-    """The version that a collector moved to a temporary folder, or None for any other path."""
+    """The version that a collector renamed to a temporary folder, or None for any other path."""
     with suppress(PublishError):
         if (path / MANIFEST).exists():
             return Version.parse(path.name.removeprefix(TEMPORARY).rsplit("-", 1)[0])

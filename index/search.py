@@ -21,7 +21,7 @@ from realm.runtime.versions import Version
 
 
 class IndexRefused(UserError):
-    """An index folder must not be searched; the message gives the reason."""
+    """An index folder that must not be searched; the message gives the reason."""
 
 
 class PassageIndex:
@@ -126,7 +126,7 @@ class PassageIndex:
         index finds fewer, the remaining rows are -1. Raises UserError if k exceeds the corpus.
         """
         if k > len(self):
-            raise UserError(f"k = {k} exceeds the corpus, which has only {len(self)} passages; lower k")
+            raise UserError(f"k = {k} exceeds the corpus, which has only {len(self)} passages; lower k.")
         if self._threads is not None:
             faiss.omp_set_num_threads(self._threads)  # applies to the calling thread only
         query_emb_BD = np.ascontiguousarray(query_emb_BD, dtype=np.float32)

@@ -77,8 +77,8 @@ class VersionBuild:
         encoder = load(folder)
         if encoder.tokenizer_fingerprint != self.corpus.manifest["tokenizer"]:
             raise UserError(
-                f"{folder} was trained with another tokenizer than the corpus was prepared with; "
-                "prepare the corpus with the encoder's tokenizer"
+                f"{folder} was trained with a different tokenizer than the corpus; "
+                "prepare the corpus with the encoder's tokenizer."
             )
         empty_index(encoder.retriever.dim, self.config.factory)  # fail before encoding if the factory is invalid
         encoder_checksum = checksum(folder)

@@ -154,7 +154,7 @@ class IndexWatcher:
                     return
 
     def _open(self, version: Version) -> PassageIndex | None:
-        """Pin, verify and open a version; None if it is refused or was collected meanwhile."""
+        """Pin, verify and open a version; None if it is refused or was already collected."""
         folder = self.run / "indexes" / version.name
         encoder = self.run / "encoders" / version.encoder.name
         pin = ReaderPin(self.run, version)

@@ -25,14 +25,14 @@ from realm.training.streams import RunStream, StepStream, run_seed, step_generat
 
 
 class IndexSource(Protocol):
-    """Where the index of each step comes from: `index.live.LiveIndex`."""
+    """Source of the index of each step, such as `index.live.LiveIndex`."""
 
     @property
     def index(self) -> Index:
         """The index in use."""
 
     def swap(self, step: int) -> None:
-        """Take a newer index, if one is ready, before step `step`."""
+        """Swap in a newer index before step `step`, if one is ready."""
 
 
 class Candidates:
@@ -128,5 +128,5 @@ class Candidates:
         return checkpoint / f"candidates-{rank():03d}.npy"
 
     def close(self) -> None:
-        """End the search thread."""
+        """Stop the search thread."""
         self._thread.shutdown()

@@ -26,7 +26,7 @@ from realm.training.streams import RunStream, StepStream, run_seed, step_generat
 
 
 class InverseCloze(Stage):
-    """A sentence must find the block that it was taken from, among the blocks of the batch."""
+    """Retrieve, from the blocks of the batch, the block that a sentence was taken from."""
 
     name = "ict"
     config: IctConfig
@@ -37,16 +37,16 @@ class InverseCloze(Stage):
 
     @classmethod
     def open(cls, run: Run) -> "InverseCloze":
-        """The stage as it trains in `run`."""
-        return cls._with(run, load_retriever(initial_retriever(run, cls.name))[0])
+        """Open the stage for training in `run`."""
+        return cls._build(run, load_retriever(initial_retriever(run, cls.name))[0])
 
     @classmethod
     def open_sample(cls, run: Run) -> "InverseCloze":
-        """The stage to be timed."""
-        return cls._with(run, build_retriever(run.config.retriever, run.tokenizer))
+        """Open the stage for timing."""
+        return cls._build(run, build_retriever(run.config.retriever, run.tokenizer))
 
     @classmethod
-    def _with(cls, run: Run, retriever: Retriever) -> "InverseCloze":
+    def _build(cls, run: Run, retriever: Retriever) -> "InverseCloze":
         config = run.config.ict
         return cls(retriever, InverseClozeBatches(run.passages, run.collator, config, run.config.seed), config)
 
@@ -68,7 +68,7 @@ class InverseClozeBatches:
         if len(self.rows) < 2:
             raise UserError(
                 "the inverse cloze task needs at least two passages with two sentences or more; "
-                "use longer passages or more of them."
+                "use more passages, or longer ones."
             )
 
     def __call__(self, step: int, size: int) -> PairBatch:

@@ -1,6 +1,6 @@
 """Masked-span evaluation: recall of the retriever, and accuracy of the reader by passage.
 
-The accuracy with the null passage shows what the reader knows without reading.
+The accuracy with the null passage shows which facts the reader has memorized.
 """
 
 import json
@@ -80,7 +80,7 @@ def load_annotated(
                 "answer.text and answer.start."
             ) from error
         if not aligned:
-            raise UserError(f"{path}:{number}: the answer {answer!r} is not at answer.start ({start}) of the text.")
+            raise UserError(f"{path}:{number}: the answer {answer!r} is not at answer.start ({start}).")
         if split is None or record.get("split") == split:
             records.append((record["text"], start, start + len(answer), passage))
     items = []
@@ -207,7 +207,7 @@ def read_retrieved(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read the null passage and the retrieved ones, (len(examples), N − 1) rows.
 
-    Returns for each example whether the span with the largest p(z|x) p(y|z,x) is right, and
+    Returns for each example whether the prediction with the largest p(z|x) p(y|z,x) is correct, and
     p(null|x).
     """
     rights, nulls = [], []
@@ -230,7 +230,7 @@ def read_retrieved(
 
 
 def annotated_items(run: Run, field: str, split: str | None = None) -> list[MaskedSpanItem]:
-    """The annotated statements of a field of `data` in the config; none if it is not set."""
+    """The annotated statements of a field of `data` in the config; empty if it is not set."""
     path = run.data(field)
     longest = run.config.retriever.max_query_tokens
     return [] if path is None else load_annotated(path, run.tokenizer, run.passages, longest, split)

@@ -95,7 +95,7 @@ class SpanSampler:
 def substitute(
     example: MaskedSentence, texts: Sequence[IntArray], pool: SpanPool, wordpieces: Wordpieces, rng: np.random.Generator
 ) -> tuple[MaskedSentence, list[IntArray]]:
-    """Replace the masked span, in the target and in `texts`, by a random span of its type.
+    """Replace the masked span, in the target and in `texts`, with a random span of its type.
 
     The query contains only masks, so the new span can only be predicted by copying it from the
     passage.

@@ -47,21 +47,21 @@ class ReaderPretraining(Stage):
 
     @classmethod
     def open(cls, run: Run) -> "ReaderPretraining":
-        """The stage as it trains in `run`."""
+        """Open the stage for training in `run`."""
         reader = initial_reader(run, cls.name)
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
-        return cls._with(run, reader, FrozenSearch.open(run, initial_retriever(run, cls.name), collator))
+        return cls._build(run, reader, FrozenSearch.open(run, initial_retriever(run, cls.name), collator))
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "ReaderPretraining":
-        """The stage to be timed."""
+        """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer).to(local_device())
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
         search = FrozenSearch(retriever, index, collator, run.config.engine.precision)
-        return cls._with(run, build_reader(run.config.reader, run.tokenizer)[0], search)
+        return cls._build(run, build_reader(run.config.reader, run.tokenizer)[0], search)
 
     @classmethod
-    def _with(cls, run: Run, reader: Reader, search: FrozenSearch) -> "ReaderPretraining":
+    def _build(cls, run: Run, reader: Reader, search: FrozenSearch) -> "ReaderPretraining":
         config, longest = run.config.reader_pretraining, run.config.pretrain.max_span_tokens
         answer_tokens = run.config.reader.max_span_tokens
         batches = ReaderPretrainingBatches(run.statements, search, config, longest, answer_tokens, run.config.seed)
@@ -75,7 +75,7 @@ class ReaderPretraining(Stage):
 
     def progress_line(self, values: dict[str, Any]) -> str:
         loss, right, located = values["loss"], values["accuracy"], values["span_accuracy"]
-        return f"loss {loss:.2f}  span right {right:.2f}  span located {located:.2f}"
+        return f"loss {loss:.2f}  accuracy {right:.2f}  span accuracy {located:.2f}"
 
     def close(self) -> None:
         self.batches.search.index.close()
@@ -98,7 +98,7 @@ class ReaderPretrainingBatches:
         seed: int,
     ) -> None:
         """`max_span_tokens`: longest masked span; `max_answer_tokens`: longest span that the span
-        head can choose."""
+        head can predict."""
         self.statements, self.search, self.collator = statements, search, search.collator
         self.config, self.max_answer_tokens, self.seed = config, max_answer_tokens, seed
         self.passages = self.collator.inputs.passages
@@ -116,7 +116,7 @@ class ReaderPretrainingBatches:
         return self._batch(step, [self._found[i % len(self._found)] for i in range(at, at + size)])
 
     def sample(self, step: int, size: int) -> ReaderPretrainingBatch:
-        """A batch as in training, but with a random passage where none supports the sentence."""
+        """A batch as in training, but with a random passage if no passage supports the sentence."""
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, step)
         examples = [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)]
         found = self._supported(examples)
@@ -167,8 +167,8 @@ class ReaderPretrainingBatches:
     def _retrieve(self, block: int, size: int) -> list[tuple[MaskedSentence, int]]:
         """Masked sentences for 50 steps, each with a supporting passage.
 
-        Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if none of
-        them has a supporting passage.
+        Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if no
+        sentence has a supporting passage.
         """
         needed = STEPS_PER_RETRIEVAL * size
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, block)

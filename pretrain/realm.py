@@ -66,7 +66,7 @@ class RealmPretraining(Stage):
 
     @classmethod
     def open_sample(cls, run: Run, index: Index) -> "RealmPretraining":
-        """The stage to be timed."""
+        """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         return cls(run, retriever, build_reader(run.config.reader, run.tokenizer)[0], FixedIndex(index))
 
@@ -97,7 +97,7 @@ class LiveRealmPretraining(RealmPretraining):
 
     @classmethod
     def open(cls, run: Run, with_refresher: bool = False, replay: Path | None = None) -> "LiveRealmPretraining":
-        """The stage as it trains in `run`, with its first index.
+        """Open the stage for training in `run`, with its first index.
 
         `with_refresher`: start a refresher process. `replay`: a run folder, this one or another,
         whose log determines which index each step searches; after the end of the log, each step
@@ -209,9 +209,9 @@ def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
 
 
 def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -> None:
-    """Print whether the reader can read.
+    """Check whether the reader uses the passages, and print the result.
 
-    Compares its accuracy with passages that contain the span and with the null passage.
+    Compares its accuracy from passages that contain the span and from the null passage.
     """
     config, precision = run.config.pretrain, run.config.engine.precision
     collator = MaskedCollator(run.collator, config.reader_buckets)
@@ -234,11 +234,11 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     supported = masked_accuracy(reader, collator, precision, chosen, [row for _, row in pairs])
     null = masked_accuracy(reader, collator, precision, chosen, [NULL] * len(pairs))
     console.print(
-        f"  reader check: masked span right from a passage that contains it {supported:.0f} %, from the null passage "
-        f"{null:.0f} % ({len(pairs)} spans)"
+        f"  reader check: masked-span accuracy with a passage that contains the span {supported:.0f} %, "
+        f"with the null passage {null:.0f} % ({len(pairs)} spans)"
     )
     if supported < null + 10:
         console.print(
-            "  warning: the reader cannot read yet, so the retriever will learn little from it; "
+            "  warning: the reader does not use the passages yet, so the retriever will learn little from it; "
             "raise reader_pretraining.steps"
         )

@@ -19,14 +19,14 @@ from realm.runtime.telemetry import log_line
 
 
 class FrozenSearch:
-    """Passages as a saved retriever embeds them, searched with masked sentences."""
+    """Search of the passages with a saved retriever; the queries are masked sentences."""
 
     def __init__(self, retriever: Retriever, index: Index, collator: MaskedCollator, precision: Precision) -> None:
         self.retriever, self.index, self.collator, self.precision = retriever, index, collator, precision
 
     @classmethod
     def open(cls, run: Run, folder: Path, collator: MaskedCollator) -> "FrozenSearch":
-        """Load the retriever saved in `folder` and open its index; builds it if it is missing."""
+        """Load the retriever saved in `folder`, and open or build its index."""
         retriever = load_retriever(folder)[0].to(local_device())
         index = frozen_index(run.folder, folder, run.passages, run.config.refresh, log_line)
         return cls(retriever, index, collator, run.config.engine.precision)

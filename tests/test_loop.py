@@ -69,13 +69,13 @@ def test_an_existing_run_is_refused_without_resume(finished: Path) -> None:
 
 def test_finetuning_a_finetuned_run_on_other_questions_is_refused(finished: Path) -> None:
     result = realm("finetune", "--run", finished / "run", "--questions", finished / "other.json", "--resume")
-    assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "already finetuned" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_finetuning_the_retriever_of_a_finetuned_run_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns("finetune_retriever"))
     result = realm("finetune-retriever", "--run", tmp_path / "run")
-    assert result.returncode == 2 and "finetuned already" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "already finetuned" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "finetune_retriever").exists()
 
 

@@ -66,7 +66,7 @@ def test_a_corpus_prepared_with_a_limit_is_refused_without_it(capsys: pytest.Cap
     assert main(["prepare", "--config", str(config), "--limit", "5"]) == 0
     message = error_message(capsys, "ict", "--config", config)
     assert (
-        "was prepared with other settings: the limit of documents per source was [5] and is now [None]" in message
+        "was prepared with different settings: the limit of documents per source was [5] and is now [None]" in message
         and "--corpus.prepared" in message
     )
     assert "corpus.block_tokens was 80 and is now 70" in error_message(
@@ -76,7 +76,7 @@ def test_a_corpus_prepared_with_a_limit_is_refused_without_it(capsys: pytest.Cap
 
 def test_stages_without_questions_are_refused_before_training(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     config = write_config(folder, data={"train": None})
-    assert "data.train names no questions" in error_message(capsys, "run", "--config", config)
+    assert "data.train is not set" in error_message(capsys, "run", "--config", config)
     assert not (folder / "prepared").exists()
 
 
@@ -115,7 +115,7 @@ def test_run_folder_with_another_config(capsys: pytest.CaptureFixture[str], fold
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("run: elsewhere\n")
     message = error_message(capsys, "ict", "--config", config)
-    assert "another config" in message and "--run" in message
+    assert "different config" in message and "--run" in message
 
 
 @pytest.mark.parametrize("override", [("--ict.optim.lr", "1e20"), ("--retriever.temperature", "1e-40")])

@@ -148,4 +148,4 @@ class NoIndex:
         return np.zeros((len(rows), 32), np.float32)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""

@@ -82,7 +82,7 @@ def bench_encoding(corpus: PreparedCorpus, encoder_folder: Path, count: int) -> 
 
 def bench_opening(info: VersionInfo, corpus: PreparedCorpus) -> dict[str, float]:
     """Measure mapping an index with and without verification (which a trainer runs on a thread),
-    and its memory with one and two processes."""
+    and its memory use with one and two processes."""
     mapped = min(
         timed(lambda: faiss.read_index(str(info.path / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC))[0] for _ in range(_REPEATS)
     )

@@ -111,7 +111,7 @@ def export(setup: FaultSetup, version: Version) -> None:
 def _with_phase(
     setup: FaultSetup, kind: str, phase: str, call: Callable[..., Any], pause_s: float = 0.005
 ) -> Callable[..., Any]:
-    """Wrap `call` to show its phase to the supervisor, with a pause so that a kill can hit it."""
+    """Wrap `call` to report its phase to the supervisor, and pause so that a kill can hit it."""
 
     def call_in_phase(*arguments: Any, **options: Any) -> Any:
         setup.phase[kind].value = PHASE_NUMBERS[phase]
@@ -125,7 +125,7 @@ def _with_phase(
 
 
 def run_refresher(setup: FaultSetup, config: RefreshConfig = CONFIG, once: bool = False) -> None:
-    """Run a refresher that publishes its phases and records each shard that it starts."""
+    """Run a refresher that reports its phases and records each shard that it starts."""
     encode_in_shards = version_build.encode_in_shards
 
     def encode_in_shards_recorded(

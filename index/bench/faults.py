@@ -151,7 +151,7 @@ def suspend_lease_holder(supervisor: Supervisor, times: int) -> None:
         suspended.kill()
         suspended.join()
         supervisor.check_store()
-    supervisor.report.figures["lease holders frozen, taken over and woken"] = survived
+    supervisor.report.figures["lease holders suspended, replaced and resumed"] = survived
 
 
 def run_two_refreshers(supervisor: Supervisor, num_versions: int) -> None:
@@ -178,7 +178,7 @@ def run_two_refreshers(supervisor: Supervisor, num_versions: int) -> None:
             supervisor.report.violations.append("a refresher did not exit on SIGTERM")
     twice = [version for version, built in epochs.items() if version.attempt == attempt and len(built) > 1]
     supervisor.report.violations += [f"{version} was built twice" for version in twice]
-    supervisor.report.figures["versions of two refreshers at once"] = num_versions
+    supervisor.report.figures["versions built by two refreshers at the same time"] = num_versions
 
 
 def fill_disk(supervisor: Supervisor) -> None:
@@ -198,7 +198,7 @@ def fill_disk(supervisor: Supervisor) -> None:
         with suppress(OSError):
             export(inner, Version(1, 1))
         exported = versions_in(inner.run / "encoders")
-        report.figures["full disk, exports"] = "failed as a whole" if not exported else "fits"
+        report.figures["full disk, exports"] = "failed without a partial version" if not exported else "fits"
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True, capture_output=True)
         remove_export_leftovers(inner.run)
         export(inner, Version(1, 2))

@@ -48,7 +48,7 @@ def sample_queries(corpus: PreparedCorpus, info: VersionInfo, count: int) -> np.
 
 
 def jittered_copies(real_ND: np.ndarray, count: int) -> np.ndarray:
-    """Repeat embeddings to `count` rows; each copy is moved by the nearest-neighbour distance.
+    """Repeat embeddings to `count` rows; each copy is moved by the nearest-neighbor distance.
 
     The distance is the median over a sample of passages.
     """
@@ -57,7 +57,7 @@ def jittered_copies(real_ND: np.ndarray, count: int) -> np.ndarray:
     flat = faiss.IndexFlatL2(real_ND.shape[1])
     flat.add(real_ND)
     distance = float(np.median(np.sqrt(np.maximum(flat.search(sample, 2)[0][:, 1], 0))))
-    console.print(f"  {count:,} rows: copies moved by {distance:.3f}, the median nearest-neighbour distance")
+    console.print(f"  {count:,} rows: copies moved by {distance:.3f}, the median nearest-neighbor distance")
     parts = [real_ND]
     length_N1 = np.linalg.norm(real_ND, axis=1, keepdims=True)
     for start in range(len(real_ND), count, len(real_ND)):
@@ -181,7 +181,7 @@ def bench_synthetic(shape: str) -> dict[str, Any]:
     try:
         count, dim = map(int, shape.lower().split("x"))
     except ValueError as error:
-        raise UserError(f"--synthetic {shape!r} is not of the form NxD, such as 10000000x128") from error
+        raise UserError(f"--synthetic {shape!r} is not of the form NxD, such as 10000000x128.") from error
     shard_rows, rng = 500_000, np.random.default_rng(3)
     factory = f"IVF{2 ** round(np.log2(4 * np.sqrt(count)))},SQ8"
     with tempfile.TemporaryDirectory(prefix="realm-synthetic-", dir=os.environ.get("TMPDIR")) as folder:

@@ -43,8 +43,8 @@ def bench_index(
     usable = [info for info in usable if (info.store / "encoders" / info.version.encoder.name).is_dir()]
     if not usable:
         raise UserError(
-            f"run {run.folder} has no index of its corpus with an existing encoder; "
-            f"train it, or build an index with `realm refresh --run {run.folder}`."
+            f"run {run.folder} has no index of its corpus whose encoder still exists; "
+            f"train the run, or build an index with `realm refresh --run {run.folder}`."
         )
     info = usable[-1]
     index = PassageIndex.open(info.path, run.passages.fingerprint)

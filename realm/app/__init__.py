@@ -1,2 +1,2 @@
-"""The command line and the programs that combine all packages: the only importer of `pretrain`,
-`finetune` and `index`."""
+"""The command line interface and the programs that combine all packages. Within `realm`, only this
+package imports `pretrain`, `finetune` and `index`."""

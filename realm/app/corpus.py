@@ -72,11 +72,11 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
 
 
 def add_documents(
-    run: Run, sources: Sequence[SourceConfig], delete: Sequence[str], replace_: bool, skip_bad: bool
+    run: Run, sources: Sequence[SourceConfig], delete: Sequence[str], replace_existing: bool, skip_bad: bool
 ) -> None:
     """Add and remove documents of the run's corpus, then update the newest indexes.
 
-    Only new documents are encoded. `delete`: ids of documents to remove; `replace_`: added
+    Only new documents are encoded. `delete`: ids of documents to remove; `replace_existing`: added
     documents replace those with the same id. Raises UserError as `grow_corpus` does.
     """
     before, config = run.passages, run.config
@@ -85,7 +85,7 @@ def add_documents(
             run.prepared / "passages",
             sources,
             delete,
-            replace_,
+            replace_existing,
             run.tokenizer,
             SpanTagger.load(config.spans),
             config.corpus.num_workers,
@@ -93,10 +93,10 @@ def add_documents(
             ticker.set,
         )
     added, removed = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
-    log_line(f"{added:,} blocks added, {removed:,} removed; {len(corpus.rows):,} can be retrieved now")
+    log_line(f"{added:,} blocks added, {removed:,} removed; {len(corpus.rows):,} blocks can now be retrieved")
     stores = [run.folder, *(encoders.parent for encoders in (run.folder / FROZEN).glob("*/encoders"))]
     stores = [store for store in stores if (store / "encoders").is_dir()]
     if not stores:
-        log_line("no encoder is exported yet; the index will be built from the first one")
+        log_line("no encoder has been exported yet; the index will be built from the first one")
     for store in stores:
         refresh(store, config.refresh, corpus, once=True, log=log_line)

@@ -46,18 +46,19 @@ _RECALL_STAGES = {"ict": "ict", "pretrain": "realm"}
 def run_all(config: RealmConfig, resume: bool = False) -> None:
     """Run every stage whose `steps` is not 0 and evaluate; write and print a summary.
 
-    Also draws `curves.png` and prints a few answers. Raises UserError if the run was begun before,
-    unless `resume`.
+    Also draws `curves.png` and prints a few answers. Raises UserError if the run was already
+    started, unless `resume`.
     """
     if (Path(config.run) / "config.yaml").exists() and not resume:
         raise UserError(
-            f"run folder {config.run} exists; rerun with --resume to continue, or choose another folder with --run."
+            f"run folder {config.run} already exists; rerun with --resume to continue, "
+            "or choose another folder with --run."
         )
     for name in ("finetune_retriever", "finetune"):
         steps = getattr(config, name).steps
         if steps and config.data.train is None:
             raise UserError(
-                f"{name}.steps is {steps}, but data.train names no questions; set data.train, or set {name}.steps to 0."
+                f"{name}.steps is {steps}, but data.train is not set; set data.train, or set {name}.steps to 0."
             )
     began = time.monotonic()
     console.print("[bold]prepare[/bold]")
@@ -101,12 +102,12 @@ def _open_stage(name: str) -> Callable[[Run], Any]:
 
 
 def _print_some_answers(run: Run, count: int = 3) -> None:
-    """Answer some of the test questions."""
+    """Print the answers to some of the test questions."""
     source = run.questions("test")
     assert source is not None
     answerer = Answerer(run)
     questions = load_questions(source, run.passages, run.tokenizer, quiet=True)
-    console.print("[bold]Some test questions[/bold]")
+    console.print("[bold]Sample answers to test questions[/bold]")
     numbers = np.random.default_rng(run.config.seed).choice(len(questions), min(count, len(questions)), replace=False)
     for number in numbers.tolist():
         print_answer(answerer, questions[number].text, run.config.evaluate.read)
@@ -160,7 +161,7 @@ def _summarize(
     questions: dict[str, float],
     null: dict[str, list[float]],
 ) -> dict[str, float]:
-    """The content of `summary.json`: the figures that were measured, in percent and seconds."""
+    """The content of `summary.json`: the measured figures, in percent and seconds."""
     metrics = read_metrics(run.folder / "metrics.jsonl")
     versions = {row["index"] for row in metrics.get("pretrain", [])}
     summary = {name: questions[name] for name in _SUMMARY_FIGURES if name in questions}

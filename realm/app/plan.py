@@ -32,7 +32,7 @@ class Plan:
     index_bytes: int
     prepared_bytes: int
     refresh_period_seconds: float
-    """Seconds of training between two exports."""
+    """Seconds of training between exports."""
 
     @property
     def refresh_seconds(self) -> float:
@@ -41,15 +41,15 @@ class Plan:
 
     @property
     def lag(self) -> float:
-        """Refresh time in units of the time between two exports."""
+        """Refresh time as a multiple of the time between exports."""
         return self.refresh_seconds / self.refresh_period_seconds
 
 
 def plan(config: RealmConfig, passages: int | None = None) -> Plan:
     """Measure and print a forecast; `passages` is the size of a corpus that is not prepared yet.
 
-    Raises UserError if the size of the corpus is not known, and for every problem that would stop
-    the run.
+    Raises UserError if the size of the corpus is unknown, and for every problem that would stop the
+    run.
     """
     if passages is not None and passages < 1:
         raise UserError(f"--passages must be at least 1, got {passages}.")
@@ -57,7 +57,7 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
         if not (Path(config.corpus.prepared) / "passages" / "manifest.json").exists():
             if passages is None:
                 raise UserError(
-                    "the corpus is not prepared yet, so its size is not known; add --passages N, "
+                    "the corpus is not prepared yet, so its size is unknown; add --passages N, "
                     "or run `realm prepare` first."
                 )
             config = _sample(config, Path(folder))
@@ -95,15 +95,15 @@ def _sample(config: RealmConfig, folder: Path) -> RealmConfig:
 
 
 def export_period(config: RealmConfig) -> int:
-    """Steps between two exports; of exports on drift only, steps between drift measurements."""
+    """Steps between exports; for exports on drift only, steps between drift measurements."""
     return config.refresh.export_period or config.refresh.drift_every
 
 
 def with_contention(result: Plan, contention: Contention, period_steps: int) -> Plan:
     """The plan with the REALM stage and the refresher running at the same time.
 
-    In the time between two exports, the refresher is busy for R = `encoding_factor` × encoding +
-    building seconds, during which steps take `step_factor` times as long.
+    Between two exports, the refresher is busy for R = `encoding_factor` × encoding + building
+    seconds, during which steps take `step_factor` times as long.
     """
     if "pretrain" not in result.stages:
         return result
@@ -117,7 +117,7 @@ def with_contention(result: Plan, contention: Contention, period_steps: int) -> 
 
 
 def print_plan(result: Plan, config: RealmConfig) -> None:
-    """Print tables of times and sizes, and a warning for each problem to expect."""
+    """Print tables of times and sizes, and a warning for each expected problem."""
     _print_training(result)
     _print_refreshing(result, config)
     _print_sizes(result, config)
@@ -146,7 +146,7 @@ def _print_refreshing(result: Plan, config: RealmConfig) -> None:
         [
             ["passages encoded per second", f"{result.passages / result.encode_seconds:,.0f}"],
             ["one refresh", format_seconds(result.refresh_seconds)],
-            ["training between two exports", format_seconds(result.refresh_period_seconds)],
+            ["training between exports", format_seconds(result.refresh_period_seconds)],
             ["steps that the index is behind", f"{behind:,.0f} to {behind + max(behind, steps):,.0f}"],
         ],
     )
@@ -175,7 +175,7 @@ def _print_sizes(result: Plan, config: RealmConfig) -> None:
 
 
 def warnings(result: Plan, config: RealmConfig) -> list[str]:
-    """Problems to expect, each with a remedy."""
+    """Expected problems, each with a remedy."""
     found = []
     steps = export_period(config)
     if result.lag > 1:

@@ -18,9 +18,9 @@ class StageProgram:
     """Functions that open a stage."""
 
     open: Callable[[Run], Stage]
-    """The stage as it trains in a run."""
+    """Opens the stage for training in a run."""
     open_sample: Callable[[Run, Index], Stage]
-    """The stage to be timed, with untrained models of the same sizes and a random index."""
+    """Opens the stage for timing, with untrained models of the same sizes and a random index."""
 
 
 STAGE_PROGRAMS = {

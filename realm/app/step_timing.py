@@ -1,7 +1,7 @@
 """Measurements for `realm plan`: steps of each training stage, encoding and indexing.
 
 The stages are those of training, on real blocks (`Stage.sample_batch`), with untrained models of
-the configured sizes and a random index. Nothing is kept.
+the configured sizes and a random index. No results are saved.
 """
 
 import multiprocessing
@@ -56,10 +56,10 @@ class StagePlan:
 
 
 class RandomIndex:
-    """An index of random vectors: it is searched, but the results are random passages."""
+    """An index of random vectors: searches are executed, but return random passages."""
 
     def __init__(self, num_vectors: int, dim: int, rows: np.ndarray, seed: int) -> None:
-        """`rows`: the passages that can be results."""
+        """`rows`: the passages that searches can return."""
         self.rows, self.dim, self.rng = rows, dim, np.random.default_rng(seed)
         vectors = self.rng.standard_normal((min(num_vectors, MAX_RANDOM_ROWS), dim), dtype=np.float32)
         self.index = build_index(vectors, "Flat")
@@ -78,7 +78,7 @@ class RandomIndex:
         return np.zeros((len(rows), self.dim), np.float32)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""
 
 
 def random_index(run: Run, num_passages: int) -> RandomIndex:
@@ -109,7 +109,7 @@ def time_stage(run: Run, name: str, index: RandomIndex) -> StagePlan:
 
 @contextmanager
 def _sample_stage(run: Run, name: str, index: RandomIndex) -> Iterator[tuple[Stage, Engine]]:
-    """Open a stage to be timed, under DeepSpeed."""
+    """Open a stage for timing, under DeepSpeed."""
     threads = run.config.threads(name)
     torch.manual_seed(run.config.seed)
     with cpu_threads(threads), STAGE_PROGRAMS[name].open_sample(run, index) as stage:
@@ -139,8 +139,9 @@ def _time_steps(stage: Stage, engine: Engine, size: int, count: int) -> float:
 def extrapolate(measured: Sequence[tuple[int, float]], batch_size: int) -> float:
     """Seconds per step at `batch_size`, from (size, seconds) of ascending sizes.
 
-    Extrapolates linearly from the two largest sizes. The time per additional row is between half of
-    and the whole time per row of the largest size, in case a measurement was disturbed.
+    Extrapolates linearly from the two largest sizes. The time per additional row is limited to
+    between 50 and 100 % of the time per row of the largest size, in case a measurement was
+    disturbed.
     """
     size, seconds = measured[-1]
     per_row = seconds / size

@@ -3,8 +3,8 @@ define them.
 
 A variant is a frozen dataclass registered under its name, which is its `type` in configs
 (`attention: {type: …}`). `replace(attention, layer)` receives each of BERT's self-attention modules
-and returns its replacement; a variant whose layers share parameters overrides `replace_all`. Of the
-project, this package imports only `realm.errors`; only `binding` depends on transformers'
+and returns its replacement; a variant whose layers share parameters overrides `replace_all`. Within
+the project, this package imports only `realm.errors`; only `binding` depends on transformers'
 internals.
 """
 

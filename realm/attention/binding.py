@@ -72,7 +72,7 @@ AttentionMaskInterface.register(_REPLACED, _padding_mask)
 
 
 def bind_attention(bert: PreTrainedModel, attention: AttentionConfig) -> None:
-    """Replace the self-attention of every layer of `bert` by `attention`, in place, keeping the
+    """Replace the self-attention of every layer of `bert` with `attention`, in place, keeping the
     pretrained projections.
 
     Callers of the library may pass an encoder of another family (ModernBERT) that projects queries,

@@ -5,10 +5,10 @@ The text is split into segments. A token attends to its own segment by softmax, 
 by σ(q) M / σ(q) z (equation 3) with σ = ELU + 1; a learned gate per head mixes the two (equation
 6). In the paper, a segment reads the memory of the segments before it. A reader is bidirectional,
 so two memories are kept here, one written from the left and one from the right, both by the paper's
-update rule, linear (equation 4) or delta (equation 5). A segment reads the left memory as it is
-before the segment and the right memory as it is after the segment, both at once: σ(q)(M→ + M←) /
-σ(q)(z→ + z←). With the linear rule this is the memory of all other segments. A text of one segment
-uses only softmax attention.
+update rule, linear (equation 4) or delta (equation 5). A segment reads the sum of the left memory,
+which contains only the segments before it, and the right memory, which contains only the segments
+after it: σ(q)(M→ + M←) / σ(q)(z→ + z←). With the linear rule this is the memory of all other
+segments. A text of one segment uses only softmax attention.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, N segments of S tokens.
 """
@@ -34,8 +34,8 @@ class InfiniAttention(AttentionConfig):
     segment: int = 512
     """Tokens per segment."""
     update: Literal["linear", "delta"] = "delta"
-    """How a segment is written to the memory: added as it is, or only the difference to what the
-    memory already returns."""
+    """Update rule of the memory: add the values of a segment (`linear`), or only their difference
+    from the values that the memory already returns (`delta`)."""
     gate_init: float = -2.0
     """Initial gate logit; negative values favor local attention, as in a pretrained model."""
 

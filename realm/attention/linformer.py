@@ -79,7 +79,10 @@ class LinformerSelfAttention(ProjectedSelfAttention):
         key_projection = self.owner[0].key_projection
         K, positions = key_projection.shape[1:]
         if positions < L:
-            raise UserError(f"a text of {L} wordpieces exceeds the {positions} positions of the linformer projections.")
+            raise UserError(
+                f"a text of {L} wordpieces exceeds the {positions} positions of the linformer projections; "
+                "shorten the text."
+            )
         value_projection = self.value_projection if self.config.sharing in ("none", "headwise") else key_projection
         token_weight_BL = token_mask_BL.to(key_BHLD.dtype)
         padded = may_be_padded(token_mask_BL)

@@ -76,7 +76,7 @@ def random_features(x_D: Tensor, projection_MD: Tensor, kernel: str) -> Tensor:
 
     "softmax": positive features, (M,) (Choromanski et al. 2021, equation 5); "trigonometric":
     cosines and sines, (2M,) (Rahimi & Recht 2007, equation 6, the paper's baseline); "relu": ReLU
-    features, (M,), a separate mechanism that approximates nothing (appendix D.3).
+    features, (M,), a separate mechanism that does not approximate softmax attention (appendix D.3).
     """
     x_D = x_D * len(x_D) ** -0.25  # of queries and of keys: their product is divided by √D
     half_norm = (x_D @ x_D) / 2
@@ -116,10 +116,10 @@ def infini(query_LD: Tensor, key_LD: Tensor, value_LD: Tensor, segment: int, upd
     a compressive memory of the other segments returns (Munkhdalai et al. 2024, section 2, equations
     3 to 6).
 
-    Two memories are kept, one written from the left and one from the right. A segment reads the
-    left one as it is before the segment and the right one as it is after the segment: A_mem = σ(q)
-    (M→ + M←) / σ(q) (z→ + z←), with σ = ELU + 1. `update` is "linear" (equation 4) or "delta"
-    (equation 5). A text of one segment has A_dot alone.
+    Two memories are kept, one written from the left and one from the right. A segment reads their
+    sum: the left one contains only the segments before it, the right one only the segments after
+    it: A_mem = σ(q) (M→ + M←) / σ(q) (z→ + z←), with σ = ELU + 1. `update` is "linear" (equation 4)
+    or "delta" (equation 5). A text of one segment has A_dot alone.
     """
     starts = range(0, len(key_LD), segment)
     left = _memories(key_LD.split(segment), value_LD.split(segment), update)

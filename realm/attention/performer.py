@@ -5,7 +5,7 @@ With φ such that E[φ(q)·φ(k)] = exp(q·k), attention is φ(Q) (φ(K)ᵀ V) o
 length × length matrix is created. Positive features (section 3, equation 5) keep the denominators
 away from zero; trigonometric ones (equation 6 of Rahimi & Recht 2007, the paper's baseline) do not.
 Orthogonal rows (section 4.2) reduce the variance. The ReLU kernel (generalized attention, appendix
-D.3) is a separate mechanism that approximates nothing.
+D.3) is a separate mechanism that does not approximate softmax attention.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, E = D + 1, M features.
 """
@@ -77,7 +77,7 @@ class PerformerSelfAttention(ProjectedSelfAttention, CountsUpdates):
         self.redraw()
 
     def redraw(self) -> None:
-        """Draw a new projection, as a function of the seed, the layer and the number of training
+        """Draw a new projection; it depends only on the seed, the layer and the number of training
         steps."""
         generator = torch.Generator().manual_seed(
             (self.config.seed * 1_000_003 + self.layer) * 1_000_003 + int(self.steps)
@@ -196,7 +196,7 @@ def key_features(
 
 
 def _nonzero(denominator: Tensor) -> Tensor:
-    """Replace denominators near zero by a tiny value: those of positive features may underflow,
+    """Replace denominators near zero with a tiny value: those of positive features may underflow,
     those of trigonometric features may have any value."""
     tiny = torch.finfo(denominator.dtype).tiny * 1e4
     return torch.where(denominator.abs() < tiny, torch.full_like(denominator, tiny), denominator)

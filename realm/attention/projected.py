@@ -1,5 +1,5 @@
-"""The base of variants that need only queries, keys and values: with BERT's projections, kept with
-their weights, or with those of another model family, which stay in that model.
+"""Base class of variants that need only queries, keys and values. These come from BERT's
+projections, whose weights are kept, or from another model family, which keeps its projections.
 
 Shape legend: B rows, H heads, L tokens, D width of a head, G keys.
 """
@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig
 
 
 class ExternalProjections(nn.Module):
-    """Stands in for a BERT self-attention module if the model projects queries, keys and values
-    itself; only `attend` of a variant built from it is called."""
+    """Takes the place of a BERT self-attention module if the model projects queries, keys and
+    values itself; only `attend` is called on a variant that is built from it."""
 
     def __init__(self, config: PreTrainedConfig, num_heads: int, head_width: int, dropout: float) -> None:
         super().__init__()

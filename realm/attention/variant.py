@@ -1,4 +1,4 @@
-"""The base of attention configs, and the hook for modules that depend on the number of parameter
+"""Base class of attention configs, and the hook for modules that depend on the number of parameter
 updates."""
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ class AttentionConfig(draccus.ChoiceRegistry):
     """Base of all variants."""
 
     fixed_length: ClassVar[bool] = False
-    """Whether the trained parameters fix the maximum number of positions."""
+    """Whether the maximum number of positions is fixed by the trained parameters."""
 
     @classmethod
     def default_choice_name(cls) -> str:

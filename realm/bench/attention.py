@@ -108,8 +108,8 @@ def bench_attention(
 
 
 def measure_case(case: AttentionConfig | str, setting: Setting) -> list[Row]:
-    """One row per length, shortest first, up to the first that failed or would exceed the time
-    limit."""
+    """One row per length, shortest first, up to the first length that fails or would exceed the
+    time limit."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_lengths, args=(sender, case, setting))

@@ -93,7 +93,7 @@ def build_variant(attention: AttentionConfig, shape: Shape) -> nn.Module:
 
 
 class IdentityProjection(nn.Module):
-    """Replaces a projection by the identity, with the output dtype of a projection under
+    """Replaces a projection with the identity, with the output dtype of a projection under
     autocast."""
 
     def forward(self, hidden_BLW: Tensor) -> Tensor:
@@ -190,7 +190,9 @@ def _infini_transformer_pytorch(shape: Shape, device: str) -> Call:
     module = CausalAttention(shape.width, dim_head=shape.head_width, heads=shape.heads, use_mem_delta_rule=True)
     module.to_out = nn.Identity()
     if not shape.projections:
-        raise UserError("its queries, keys and values are one projection, which cannot be removed")
+        raise UserError(
+            "infini-transformer-pytorch has one projection for queries, keys and values, which cannot be removed."
+        )
     module.to(device)
 
     def call(hidden_BLW: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""`realm bench long`: accuracy and cost of the attention variants on texts longer than those they
-were trained on.
+"""`realm bench long`: accuracy and cost of the attention variants on texts that are longer than in
+training.
 
 A small reader is trained from scratch for each task and variant, with the same seed, steps and
 batches. Position embeddings are initialized as sinusoids, and positions are shifted by a random

@@ -46,7 +46,7 @@ def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
                     if len(fields) not in (2, 3) or not fields[-2].strip() or not _TAG.fullmatch(fields[-1]):
                         raise UserError(
                             f"{path}, line {number}: expected two or three tab-separated fields, the last two a token "
-                            f"and a tag (O, B-… or I-…), got {line.rstrip()!r}"
+                            f"and a tag (O, B-… or I-…), got {line.rstrip()!r}."
                         )
                     tokens.append(fields[-2])
                     tags.append(fields[-1])
@@ -55,7 +55,7 @@ def read_conll(path: Path) -> Iterator[AnnotatedSentence]:
                     tokens, tags = [], []
     except (OSError, EOFError, ZlibError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read as {'gzip-compressed ' if path.suffix == '.gz' else ''}UTF-8 text: {error}"
+            f"{path} cannot be read as {'gzip-compressed ' if path.suffix == '.gz' else ''}UTF-8 text: {error}."
         ) from error
     if tokens:
         yield _sentence(tokens, tags)
@@ -93,7 +93,7 @@ def bench_spans(entities: Path | None, dates: Path | None, config: SpanConfig) -
 def _bench_file(what: str, path: Path, tagger: SpanTagger) -> dict:
     sentences = list(read_conll(path))
     if not sentences:
-        raise UserError(f"{path} contains no sentences; use a CoNLL file with one token per line")
+        raise UserError(f"{path} contains no sentences; use a CoNLL file with one token per line.")
     began = time.perf_counter()
     tagged = list(tagger.tag(sentence.text for sentence in sentences))
     seconds = time.perf_counter() - began
@@ -160,12 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     add_options(parser)
     args = parser.parse_args(argv)
     if args.entities is None and args.dates is None:
-        raise UserError("nothing to measure; give --entities FILE, --dates FILE or both")
+        raise UserError("nothing to measure; give --entities FILE, --dates FILE or both.")
     rows = bench_spans(args.entities, args.dates, SpanConfig(pipeline=args.pipeline))
     print(_table(rows))
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error.strerror}") from error
+            raise UserError(f"{args.json} cannot be written: {error.strerror}.") from error
     return 0

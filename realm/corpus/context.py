@@ -1,7 +1,7 @@
-"""Retrieve small, read long: a retrieved block with its neighbours (`corpus.context_tokens`).
+"""Retrieve small, read long: a retrieved block with its neighbors (`corpus.context_tokens`).
 
 The index contains blocks. The reader can read a context: the retrieved block together with whole
-neighbouring blocks of its document. If a retrieved block is already part of the context of a
+neighboring blocks of its document. If a retrieved block is already part of the context of a
 higher-ranked block, it is read once, as part of that context.
 """
 
@@ -38,7 +38,7 @@ class Contexts:
         self.corpus, self.context_tokens = corpus, context_tokens
 
     def around(self, row: int) -> Context:
-        """Context of `row`: its block and the neighbours that fit, alternately after and before."""
+        """Context of `row`: its block and the neighbors that fit, alternately after and before."""
         rows = [row] if not self.context_tokens else self._rows_around(row)
         texts = [self.corpus.text_ids(other) for other in rows]
         ends = np.cumsum([len(text) for text in texts]).tolist()
@@ -65,8 +65,8 @@ class Contexts:
     def read_slots(self, rows: Sequence[int] | np.ndarray) -> list[int]:
         """For each slot of `rows` (best first), the first slot whose context contains that row.
 
-        It is the slot itself unless the row is part of the context of a better one; -1 for negative
-        rows (empty slots).
+        This is the slot itself unless the row is part of the context of a higher-ranked row; -1 for
+        negative rows (empty slots).
         """
         contexts: list[tuple[int, tuple[int, ...]]] = []
         slots = []

@@ -29,8 +29,8 @@ def read_documents(
     characters, a duplicate id, an id that conflicts with the ids of blocks, or the rest of a
     truncated file.
 
-    Raises UserError immediately if a source cannot be read, and *after the last record* with the
-    whole report unless `skip_bad`. A caller that must not process an incomplete corpus therefore
+    Raises UserError immediately if a source cannot be read and, unless `skip_bad`, *after the last
+    record* with the complete report. A caller that must not process an incomplete corpus therefore
     has to read to the end first. All ids are kept in memory.
     """
     report = BadRecords() if report is None else report
@@ -54,7 +54,7 @@ def read_documents(
         raise UserError(f"{report}\nFix these records, or skip them with --skip-bad.")
     if not seen.place_of:
         names = ", ".join(source.path for source in sources)
-        raise UserError(f"no usable documents in {names}" + (f"\n{report}" if report.total else ""))
+        raise UserError(f"no usable documents in {names}." + (f"\n{report}" if report.total else ""))
 
 
 class _Ids:

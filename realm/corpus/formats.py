@@ -46,7 +46,7 @@ def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     name = format_of(source)
     if source.fields and name in ("squad", "timeqa", "text"):
         raise UserError(
-            f"`fields` of {source.path} cannot be used: the format {name} has fixed fields; remove `fields`"
+            f"`fields` of {source.path} cannot be used: the format {name} has fixed fields; remove `fields`."
         )
     return FORMATS[name](source, report)
 
@@ -71,14 +71,14 @@ def format_of(source: SourceConfig) -> str:
             if kinds
             else f"neither a saved dataset nor files ending in {', '.join(_SUFFIXES)}"
         )
-        raise UserError(f"{path} is a folder with {found}; set its `format` to one of {', '.join(FORMATS)}")
+        raise UserError(f"{path} is a folder with {found}; set its `format` to one of {', '.join(FORMATS)}.")
     if kind := _kind(path):
         return kind
     if not path.exists():
-        raise UserError(f"{path} does not exist; for a dataset on the Hugging Face hub set `format: datasets`")
+        raise UserError(f"{path} does not exist; for a dataset on the Hugging Face hub set `format: datasets`.")
     if stem(path)[1] == ".json" and (kind := detect_by_key(path, "documents", {"squad": "data", "timeqa": "paras"})):
         return kind
-    raise UserError(f"the format of {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}")
+    raise UserError(f"the format of {path} cannot be auto-detected; set `format` to one of {', '.join(FORMATS)}.")
 
 
 def _kind(file: Path) -> str | None:
@@ -97,7 +97,7 @@ def files_of(source: SourceConfig, kind: str) -> list[Path]:
     )
     if not files:
         suffixes = " or ".join(suffix for suffix, name in _SUFFIXES.items() if name == kind)
-        raise UserError(f"{root} contains no files ending in {suffixes}")
+        raise UserError(f"{root} contains no files ending in {suffixes}; check the path, or set `format`.")
     return files
 
 
@@ -153,7 +153,7 @@ def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
                     columns = values
                     if missing := source.columns(columns)[1]:
                         raise UserError(
-                            f"{place}: the header has no column {', '.join(missing)}; it has {', '.join(columns[:8])}"
+                            f"{place}: the header has no column {', '.join(missing)}; it has {', '.join(columns[:8])}."
                         )
                     continue
                 number += 1
@@ -178,7 +178,7 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
             if missing:
                 raise UserError(
                     f"{file} has no column {', '.join(missing)}; "
-                    f"map its columns ({', '.join(table.schema_arrow.names)}) with `fields`"
+                    f"map its columns ({', '.join(table.schema_arrow.names)}) with `fields`."
                 )
             row = 0
             for batch in table.iter_batches(1000, columns=columns):
@@ -186,7 +186,7 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
                     row, number = row + 1, number + 1
                     yield Record(Place(str(file), row), _mapped(record, source, number - 1))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}).") from error
 
 
 def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -197,7 +197,7 @@ def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     path = Path(source.path)
     squad = read_json(path, "SQuAD articles")
     if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'{path} is not in SQuAD format: expected an object with a list under "data"')
+        raise UserError(f'{path} is not in SQuAD format: expected an object with a list under "data".')
     for a, article in enumerate(squad["data"]):
         title, paragraphs = (
             (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
@@ -261,7 +261,7 @@ def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]
     if missing:
         raise UserError(
             f"dataset {source.path} has no column {', '.join(missing)}; "
-            f"map its columns ({', '.join(dataset.column_names)}) with `fields`"
+            f"map its columns ({', '.join(dataset.column_names)}) with `fields`."
         )
     rows: Iterable[dict] = dataset.select_columns(columns)
     for number, record in enumerate(rows):

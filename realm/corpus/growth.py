@@ -1,6 +1,6 @@
-"""Adding documents to a prepared corpus and deleting documents; row numbers do not change.
+"""Adding documents to a prepared corpus and deleting documents from it; row numbers do not change.
 
-    passages/                     the corpus as first prepared
+    passages/                     the corpus as originally prepared
       additions/0123456789ab/     added documents, prepared in the same way
       additions/step-0001.json    one step: the added part, the deleted rows, the old and new
                                   fingerprint
@@ -53,7 +53,7 @@ def grow_corpus(
     """
     corpus = PreparedCorpus.open(path)
     if tokenizer_fingerprint(tokenizer) != corpus.manifest["tokenizer"]:
-        raise UserError(f"{path} was prepared with a different tokenizer; use a run that was made with this corpus.")
+        raise UserError(f"{path} was prepared with a different tokenizer; use a run that was created with this corpus.")
     if tagger.name != corpus.manifest["span_pipeline"]:
         raise UserError(
             f"{path} was prepared with span pipeline {corpus.manifest['span_pipeline']}, not {tagger.name}; "
@@ -63,7 +63,7 @@ def grow_corpus(
     unknown = [name for name in delete if name not in rows_of]
     if unknown:
         raise UserError(
-            f"cannot delete from {path}: it has no document "
+            f"cannot delete from {path}: it does not contain document "
             f"{', '.join(map(repr, unknown[:3]))}{' …' if len(unknown) > 3 else ''}."
         )
     deleted = [row for name in delete for row in rows_of[name]]
@@ -88,7 +88,7 @@ def grow_corpus(
             existing = [name for name in _rows_by_document(added) if name in rows_of]
             if existing and not replace:
                 raise UserError(
-                    f"{path} already has document {', '.join(map(repr, existing[:3]))}"
+                    f"{path} already contains document {', '.join(map(repr, existing[:3]))}"
                     f"{' …' if len(existing) > 3 else ''} ({len(existing):,} in total); "
                     "remove it from the input, or replace it with --replace."
                 )
@@ -115,7 +115,7 @@ def _write_step(path: Path, corpus: PreparedCorpus, part: str | None, deleted: l
             os.fsync(file.fileno())
         os.link(temporary, final)
     except FileExistsError:
-        raise UserError(f"another process changed {path} at the same time; run the command again.") from None
+        raise UserError(f"another process changed {path} at the same time; rerun the command.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

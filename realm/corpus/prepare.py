@@ -1,4 +1,4 @@
-"""`realm prepare`: converts documents to a folder of memory-mapped blocks, in parallel.
+"""`realm prepare`: convert documents to a folder of memory-mapped blocks, in parallel.
 
 Preparation can be killed at any time and resumed. Documents are processed in chunks: one process
 tokenizes, splits and tags a chunk and publishes it as `shards/000000.arrow`; a later start skips
@@ -71,9 +71,9 @@ def prepare_corpus(
     different tokenizer, block size or span pipeline.
     """
     if block_tokens < MIN_BLOCK_TOKENS:
-        raise UserError(f"block_tokens must be at least {MIN_BLOCK_TOKENS}, got {block_tokens}")
+        raise UserError(f"block_tokens must be at least {MIN_BLOCK_TOKENS}, got {block_tokens}.")
     if num_workers < 0:
-        raise UserError(f"num_workers must be 0 (one per CPU) or more, got {num_workers}")
+        raise UserError(f"num_workers must be 0 (one per CPU) or more, got {num_workers}.")
     job = _Job(tuple(sources), out, block_tokens, skip_bad)
     inputs = {
         "sources": [identity(source) for source in sources],
@@ -196,10 +196,11 @@ def _claim_output(job: _Job, inputs: dict[str, Any]) -> None:
     try:
         foreign = [entry.name for entry in job.out.iterdir() if entry != job.shards] if job.out.exists() else []
     except NotADirectoryError:
-        raise UserError(f"{job.out} is a file; choose a folder for the prepared corpus") from None
+        raise UserError(f"{job.out} is a file; choose a folder for the prepared corpus.") from None
     if foreign:
         raise UserError(
-            f"{job.out} is not empty and does not contain a prepared corpus (found {foreign[0]}); choose another folder"
+            f"{job.out} is not empty and does not contain a prepared corpus (found {foreign[0]}); "
+            "choose another folder."
         )
     job.shards.mkdir(parents=True, exist_ok=True)
     write_json_atomic(record, inputs)
@@ -222,7 +223,7 @@ def _check_same_inputs(job: _Job, content: str, old: dict[str, Any], new: dict[s
     if differing:
         raise UserError(
             f"{job.out} contains {content} from different inputs: {', '.join(differing)}; "
-            "remove the folder or choose another one"
+            "remove the folder or choose another one."
         )
 
 
@@ -263,7 +264,7 @@ def _make_shards(job: _Job, maker: ShardMaker, num_workers: int, num_documents: 
             report(future.result())
     except BrokenProcessPool as error:
         raise UserError(
-            f"a process preparing {job.out} died (out of memory?); rerun with fewer num_workers to continue"
+            f"a process preparing {job.out} died (out of memory?); rerun with a smaller corpus.num_workers to continue."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -74,7 +74,7 @@ class PreparedCorpus:
         self.path = path
         self.manifest = manifest
         """Manifest of the whole corpus, additions included, except for `inputs`, which describes
-        the corpus as first prepared."""
+        the corpus as originally prepared."""
         self.fingerprint: str = manifest["fingerprint"]
         """SHA-256 over the ids, titles and texts of the documents in order, the tokenizer and the
         block size; after a change, over the previous fingerprint and the added and deleted
@@ -86,7 +86,7 @@ class PreparedCorpus:
         """Number of rows by fingerprint: the current one and those before each change, oldest
         first."""
         self.base_rows: int = manifest["blocks"]
-        """Number of rows as first prepared, without additions."""
+        """Number of rows as originally prepared, without additions."""
         self.deleted: frozenset[int] = frozenset()
         """Deleted rows: they keep their numbers and are never retrieved or trained on."""
         self.parts: list[str] = []
@@ -232,33 +232,33 @@ def _map_folder(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         state = "is not a finished prepared corpus" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}; run `realm prepare` with the same config first") from None
+        raise UserError(f"{path} {state}; run `realm prepare` with the same config first.") from None
     except ValueError as error:
         raise UserError(
-            f"{path / MANIFEST} is not valid JSON ({error}); prepare the corpus again in a new folder"
+            f"{path / MANIFEST} is not valid JSON ({error}); prepare the corpus again in a new folder."
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"{path / MANIFEST} does not have layout {FORMAT}, which this version reads; "
-            "prepare the corpus again in a new folder"
+            "prepare the corpus again in a new folder."
         )
     blocks = path / BLOCKS
     size = blocks.stat().st_size if blocks.is_file() else 0
     if size != manifest["bytes"]:
         raise UserError(
             f"{blocks} has {size} bytes, but its manifest says {manifest['bytes']}; "
-            "prepare the corpus again in a new folder"
+            "prepare the corpus again in a new folder."
         )
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except pa.ArrowInvalid as error:
-        raise UserError(f"{blocks} is corrupt ({error}); prepare the corpus again in a new folder") from error
+        raise UserError(f"{blocks} is corrupt ({error}); prepare the corpus again in a new folder.") from error
     count = sum(map(len, batches))
     if count != manifest["blocks"]:
         raise UserError(
             f"{blocks} has {count} rows, but its manifest says {manifest['blocks']}; "
-            "prepare the corpus again in a new folder"
+            "prepare the corpus again in a new folder."
         )
     return manifest, batches
 

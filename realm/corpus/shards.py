@@ -75,7 +75,8 @@ class ShardMaker:
         ):
             if not len(text_ids):
                 raise UserError(
-                    f"the text of document {document.id!r} has no wordpieces: the tokenizer drops all its characters"
+                    f"the text of document {document.id!r} has no wordpieces, because the tokenizer drops all its "
+                    "characters; remove the document."
                 )
             room = self.block_tokens - NUM_SPECIAL_TOKENS
             title_ids = title_ids[: room // 2]
@@ -126,7 +127,7 @@ def init_worker(maker: ShardMaker) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent process ends; after a kill of the parent a worker would wait forever."""
+    """Exit when the parent process ends; a worker would otherwise outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -37,7 +37,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if unknown := set(self.fields) - set(FIELDS):
             raise UserError(
-                f"corpus: `fields` of {self.path} maps {', '.join(sorted(unknown))}; a document has id, title and text."
+                f"corpus: `fields` of {self.path} maps {', '.join(sorted(unknown))}; "
+                "the fields of a document are id, title and text."
             )
         if self.limit is not None and self.limit < 0:
             raise UserError(f"corpus: `limit` of {self.path} must be 0 or more, got {self.limit}.")
@@ -48,14 +49,14 @@ class SourceConfig:
         theirs = self.fields.get("id", "")
         return theirs if "#" in theirs else None
 
-    def columns(self, there: Collection[str]) -> tuple[list[str], list[str]]:
+    def columns(self, available: Collection[str]) -> tuple[list[str], list[str]]:
         """The columns of a table that are read, and those that are missing.
 
         A title is optional unless it is mapped.
         """
         wanted = {self.fields.get(name, name) for name in FIELDS} - {self.id_template}
         optional = set() if "title" in self.fields else {"title"}
-        return [name for name in there if name in wanted], sorted(wanted - set(there) - optional)
+        return [name for name in available if name in wanted], sorted(wanted - set(available) - optional)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class CorpusConfig(Section):
     statements: tuple[SourceConfig, ...] | None = None
     """Sources of the sentences to mask in pretraining; default: the passages."""
     limit: int | None = None
-    """Maximum number of documents to read from each source, to try a config on a part."""
+    """Maximum number of documents to read from each source, to try a config on a subset."""
     prepared: str = "prepared"
     """Output folder of `realm prepare`."""
     block_tokens: int = 288
@@ -86,7 +87,7 @@ class CorpusConfig(Section):
         yield from self.at_least(1, "limit", "block_tokens")
         yield from self.at_least(0, "context_tokens", "num_workers")
         if not self.passages:
-            yield "passages names no source; give at least one path"
+            yield "passages must contain at least one source"
 
     def limited(self, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
         """Return `sources` with `limit` applied to each."""

@@ -1,4 +1,4 @@
-"""Entity substitution: replaces the span to predict by another span of the same type.
+"""Entity substitution: replaces the span to predict with another span of the same type.
 
 The reader then cannot answer from memory; it has to copy from the passage.
 """
@@ -33,7 +33,7 @@ def span_pool(corpora: Sequence[PreparedCorpus], max_span_tokens: int, max_block
 
 
 def replace_span(text_ids: IntArray, old: IntArray, new: IntArray, wordpieces: Wordpieces) -> IntArray:
-    """`text_ids` with every whole-word occurrence of `old` replaced by `new`."""
+    """`text_ids` with every whole-word occurrence of `old` replaced with `new`."""
     parts, at = [], 0
     for start in wordpieces.find(text_ids, old):
         parts += [text_ids[at:start], new]

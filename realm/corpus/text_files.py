@@ -93,7 +93,7 @@ def named_format(name: str, formats: Collection[str], path: str) -> str | None:
     if name == "auto":
         return None
     if name not in formats:
-        raise UserError(f"unknown format {name!r} of {path}; choose one of {', '.join(formats)}")
+        raise UserError(f"unknown format {name!r} of {path}; choose one of {', '.join(formats)}.")
     return name
 
 
@@ -117,15 +117,15 @@ def check_file(path: Path, expected: str) -> None:
     `expected` describes the content in the message: "{path} is empty; expected {expected}".
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file with {expected}")
+        raise UserError(f"{path} is a folder; give a file with {expected}.")
     try:
         with path.open("rb") as file:
             if not file.read(1):
-                raise UserError(f"{path} is empty; expected {expected}")
+                raise UserError(f"{path} is empty; expected {expected}.")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist.") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def lines(path: Path, on_error: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
@@ -177,14 +177,14 @@ def read_json(path: Path, expected: str) -> Any:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             return json.loads(stream.read().decode("utf-8-sig"))
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} is truncated, or not compressed as its suffix says ({error})") from error
+        raise UserError(f"{path} is truncated, or is not compressed as its suffix indicates ({error}).") from error
     except (ValueError, RecursionError) as error:
         remedy = (
             "set `format: jsonl` if it has one object per line"
             if "Extra data" in str(error)
             else f"expected {expected}"
         )
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}.") from error
 
 
 def detect_by_key(path: Path, expected: str, formats: Mapping[str, str]) -> str | None:
@@ -206,7 +206,7 @@ def read_text(path: Path) -> str:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             content = stream.read()
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read, or is not compressed as its suffix says ({error})") from error
+        raise UserError(f"{path} cannot be read, or is not compressed as its suffix indicates ({error}).") from error
     return content.decode("utf-8-sig")
 
 

@@ -15,7 +15,7 @@ GAZETTEER_VERSION = 2
 
 @dataclass(frozen=True)
 class GazetteerSummary:
-    """Counts of what `write_gazetteer` wrote.
+    """Counts of the content that `write_gazetteer` wrote.
 
     `facts` counts the facts with statements or held-out statements, without those of orphans.
     """

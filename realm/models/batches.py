@@ -131,7 +131,7 @@ class QuestionBatch(Batch):
     """True on spans inside the passage."""
 
     def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
-        """Values of spans per read slot, (B, N, L·W); `fill` in slots in which nothing is read."""
+        """Values of spans per read slot, (B, N, L·W); `fill` in slots that are not read."""
         B, N = self.read_slot_BN.shape
         flat = value_QLW.flatten(1)
         return flat.new_full((B * N, flat.shape[1]), fill).index_copy(0, self.row_Q, flat).view(B, N, -1)

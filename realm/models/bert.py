@@ -36,8 +36,8 @@ class BertSource(Section):
     init_std: float = 0.02
     """Standard deviation of the random initialization."""
     init: Literal["normal", "mimetic"] = "normal"
-    """Plain random initialization, or attention initialized similar to that of trained models: see
-    `mimetic_init`."""
+    """Plain random initialization, or attention initialized with the structure of trained models;
+    see `mimetic_init`."""
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "layers", "hidden", "heads", "intermediate", "max_positions")

@@ -162,8 +162,8 @@ def retrieval_telemetry(
     `utility`: log p(y|z,x) − log p(y|null,x) of retrieved passages (Guu et al. 2020, section 4.2),
     averaged over valid ones; `null_mass`: p(null|x); `entropy`: of p(z|x) in nats;
     `candidate_hit_rate`: fraction of retrieved passages that contain the span, in themselves or in
-    their context; `accuracy`: the reader predicts the span on the most probable candidate;
-    `accuracy_null`: on the null passage.
+    their context; `accuracy`: the reader predicts the span correctly from the most probable
+    candidate; `accuracy_null`: from the null passage.
     """
     passage_BN = valid_BN.clone()
     passage_BN[:, 0] = False

@@ -229,7 +229,7 @@ def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
         settings = json.loads((path / "reader.json").read_text())
     except OSError as error:
         raise UserError(
-            f"{path} is not a saved reader (no reader.json); use a model folder of one of a run's stages."
+            f"{path} is not a saved reader (no reader.json); use RUN/STAGE/model/reader of a run."
         ) from error
     settings.pop("context_tokens", None)  # version 0.1 saved it here; it is a setting of the corpus now
     saved = draccus.decode(ReaderConfig, settings)

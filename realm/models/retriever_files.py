@@ -91,7 +91,8 @@ def read_retriever_settings(path: Path) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads((path / "retriever.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} is not an exported retriever (no readable retriever.json); use a folder under encoders/ of a run."
+            f"{path} is not an exported retriever (no readable retriever.json); use RUN/STAGE/model/retriever or "
+            "RUN/encoders/VERSION of a run."
         ) from error
     return settings
 

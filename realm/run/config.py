@@ -62,7 +62,7 @@ class RealmConfig(Section):
     init_from: InitFromConfig = field(default_factory=InitFromConfig)
     """Models of another run to start from."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Machine and DeepSpeed."""
+    """Precision, threads, checkpoints and DeepSpeed."""
     ict: IctConfig = field(default_factory=IctConfig)
     """Inverse cloze stage."""
     reader_pretraining: ReaderPretrainingConfig = field(default_factory=ReaderPretrainingConfig)
@@ -89,12 +89,12 @@ class RealmConfig(Section):
             raise UserError(f"{'; '.join(problems)}.")
 
     def problems(self) -> Iterator[str]:
-        """Problems between sections."""
+        """Yield the problems that involve several sections."""
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + MIN_PASSAGE_ROOM:
             yield (
                 f"reader.max_tokens ({joint}) leaves no room for a passage after retriever.max_query_tokens ({query}); "
-                "raise it"
+                "raise reader.max_tokens"
             )
         context, block = self.corpus.context_tokens, self.corpus.block_tokens
         if context and not block <= context <= joint - query:

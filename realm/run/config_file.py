@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -48,7 +48,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
 def parse_section(kind: type[T], text: str, where: str) -> T:
     """Parse a path or a YAML mapping to a config class with a `SHORTHAND`.
 
-    Raises UserError that begins with `where`.
+    Raises UserError with the prefix `where`.
     """
     try:
         tree = text if Path(text).exists() else yaml.safe_load(text)
@@ -58,7 +58,7 @@ def parse_section(kind: type[T], text: str, where: str) -> T:
 
 
 def decode(kind: type[T], value: Any, where: str) -> T:
-    """Build a config class from parsed YAML. Raises UserError that begins with `where`."""
+    """Build a config class from parsed YAML. Raises UserError with the prefix `where`."""
     tree = expand_shorthands(kind, value)
     if complaints := list(find_type_errors(kind, tree)):
         raise UserError(f"{where}: {'; '.join(complaints)}.")
@@ -78,7 +78,7 @@ def decode(kind: type[T], value: Any, where: str) -> T:
 
 
 def dump_config(config: RealmConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal one."""
+    """The resolved configuration as YAML; `load_config` reads it back to an equal config."""
     return yaml.safe_dump(draccus.encode(config), sort_keys=False)
 
 
@@ -133,7 +133,7 @@ def _without_none(kind: Any) -> Any:
 
 
 def find_type_errors(kind: Any, value: Any, name: str = "") -> Iterator[str]:
-    """Errors that draccus accepts, or reports without the name of the field.
+    """Find errors that draccus accepts, or reports without the name of the field.
 
     These are empty values, sections that are not mappings, values that are not lists or numbers,
     and unknown variants.

@@ -1,4 +1,4 @@
-"""`curves.png`: a run's losses, retrieval and staleness as curves."""
+"""Draws `curves.png`: a run's losses, retrieval figures and staleness."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ _SMOOTH = 10
 _RETRIEVAL = {
     "candidate_hit_rate": "candidates that contain the span",
     "null_mass": "p(null|x)",
-    "accuracy": "span right",
+    "accuracy": "span predicted correctly",
 }
-_FINETUNING = {"accuracy": "span right", "retriever_rows": "answer retrieved"}
+_FINETUNING = {"accuracy": "answer correct", "retriever_rows": "answer retrieved"}
 _STATEMENTS = {"known": "fact in a passage", "unsupported": "fact in no passage"}
 
 
@@ -37,7 +37,7 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
     axes[0, 0].set(title="Loss by stage", xlabel="fraction of the stage's steps", ylabel="loss (nats)", yscale="log")
     axes[0, 0].legend()
     if steps := metrics.get("pretrain", []):
-        _draw_shares(axes[0, 1], steps, _RETRIEVAL, "REALM: retrieval")
+        _draw_fractions(axes[0, 1], steps, _RETRIEVAL, "REALM: retrieval")
         axes[0, 2].plot(*_series(steps, "utility"), color="tab:green")
         axes[0, 2].axhline(0, color="grey", linewidth=0.5)
         axes[0, 2].set(title="REALM: retrieval utility", xlabel="step", ylabel="log p(y|z,x) − log p(y|null,x)")
@@ -45,13 +45,13 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
         axes[1, 0].plot([row["step"] for row in steps], behind, drawstyle="steps-post")
         axes[1, 0].set(title="Index: steps behind the trainer", xlabel="step", ylabel="steps")
     if "finetune" in metrics:
-        _draw_shares(axes[1, 1], metrics["finetune"], _FINETUNING, "Finetuning")
+        _draw_fractions(axes[1, 1], metrics["finetune"], _FINETUNING, "Finetuning")
     _draw_null_masses(axes[1, 2], null_masses)
     figure.savefig(folder / "curves.png", dpi=80)
     plt.close(figure)
 
 
-def _draw_shares(axis: Any, steps: list[dict], names: dict[str, str], title: str) -> None:
+def _draw_fractions(axis: Any, steps: list[dict], names: dict[str, str], title: str) -> None:
     """Plot figures between 0 and 1 by step."""
     for name, label in names.items():
         axis.plot(*_series(steps, name), label=label)

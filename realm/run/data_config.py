@@ -22,15 +22,15 @@ class QuestionSource:
     """`squad` (1.1, 2.0), `jsonl` (NQ-open), `qas` (DPR), `webq`, `trec` (CuratedTREC), `timeqa` or
     `datasets`; `auto`: detected from file name and content."""
     articles: tuple[str, ...] = ()
-    """Only the questions about these SQuAD articles; default: all."""
+    """Use only questions about these SQuAD articles; default: all."""
     exclude_articles: tuple[str, ...] = ()
-    """Skip the questions about these SQuAD articles."""
+    """Skip questions about these SQuAD articles."""
     num_folds: int = 1
     """Number of folds into which the questions are split by the name of their document, so that
     training and test questions have no document in common. The document is the article in SQuAD and
     TimeQA, otherwise `passage` or `context`."""
     use_folds: tuple[int, ...] = ()
-    """Only the questions of these folds, counted from 0; default: all."""
+    """Use only the questions of these folds, counted from 0; default: all."""
     fields: dict[str, str] = field(default_factory=dict)
     """Names of `id`, `question`, `answers`, `context` and `passage` in `jsonl` and `datasets`, if
     they are different."""
@@ -73,7 +73,7 @@ class DataConfig:
     train: QuestionSource | None = None
     """Questions to finetune on."""
     validation: QuestionSource | None = None
-    """Questions for the choice of settings."""
+    """Questions for choosing settings."""
     test: QuestionSource | None = None
     """Questions for reported results."""
     masked_spans: str | None = None

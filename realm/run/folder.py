@@ -36,11 +36,11 @@ BUILTIN = "builtin:"
 
 
 class StageInfo(NamedTuple):
-    """What a run knows of a training stage without opening it."""
+    """Properties of a training stage that are known without opening it."""
 
     title: str
     models: tuple[str, ...]
-    """Models that the finished stage has in its `model` folder: `retriever`, `reader`."""
+    """Models in the `model` folder of the finished stage: `retriever`, `reader`."""
 
 
 STAGES = {
@@ -64,8 +64,8 @@ class Run:
     def create(cls, config: RealmConfig) -> "Run":
         """Create the folder with its config, or open it if it exists with the same config.
 
-        Raises UserError if the folder has another config, or if the corpus was prepared with other
-        settings.
+        Raises UserError if the folder has a different config, or if the corpus was prepared with
+        different settings.
         """
         folder = Path(config.run)
         path, text = folder / "config.yaml", dump_config(config)
@@ -74,14 +74,14 @@ class Run:
                 old, new = path.read_text().splitlines(), text.splitlines()
                 changed = [line[2:].strip() for line in difflib.ndiff(old, new) if line.startswith("+ ")]
                 raise UserError(
-                    f"run folder {folder} exists with another config "
+                    f"run folder {folder} already exists with a different config "
                     f"(now: {'; '.join(changed[:4]) or 'fewer fields'}); "
-                    "choose another folder with --run, or restore the config."
+                    "choose another folder with --run, or restore the old config."
                 )
             return cls(folder, config)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
-                f"run folder {folder} is not empty and has no config.yaml; choose another folder or empty it."
+                f"run folder {folder} is not empty and has no config.yaml; choose another folder, or empty this one."
             )
         run = cls(folder, config)
         run.passages, run.statements  # noqa: B018  (an unsuitable corpus is refused before anything is written)
@@ -125,16 +125,16 @@ class Run:
         raise UserError(f"run {self.folder} has no finished stage yet; train one first, for example with `realm ict`.")
 
     def begin(self, stage: str, resume: bool) -> bool:
-        """Whether a stage has to be trained: it is not finished.
+        """Whether a stage still has to be trained.
 
-        Raises UserError if it was begun before, unless `resume`.
+        Raises UserError if it was already started, unless `resume`.
         """
         if self.finished(stage):
             console.print(f"  {stage}: already finished, in {self.model(stage)}")
             return False
         if not resume and (self.stage(stage) / "checkpoints").exists():
             raise UserError(
-                f"stage {stage} of run folder {self.folder} was begun before; rerun with --resume to continue, "
+                f"stage {stage} of run folder {self.folder} was already started; rerun with --resume to continue, "
                 "or choose another folder with --run."
             )
         return True
@@ -182,7 +182,7 @@ class Run:
     def _open_corpus(self, kind: str, sources: Sequence[SourceConfig]) -> PreparedCorpus:
         """Open a prepared corpus.
 
-        Raises UserError if it was prepared with other settings, as far as this can be checked
+        Raises UserError if it was prepared with different settings, as far as this can be checked
         without reading the sources.
         """
         corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
@@ -195,7 +195,7 @@ class Run:
         ):
             if before != now:
                 raise UserError(
-                    f"{corpus.path} was prepared with other settings: {name} was {before} and is now {now}; "
+                    f"{corpus.path} was prepared with different settings: {name} was {before} and is now {now}; "
                     "restore it, or prepare into another folder with --corpus.prepared."
                 )
         return corpus
@@ -236,7 +236,7 @@ class Run:
 
 
 def source_path(name: str, prepared: Path) -> Path:
-    """Resolve a path of the config.
+    """Resolve a path from the config.
 
     `builtin:NAME` is a file of the built-in corpus, which `realm prepare` writes.
     """

@@ -39,8 +39,8 @@ def build_initial_retriever(run: Run) -> Path:
     """Folder of the retriever before any training in this run; built if it does not exist.
 
     It is a copy of another run's retriever, a pretrained checkpoint, or randomly initialized.
-    Raises UserError if `init_from.retriever` is not a saved retriever, or has another vocabulary
-    than the corpus.
+    Raises UserError if `init_from.retriever` is not a saved retriever, or has a different
+    vocabulary than the corpus.
     """
     folder, source = run.folder / "initial" / "retriever", run.config.init_from.retriever
 
@@ -81,8 +81,8 @@ def initial_reader(run: Run, stage: str, learned: bool = False) -> Reader:
 def build_initial_reader(run: Run) -> Reader:
     """The reader before any training in this run: another run's, or as the config describes it.
 
-    Raises UserError if `init_from.reader` is not a saved reader, has another vocabulary than the
-    corpus, or cannot be adapted to the config.
+    Raises UserError if `init_from.reader` is not a saved reader, has a different vocabulary than
+    the corpus, or cannot be adapted to the config.
     """
     if source := run.config.init_from.reader:
         _check_saved("reader", source)
@@ -113,6 +113,6 @@ def _check_saved(part: str, source: str) -> None:
 def _check_vocabulary(run: Run, part: str, source: str, vocabulary: dict[str, int]) -> None:
     if vocabulary != run.tokenizer.get_vocab():
         raise UserError(
-            f"init_from.{part} {source!r} has another vocabulary than the corpus {run.prepared}; "
+            f"init_from.{part} {source!r} has a different vocabulary than the corpus {run.prepared}; "
             f"prepare the corpus with tokenizer.path: {source}."
         )

@@ -35,7 +35,7 @@ def print_summary(
         spans, asked = masked_spans.get(stage, {}), questions if stage == "evaluate" else {}
         cells = [*(spans.get(name) for name in _MASKED_SPAN_FIGURES), *(asked.get(name) for name in _QUESTION_FIGURES)]
         rows.append([STAGES[stage].title if stage in STAGES else stage, format_seconds(seconds), *cells])
-    title = "Masked spans right (%) from null, random, gold and retrieved passages; masked-span recall; questions"
+    title = "Masked-span accuracy (%) from null, random, gold and retrieved passages; masked-span recall; questions"
     console.print()
     print_table(title, ["stage", "time", *_MASKED_SPAN_FIGURES.values(), *_QUESTION_FIGURES.values()], rows)
     _print_versions(run.folder)
@@ -87,7 +87,7 @@ def _refreshes(folder: Path) -> dict[str, dict]:
 
 
 def print_next(run: Run) -> None:
-    """Print the names of the result files, and commands to continue with."""
+    """Print the names of the result files, and commands to try next."""
     folder = run.folder
     console.print(
         f"\ncurves: {folder}/curves.png   figures: {folder}/summary.json   tensorboard --logdir {folder}/tensorboard"

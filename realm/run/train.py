@@ -1,4 +1,4 @@
-"""Train a stage of a run from begin to end, and publish its models."""
+"""Train a stage of a run from start to finish, and publish its models."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +22,8 @@ def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume:
     """Train the stage `name`, opened by `open_stage(run)`, and publish its models.
 
     They are published in `NAME/model`. A finished stage is not changed. Raises UserError if the
-    stage was begun before, unless `resume`, and Interrupted after Ctrl-C, when a checkpoint is
-    written.
+    stage was already started, unless `resume`. Raises Interrupted after Ctrl-C, once a checkpoint
+    is written.
     """
     if not run.begin(name, resume):
         return

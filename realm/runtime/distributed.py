@@ -18,7 +18,7 @@ from realm.errors import UserError
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=6)
-"""Timeout of a collective: long, because rank 0 may be encoding a corpus meanwhile."""
+"""Timeout of a collective: long, because rank 0 may be encoding a corpus in the meantime."""
 
 
 def rank() -> int:

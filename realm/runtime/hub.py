@@ -12,7 +12,8 @@ from realm.errors import UserError
 def require_on_hub(name: str, what: str, kind: Literal["model", "dataset"] = "model") -> None:
     """Check that the model or dataset `name` is on the hub.
 
-    Raises UserError, in which `what` describes the name, if it is not or the hub is unreachable.
+    Raises UserError if it is not, or if the hub is unreachable; `what` describes the name in the
+    message.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -21,15 +22,15 @@ def require_on_hub(name: str, what: str, kind: Literal["model", "dataset"] = "mo
         api = HfApi()
         (api.model_info if kind == "model" else api.dataset_info)(name, timeout=10)
     except HFValidationError:
-        raise UserError(f"{what} {name!r} is neither an existing path nor a valid hub name") from None
+        raise UserError(f"{what} {name!r} is neither an existing path nor a valid hub name.") from None
     except RepositoryNotFoundError:
         raise UserError(
-            f"{what} {name} is neither an existing path nor a public {kind} on the Hugging Face hub"
+            f"{what} {name} is neither an existing path nor a public {kind} on the Hugging Face hub."
         ) from None
     except (OSError, HTTPError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"{what} {name} is not on this machine and the Hugging Face hub cannot be reached; "
-            "connect to the network or give a local folder"
+            "connect to the network or give a local folder."
         ) from error
 
 
@@ -45,7 +46,7 @@ def load_split(path: str, name: str | None, split: str | None) -> Any:
             loaded = datasets.load_from_disk(path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{path} is not a dataset saved with `save_to_disk` ({str(error).splitlines()[0]})"
+                f"{path} is not a dataset saved with `save_to_disk` ({str(error).splitlines()[0]})."
             ) from error
     else:
         require_on_hub(path, "dataset", kind="dataset")
@@ -53,13 +54,13 @@ def load_split(path: str, name: str | None, split: str | None) -> Any:
             loaded = datasets.load_dataset(path, name, split=split)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"dataset {path} cannot be loaded ({str(error).splitlines()[0]}); check `name` and `split`"
+                f"dataset {path} cannot be loaded ({str(error).splitlines()[0]}); check `name` and `split`."
             ) from error
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     splits = list(map(str, loaded))
     if split is None and len(splits) > 1:
-        raise UserError(f"dataset {path} has several splits ({', '.join(splits)}); choose one with `split`")
+        raise UserError(f"dataset {path} has several splits ({', '.join(splits)}); choose one with `split`.")
     if split is not None and split not in splits:
-        raise UserError(f"dataset {path} has no split {split!r}; choose one of {', '.join(splits)}")
+        raise UserError(f"dataset {path} has no split {split!r}; choose one of {', '.join(splits)}.")
     return loaded[split or splits[0]]

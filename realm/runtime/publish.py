@@ -1,8 +1,8 @@
 """Atomic publishing, manifests and checksums, for processes that share only a file system.
 
 A published directory never changes: it is written under a temporary name in the same parent
-directory, flushed to disk and renamed. Temporary names begin with `.tmp-`, also those that a crash
-leaves behind.
+directory, flushed to disk and renamed. The names of temporary files begin with `.tmp-`, including
+files left behind by a crash.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def published(final: Path) -> Iterator[Path]:
     """
     if final.exists():
         raise PublishError(
-            f"{final} already exists and published folders never change; remove it or choose another name"
+            f"{final} already exists and published folders never change; remove it, or choose another name"
         )
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{TEMPORARY}{final.name}-{uuid.uuid4().hex}"

@@ -14,7 +14,7 @@ class Interrupted(Exception):
 def stop_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set, instead of raising in the middle of a step.
 
-    Outside the main thread, which alone receives signals, the event is never set.
+    Only the main thread receives signals; in other threads, the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

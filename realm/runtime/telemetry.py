@@ -171,7 +171,7 @@ class Metrics:
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Read `metrics.jsonl`: the rows of each stage, in the order of steps.
 
-    If a step was logged twice (by a resumed run), the last line counts. Incomplete lines are
+    If a step was logged twice (by a resumed run), the last line is used. Incomplete lines are
     skipped.
     """
     by_stage: dict[str, dict[int, dict[str, Any]]] = {}

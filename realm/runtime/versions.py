@@ -32,7 +32,7 @@ class Version:
 
     @classmethod
     def parse(cls, name: str) -> "Version":
-        """Parse a `name`. Raises PublishError if the text is not the name of a version."""
+        """Parse a `name`. Raises PublishError if `name` is not a version name."""
         match = _VERSION.fullmatch(name)
         version = match and cls(int(match[1]), int(match[2]), None if match[3] is None else int(match[3]))
         if not version or version.name != name:
@@ -141,7 +141,8 @@ def start_attempt(run: Path, parent: int | None = None, parent_step: int | None 
 def versions_in(folder: Path) -> list[Version]:
     """All versions in `folder`, of any lineage, oldest first.
 
-    Other names are skipped. Empty if the folder does not exist.
+    Files and folders with other names are skipped. The result is empty if the folder does not
+    exist.
     """
     versions = []
     for entry in folder.iterdir() if folder.is_dir() else ():

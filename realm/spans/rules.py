@@ -34,9 +34,9 @@ from realm.spans.words import (
 )
 
 SPAN_TYPES: tuple[str, ...] = ("person", "place", "organisation", "date", "number", "other")
-"""Span types. Files contain indices into this tuple, so the order is part of the file format."""
+"""Span types. Files contain indices into this tuple, so its order is part of the file format."""
 RULES_VERSION = 1
-"""Increment with every change of the results of the rules: it is part of the cache key."""
+"""Increment this when the results of the rules change; it is part of the cache key."""
 
 
 class SalientSpan(NamedTuple):

@@ -117,15 +117,15 @@ class SpanTagger:
             nlp = spacy.load(config.pipeline)
         except OSError as error:
             raise UserError(
-                f"spaCy pipeline {config.pipeline!r} cannot be loaded: install it "
+                f"spaCy pipeline {config.pipeline!r} cannot be loaded; install it "
                 f"(python -m spacy download {config.pipeline}), give the path of a pipeline, "
-                'or set `spans.pipeline` to "builtin"'
+                'or set `spans.pipeline` to "builtin".'
             ) from error
         if not any("doc.ents" in nlp.get_pipe_meta(pipe).assigns for pipe in nlp.pipe_names):
             raise UserError(
                 f"spaCy pipeline {config.pipeline!r} does not set entities "
                 f"(components: {', '.join(nlp.pipe_names) or 'none'}); "
-                "choose a pipeline with an entity component such as ner"
+                "choose a pipeline with an entity component such as ner."
             )
         _disable_unused(nlp)
         name = f"{nlp.lang}_{nlp.meta['name']}-{nlp.meta['version']}"

@@ -1,6 +1,6 @@
 """Word lists of the built-in salient-span rules.
 
-Increment RULES_VERSION in `realm.spans.rules` with every change.
+Increment RULES_VERSION in `realm.spans.rules` when you change a list.
 """
 
 import re

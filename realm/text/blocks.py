@@ -39,10 +39,10 @@ def sentence_bounds(text: str) -> list[int]:
     """Character offsets at which the sentences of `text` begin, starting with 0.
 
     White space belongs to the preceding sentence. The rules are for ordinary and for
-    space-tokenized prose (`word .`): a full stop after a title, an initial or an acronym (`Dr.
-    Who`, `J. K.`, `U.S.`) does not end a sentence, nor does any mark before a lower-case letter if
-    the text contains capitals. In doubtful cases sentences are not split: it only changes where a
-    block ends.
+    space-tokenized prose (`word .`): a full stop after a title, an initial or an acronym
+    (`Dr. Who`, `J. K.`, `U.S.`) does not end a sentence, nor does any mark before a lower-case
+    letter if the text contains capitals. In doubtful cases sentences are not split; this only
+    affects where a block ends.
     """
     has_capitals = text != text.lower()
     bounds = [0]

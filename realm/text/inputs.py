@@ -84,7 +84,8 @@ class Wordpieces:
 
 
 def _fit(title_ids: IntArray, text_ids: IntArray, room: int) -> tuple[IntArray, IntArray]:
-    """Truncate title and text to `room` in total: the title to half, or to what the text leaves."""
+    """Truncate title and text to `room` in total: the title to half, or to the room that the text
+    leaves."""
     title_ids = title_ids[: max(room // 2, room - len(text_ids))]
     return title_ids, text_ids[: room - len(title_ids)]
 

@@ -37,8 +37,8 @@ class TokenizerConfig(Section):
     vocab_size: int = 8000
     """Maximum vocabulary size of a trained tokenizer."""
     min_frequency: int = 2
-    """Minimum frequency of a pair to be merged in training; with 1 even the rarest names of a small
-    corpus stay whole."""
+    """Minimum frequency of a pair to be merged in training; with 1, even the rarest names of a
+    small corpus become single wordpieces."""
     lowercase: bool = True
     """Lowercase and strip accents, if trained or loaded from a bare vocabulary file."""
 
@@ -60,7 +60,7 @@ def obtain_tokenizer(
         if not settings.is_file() or json.loads(settings.read_bytes()) != asdict(config):
             raise UserError(
                 f"the tokenizer in {folder} was created with different `tokenizer` settings; "
-                "restore them or prepare into another folder"
+                "restore them or prepare into another folder."
             )
         return load_tokenizer(str(folder))
     tokenizer = (
@@ -87,7 +87,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     from transformers import BertTokenizer
 
     if config.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {config.vocab_size}")
+        raise UserError(f"tokenizer.vocab_size must be at least {MIN_VOCAB_SIZE}, got {config.vocab_size}.")
     texts = texts if isinstance(texts, Sequence) else list(texts)
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
@@ -101,7 +101,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
         key=lambda character: (-counts[character], character),
     )
     if not visible:
-        raise UserError("the texts to train the tokenizer on contain no visible characters")
+        raise UserError("the texts to train the tokenizer on contain no visible characters.")
     alphabet = visible[: min(1000, (config.vocab_size - len(SPECIAL_TOKENS)) // 3)]
     fixed = [*SPECIAL_TOKENS, *alphabet, *("##" + character for character in alphabet)]
     trainer = trainers.WordPieceTrainer(
@@ -133,12 +133,12 @@ def load_tokenizer(path: str, lowercase: bool = True) -> "PreTrainedTokenizerBas
         if names.isdisjoint({"tokenizer.json", "tokenizer_config.json", "config.json"}):
             if "vocab.txt" in names:
                 return _from_vocabulary(local / "vocab.txt", lowercase)
-            raise UserError(f"the folder {path} contains no tokenizer: neither tokenizer.json nor vocab.txt")
+            raise UserError(f"the folder {path} contains no tokenizer: neither tokenizer.json nor vocab.txt.")
         return _checked(_from_pretrained(str(local), path), path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith((".txt", ".json")):
         raise UserError(
             f"tokenizer {path} does not exist; "
-            "give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased"
+            "give a folder, a vocab.txt or a hub name such as google-bert/bert-base-uncased."
         )
     return _checked(_from_hub(path), path)
 
@@ -182,12 +182,12 @@ def _from_vocabulary(file: Path, lowercase: bool) -> "PreTrainedTokenizerBase":
     try:
         wordpieces = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
-        raise UserError(f"{file} is not a WordPiece vocabulary: it is not UTF-8 text") from None
+        raise UserError(f"{file} is not a WordPiece vocabulary: it is not UTF-8 text.") from None
     vocabulary = {wordpiece.rstrip("\r"): i for i, wordpiece in enumerate(wordpieces)}
     if missing := [token for token in SPECIAL_TOKENS if token not in vocabulary]:
-        raise UserError(f"{file} is not a BERT vocabulary: it has no line {', '.join(missing)}")
+        raise UserError(f"{file} is not a BERT vocabulary: it has no line {', '.join(missing)}.")
     if len(vocabulary) < len(wordpieces):
-        raise UserError(f"{file} is not a BERT vocabulary: it has {len(wordpieces) - len(vocabulary)} duplicate lines")
+        raise UserError(f"{file} is not a BERT vocabulary: it has {len(wordpieces) - len(vocabulary)} duplicate lines.")
     return _checked(BertTokenizer(vocab=vocabulary, do_lower_case=lowercase), str(file))
 
 
@@ -198,7 +198,7 @@ def _from_pretrained(location: str, path: str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
         # transformers has no specific exception for inconsistent files.
-        raise UserError(f"the tokenizer in {path} cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"the tokenizer in {path} cannot be loaded ({_first_line(error)}).") from error
 
 
 def _from_hub(name: str) -> "PreTrainedTokenizerBase":
@@ -224,17 +224,17 @@ def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedToke
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordPiece":
-        raise UserError(f"tokenizer {path} is not a WordPiece tokenizer; use a BERT tokenizer")
+        raise UserError(f"tokenizer {path} is not a WordPiece tokenizer; use a BERT tokenizer.")
     if backend.get_vocab_size() <= len(SPECIAL_TOKENS):
-        raise UserError(f"tokenizer {path} has only special tokens: its tokenizer.json or vocab.txt is missing")
+        raise UserError(f"tokenizer {path} has only special tokens: its tokenizer.json or vocab.txt is missing.")
     names = ("pad", "cls", "sep", "mask")
     if missing := [name for name in names if getattr(tokenizer, f"{name}_token_id") is None]:
-        raise UserError(f"tokenizer {path} has no {', '.join(missing)} token; use a BERT tokenizer")
+        raise UserError(f"tokenizer {path} has no {', '.join(missing)} token; use a BERT tokenizer.")
     special_ids = [getattr(tokenizer, f"{name}_token_id") for name in names]
     text = " ".join(tokenizer.convert_ids_to_tokens(special_ids))
     if np.isin(tokenize(tokenizer, [text])[0][0], special_ids).any():
         raise UserError(
             f"tokenizer {path} encodes the text {text!r} as special tokens, "
-            "so they cannot be distinguished from text in documents; use a BERT tokenizer"
+            "so they cannot be distinguished from text in documents; use a BERT tokenizer."
         )
     return _enable_split_special_tokens(tokenizer)

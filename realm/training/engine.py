@@ -47,7 +47,7 @@ def optimizer_groups(
 
 
 def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Function from the step to the factor on the peak learning rate."""
+    """Function that maps a step to the factor on the peak learning rate."""
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / max(1, optim.warmup_steps))
@@ -69,7 +69,7 @@ class Engine:
         config: EngineConfig,
         called_between_steps: Sequence[nn.Module] = (),
     ) -> None:
-        """`called_between_steps`: parts of the module that are also called between two steps (see
+        """`called_between_steps`: parts of the module that are also called between steps (see
         `gathered_copy`).
 
         Raises UserError for raw DeepSpeed settings that would be ignored, or that DeepSpeed
@@ -91,7 +91,7 @@ class Engine:
             settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             if is_rank_zero() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print(
-                    "  warning: this CPU has no bf16 arithmetic and emulates it, many times slower; "
+                    "  warning: this CPU has no bf16 arithmetic and emulates it, which is many times slower; "
                     "set engine.precision to fp32"
                 )
         for name, remedy in (
@@ -116,7 +116,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Device on which batches must be."""
+        """Device that batches must be on."""
         return self.deepspeed.device
 
     @property
@@ -133,7 +133,7 @@ class Engine:
         return deepspeed.zero.GatheredParameters([parameter for module in modules for parameter in module.parameters()])
 
     def gathered_copy(self, part: nn.Module) -> nn.Module:
-        """A part of the module that can be called between two steps.
+        """A part of the module that can be called between steps.
 
         ZeRO 3 gathers parameters in the order in which a step calls them, and other calls would
         change this order; for ZeRO 3, it is therefore an up-to-date copy of the part, otherwise the

@@ -77,9 +77,9 @@ def _step(stage: Stage, engine: Engine, step: int, seed: int, folder: Path) -> d
 def _diverged(stage: Stage, step: int, loss: float, folder: Path) -> str:
     """The message for a step whose loss or weights are not finite."""
     checkpoint = newest_checkpoint(folder)
-    saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
+    saved = f"the last valid checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
     return (
-        f"{stage.name} diverged at step {step}: the loss is {loss}, or a weight is not finite; {saved}. Train in a "
+        f"{stage.name} diverged at step {step}: the loss is {loss}, or a weight is not finite; {saved}; train in a "
         f"new run (--run) with a lower {stage.name}.optim.lr or more {stage.name}.optim.warmup_steps."
     )
 

@@ -49,7 +49,7 @@ class EngineConfig(Section):
     log_every_s: float = 10.0
     """Seconds between progress lines if the output is not a terminal."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints that are kept per stage."""
+    """Number of most recent checkpoints to keep per stage."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed settings, merged over those made from this config."""
 
@@ -83,7 +83,8 @@ class IctConfig(StageConfig):
     steps: int = 100_000
     """Optimizer updates; 0: skip the stage."""
     batch_size: int = 4096
-    """Sentence-block pairs per update and process; the blocks are each other's negatives."""
+    """Sentence-block pairs per update and process; the negatives of a sentence are the blocks of
+    the other pairs."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
@@ -93,7 +94,7 @@ class IctConfig(StageConfig):
     mask_span_prob: float = 0.0
     """Probability that one salient span of the sentence is masked, as in pretraining's queries."""
     null_prob: float = 0.0
-    """Probability that the sentence's block is withheld, so that the null passage is the right
+    """Probability that the sentence's block is withheld, so that the null passage is the correct
     choice. After this stage, the score of the null passage is between those of matching and of
     other passages. 0: the null passage is not a candidate."""
 
@@ -119,8 +120,8 @@ class ReaderPretrainingConfig(StageConfig):
     """Probability of entity substitution: the span is replaced, in target and passage, by another
     span of its type, so that it must be copied and cannot be remembered."""
     title_span_prob: float = 1.0
-    """Probability of keeping an example whose span appears in the passage's title: predicting the
-    topic takes little reading."""
+    """Probability of keeping an example whose span appears in the passage's title, because such a
+    span can be predicted with little reading."""
     null_prob: float = 0.0
     """Probability of reading the null passage instead, so that predictions from the null passage
     are not worse than predictions from a wrong passage."""
@@ -128,8 +129,8 @@ class ReaderPretrainingConfig(StageConfig):
     """Weight of the span head's loss (find the same span in the passage) relative to the
     masked-language head's; 0: the span head is trained in finetuning only."""
     sentence_steps: int = 0
-    """Number of first steps in which only the sentence that contains the span is read: copying is
-    learned faster from a short text."""
+    """Number of steps at the start in which only the sentence that contains the span is read:
+    copying is learned faster from short texts."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -146,7 +147,7 @@ class PretrainConfig(StageConfig):
     steps: int = 200_000
     """Optimizer updates; 0: skip the stage."""
     threads: int = 0
-    """CPU threads of the trainer in this stage, which shares the cores with the refresher; 0: as
+    """CPU threads of the trainer in this stage, which shares the cores with the refresher; 0:
     `engine.threads`."""
     batch_size: int = 16
     """Masked sentences per update and process."""
@@ -157,9 +158,9 @@ class PretrainConfig(StageConfig):
     max_span_tokens: int = 10
     """Longest salient span that is masked, in wordpieces."""
     marginal: Literal["joint", "per_token"] = "joint"
-    """Marginal likelihood of the whole span, or of each wordpiece on its own."""
+    """Marginal likelihood of the whole span, or of each wordpiece separately."""
     substitution_prob: float = 0.0
-    """Probability of entity substitution, as in reader pretraining, in all candidates alike."""
+    """Probability of entity substitution, as in reader pretraining; applied to all candidates."""
     reader_buckets: int = 4
     """Groups of similar length into which joint inputs are padded. Constant, so that all ranks
     issue the same collectives."""
@@ -218,9 +219,9 @@ class RefreshConfig(Section):
     poll_s: float = 0.5
     """Polling interval of refresher and trainer in seconds."""
     keep_last: int = 3
-    """Number of newest index versions that are kept."""
+    """Number of most recent index versions to keep."""
     grace_s: float = 60.0
-    """Seconds for which a replaced index is kept."""
+    """Seconds for which a replaced index version is kept."""
     lease_expiry_s: float = 30.0
     """Seconds without a heartbeat after which another refresher takes over."""
     max_stale_steps: int | None = None
@@ -250,7 +251,10 @@ class RefreshConfig(Section):
         )
         yield from self.finite("grace_s")
         if self.export_every == 0 and self.max_drift is None:
-            yield "export_every is 0 and refresh.max_drift is not set, so nothing is exported; set one of them"
+            yield (
+                "export_every is 0 and refresh.max_drift is not set, so the retriever is never exported; "
+                "set one of them"
+            )
         too_tight = self.max_stale_steps is not None and (
             self.export_period == 0 or self.max_stale_steps < self.export_period
         )
@@ -259,7 +263,8 @@ class RefreshConfig(Section):
                 f"max_stale_steps ({self.max_stale_steps}) must be at least refresh.export_every "
                 f"({self.export_every or 'exports on drift only'}) times staleness_multiplier "
                 f"({self.staleness_multiplier}) with stale_policy {self.stale_policy}, because the trainer would "
-                "otherwise wait for an export that it has not made yet; raise it, or set stale_policy to warn"
+                "otherwise wait for an export that it has not made yet; raise refresh.max_stale_steps, "
+                "or set stale_policy to warn"
             )
 
 
@@ -273,7 +278,8 @@ class FinetuneRetrieverConfig(StageConfig):
     steps: int = 0
     """Optimizer updates; 0: skip the stage."""
     batch_size: int = 48
-    """Questions per update and process; the other questions' passages are negatives."""
+    """Questions per update and process; the negatives of a question are the passages of the other
+    questions."""
     retrieve: int = 50
     """Passages retrieved per question. Hard negatives are drawn from them, and a question without a
     known passage is paired with the best one that contains an answer."""
@@ -317,7 +323,7 @@ class FinetuneConfig(StageConfig):
     question's own document if it is known."""
     read_gold: bool = True
     """In training, add the question's own passage to those read if it was not retrieved; with
-    `positives: document` also to those retrieved."""
+    `positives: document` also add it to those retrieved."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     """Optimizer."""
 
@@ -329,7 +335,7 @@ class FinetuneConfig(StageConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """Question answering and its figures."""
+    """Question answering and its metrics."""
 
     read: int = 5
     """Passages read per question."""

@@ -18,9 +18,9 @@ from realm.training.sections import StageConfig
 class Stage(AbstractContextManager["Stage"], ABC):
     """A training stage, run by `realm.training.loop.train`.
 
-    Batches must be a function of the seed, the step, and what `restore` restores, so that a resumed
-    stage gets the batches that it would have had without the interruption. A stage is used as a
-    context manager: on exit, it releases what it opened (index, threads, processes).
+    Batches must be a function of the seed, the step, and the state that `restore` reads, so that a
+    resumed stage gets the same batches as without the interruption. A stage is used as a context
+    manager: on exit, it releases what it opened (index, threads, processes).
     """
 
     name: ClassVar[str]
@@ -53,7 +53,7 @@ class Stage(AbstractContextManager["Stage"], ABC):
         return self.draw(step, size)
 
     def called_between_steps(self) -> Sequence[nn.Module]:
-        """Parts of the module that `batch` and `after_step` call, using `current`."""
+        """Parts of the module that `batch` and `after_step` call through `current`."""
         return ()
 
     def current(self, part: nn.Module) -> nn.Module:

@@ -162,7 +162,7 @@ def test_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixt
     file.write_bytes(file.read_bytes()[:-1])
     assert main(["index", "verify", "--run", str(run)]) == 2
     output = capsys.readouterr()
-    assert "1 of 4 index versions would be refused" in output.err
+    assert "1 of 4 index versions are broken and would be refused" in output.err
     assert "REFUSED" in output.out and "Traceback" not in output.err
     assert main(["index", "gc", "--run", str(run), "--dry-run"]) == 0 and "would remove" in capsys.readouterr().out
     assert main(["index", "gc", "--run", str(run), "--grace", "0"]) == 0 and "removed" in capsys.readouterr().out

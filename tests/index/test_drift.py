@@ -169,7 +169,7 @@ def test_the_drift_snapshot_is_saved_in_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"export_every": 0}, "nothing is exported"), ({"staleness_multiplier": 0}, "at least 1")],
+    [({"export_every": 0}, "never exported"), ({"staleness_multiplier": 0}, "at least 1")],
 )
 def test_settings_that_would_export_nothing_are_refused(tmp_path: Path, changes: dict, message: str) -> None:
     write_sources(tmp_path)

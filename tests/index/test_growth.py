@@ -88,7 +88,10 @@ def test_deleted_documents_are_never_retrieved(run: Run, tmp_path: Path) -> None
 
 def test_replacement_and_invalid_arguments(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert add(run, "town-1") == 2
-    assert "already has document 'town-1'" in capsys.readouterr().err and len(versions_in(store(run) / "indexes")) == 1
+    assert (
+        "already contains document 'town-1'" in capsys.readouterr().err
+        and len(versions_in(store(run) / "indexes")) == 1
+    )
     assert add(run, "town-1", "--replace") == 0
     corpus = PreparedCorpus.open(run.prepared / "passages")
     assert corpus.deleted == {1} and corpus.row_of_id("town-1") == 12

@@ -106,7 +106,7 @@ def test_the_build_of_an_abandoned_attempt_is_dropped(run: Path, corpus: FakeCor
 
     export(run, 2, 600)
     lines = refresh_once(run, corpus, load=resume_while_loading)
-    assert indexes(run) == [] and "attempt 3 has abandoned it" in lines[0]
+    assert indexes(run) == [] and "attempt 3 abandoned it" in lines[0]
 
 
 def test_old_versions_are_removed_unless_referenced(run: Path, corpus: FakeCorpus) -> None:
@@ -130,7 +130,7 @@ def test_an_invalid_factory_stops_it_with_the_reason(run: Path, corpus: FakeCorp
 
 
 def test_an_encoder_with_another_tokenizer_is_refused(run: Path, corpus: FakeCorpus) -> None:
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="different tokenizer"):
         refresh_once(run, corpus, load=lambda folder: load(folder)._replace(tokenizer_fingerprint="other"))
 
 

@@ -1,4 +1,4 @@
-"""The command line: one subcommand per program.
+"""The command line interface: one subcommand per program.
 
 Each subcommand imports what it needs when it runs, so that `realm --help` is fast.
 """

@@ -8,7 +8,7 @@ from realm.errors import UserError
 
 
 def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommands and their options."""
+    """Add the subcommands and their options."""
     bench = commands.add_parser("bench", help="run a benchmark", description="Benchmarks; each prints one table.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="NAME", required=True)
     spans = kinds.add_parser(
@@ -65,7 +65,7 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     long.set_defaults(command=_long, takes_overrides=False)
     store = kinds.add_parser(
         "index",
-        help="encoding compared with sentence-transformers, approximate with exact search, and opening an index",
+        help="encoding vs. sentence-transformers, approximate vs. exact search, and opening an index",
         allow_abbrev=False,
     )
     store.add_argument("--run", type=Path, required=True, help="run folder; the newest index and encoder are used")
@@ -83,16 +83,16 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
     swaps = kinds.add_parser("swaps", help="step time of a trainer with and without index swaps")
     swaps.add_argument("--rows", type=int, default=1_000_000, help="rows of the index (default: 1,000,000)")
     swaps.add_argument("--dim", type=int, default=128, help="dimension of the index (default: 128)")
-    swaps.add_argument("--steps", type=int, default=1200, help="steps with and without swaps, each (default: 1200)")
-    swaps.add_argument("--every", type=int, default=200, help="steps between two swaps (default: 200)")
+    swaps.add_argument("--steps", type=int, default=1200, help="steps with swaps, and as many without (default: 1200)")
+    swaps.add_argument("--every", type=int, default=200, help="steps between swaps (default: 200)")
     swaps.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     swaps.set_defaults(command=_swaps, takes_overrides=False)
     faults = kinds.add_parser(
         "faults",
-        help="fault tests of the index store: kill -9, bit flips, frozen lease holders, a full disk",
+        help="fault tests of the index store: kill -9, bit flips, suspended lease holders, a full disk",
     )
     faults.add_argument(
-        "--kills", type=int, default=500, help="number of kill -9 of refresher and trainer (default: 500)"
+        "--kills", type=int, default=500, help="number of kills (SIGKILL) of refresher and trainer (default: 500)"
     )
     faults.add_argument(
         "--flips",
@@ -160,4 +160,4 @@ def _faults(options: argparse.Namespace) -> None:
 
     report = bench_faults(options.kills, options.flips, options.seed, options.json)
     if report.violations:
-        raise UserError(f"{len(report.violations)} violations.")
+        raise UserError(f"{len(report.violations)} violations of the guarantees of the index store, listed above.")

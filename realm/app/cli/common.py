@@ -1,4 +1,4 @@
-"""Functions that several commands share: adding subparsers, and opening a run."""
+"""Functions shared by several commands: adding subparsers, and opening a run."""
 
 import argparse
 from collections.abc import Callable
@@ -40,13 +40,13 @@ def add_command(
 
 
 def add_question_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add `--questions` and `--format`; `default` says which questions are used without them."""
+    """Add `--questions` and `--format`; `default` describes the default questions."""
     parser.add_argument("--questions", help=f"{_QUESTIONS}; default: {default}")
     parser.add_argument("--format", help=_FORMAT)
 
 
 def open_run(options: argparse.Namespace) -> "Run":
-    """Open the run of `--run`, or of `--config`, which is created if it does not exist."""
+    """Open the run of `--run`, or the run of `--config`, which is created if it does not exist."""
     from realm.run.config_file import load_config
     from realm.run.folder import Run
     from realm.runtime.distributed import on_rank_zero, world_size

@@ -9,7 +9,7 @@ from realm.errors import UserError
 
 
 def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The subcommands and their options."""
+    """Add the subcommands and their options."""
     index = commands.add_parser(
         "index",
         help="manage the index versions of a run",
@@ -47,7 +47,7 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
                 "--grace",
                 type=float,
                 metavar="S",
-                help="seconds that readers have to pin a version before it is removed (default: refresh.grace_s)",
+                help="seconds that processes have to pin a version before it is removed (default: refresh.grace_s)",
             )
             verb.add_argument("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
 
@@ -96,8 +96,8 @@ def _verify(options: argparse.Namespace) -> None:
     broken = [info for info in chosen if verify(info, print) is not None]
     if broken:
         raise UserError(
-            f"{len(broken)} of {len(chosen)} index versions would be refused by readers; remove them, "
-            "and the refresher rebuilds them."
+            f"{len(broken)} of {len(chosen)} index versions are broken and would be refused; remove them, "
+            "and the refresher will rebuild them."
         )
 
 

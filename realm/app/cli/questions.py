@@ -7,7 +7,7 @@ from realm.app.cli.common import Commands, add_command, add_question_options, op
 
 
 def add_question_commands(commands: Commands) -> None:
-    """The subcommands and their options."""
+    """Add the subcommands and their options."""
     evaluate = add_command(commands, "evaluate", _evaluate, "answer questions and compute metrics", "run")
     add_question_options(evaluate, "those of --split")
     evaluate.add_argument(

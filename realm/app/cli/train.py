@@ -10,7 +10,7 @@ _RESUME = "continue from the newest checkpoint"
 
 
 def add_training_commands(commands: Commands) -> None:
-    """The subcommands and their options."""
+    """Add the subcommands and their options."""
     about = "run all stages (prepare, ict, reader-pretraining, pretrain, finetune, evaluate) and print a summary"
     everything = add_command(commands, "run", _run, about, "config")
     everything.add_argument("--resume", action="store_true", help="continue an existing run")
@@ -39,7 +39,7 @@ def add_training_commands(commands: Commands) -> None:
                 "--replay",
                 type=Path,
                 metavar="RUN",
-                help="in each step, search the index that the run RUN searched; RUN may be this run, before a resume",
+                help="in each step, search the same index as run RUN did according to its log; RUN may be this run",
             )
 
     about = "build indexes from exported encoders, as a separate process; can be killed and restarted at any time"
@@ -111,7 +111,7 @@ def _finetune(options: argparse.Namespace) -> None:
     run = with_questions(open_run(options), options, "train")
     if options.questions is not None and run.finished(options.stage):
         raise UserError(
-            f"run {run.folder} is finetuned already, so {options.questions} would not be used; remove "
+            f"run {run.folder} is already finetuned, so {options.questions} would not be used; remove "
             f"{run.stage(options.stage)} or copy the run."
         )
     train_stage(run, options.stage, STAGE_PROGRAMS[options.stage].open, options.resume)

@@ -181,7 +181,7 @@ def test_fields_are_mapped(tmp_path: Path) -> None:
         UserError, match=r'a.jsonl:1: missing field "body" \(mapped to text\); the record has contents, docid, text'
     ):
         read(SourceConfig(str(path), fields={"text": "body"}))
-    with pytest.raises(UserError, match="maps body; a document has id, title and text"):
+    with pytest.raises(UserError, match="maps body; the fields of a document are id, title and text"):
         SourceConfig(str(path), fields={"body": "text"})
 
 

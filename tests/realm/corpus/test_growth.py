@@ -103,7 +103,7 @@ def test_deleted_documents_keep_their_rows(run, corpus):
     assert sorted([*grown.rows.tolist(), *deleted]) == list(range(len(before)))
     with pytest.raises(KeyError):
         grown.row_of_id("town-3#0")
-    with pytest.raises(UserError, match=r"cannot delete from .*: it has no document 'town-3'"):
+    with pytest.raises(UserError, match=r"cannot delete from .*: it does not contain document 'town-3'"):
         grow(run, corpus, delete=("town-3",))
 
 

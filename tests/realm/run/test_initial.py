@@ -101,7 +101,7 @@ def test_another_vocabulary_and_folders_without_models_are_refused(source: Run, 
     foreign = tmp_path / "foreign"
     save_reader(build_reader(source.config.reader, tokenizer)[0], tokenizer, foreign)
     run = another(source, tmp_path, init_from={"reader": str(foreign), "retriever": str(tmp_path / "nothing")})
-    with pytest.raises(UserError, match="has another vocabulary than the corpus"):
+    with pytest.raises(UserError, match="has a different vocabulary than the corpus"):
         initial_reader(run, "finetune")
     with pytest.raises(UserError, match="nothing' is not a saved retriever"):
         initial_retriever(run, "finetune")
