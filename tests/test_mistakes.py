@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from realm.run.config_file import load_config
 from realm.app.cli import _split_overrides, main
 from tests.tiny import write_config, write_sources
 
@@ -116,6 +117,32 @@ def test_run_folder_with_another_config(capsys: pytest.CaptureFixture[str], fold
     (folder / "run" / "config.yaml").write_text("run: elsewhere\n")
     message = error_message(capsys, "ict", "--config", config)
     assert "different config" in message and "--run" in message
+
+
+def test_only_settings_that_nothing_has_used_may_change(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    arguments = ["--config", str(write_config(folder))]
+    assert main(["prepare", *arguments]) == 0 and main(["ict", *arguments]) == 0
+    capsys.readouterr()
+    changes = ["--data.train", "other.json", "--evaluate.read", "1", "--finetune.optim.lr", "0.5"]
+    assert main(["ict", *arguments, "--resume", *changes]) == 0
+    assert "config.yaml updated: finetune.optim.lr, evaluate.read, data.train.path" in capsys.readouterr().out
+    assert load_config(folder / "run" / "config.yaml").evaluate.read == 1
+    message = error_message(capsys, "ict", *arguments, "--resume", *changes, "--ict.optim.lr", "0.5")
+    assert "changed: ict.optim.lr)" in message
+    (folder / "run" / "finetune" / "checkpoints").mkdir(parents=True)
+    message = error_message(capsys, "ict", *arguments, "--resume")
+    assert "changed: finetune.optim.lr, data.train.path)" in message
+
+
+@pytest.mark.parametrize("field", ["data.test", "data.train", "data.closed_book", "data.masked_spans", "init_from.reader"])
+def test_missing_files_are_found_before_the_first_step(
+    capsys: pytest.CaptureFixture[str], folder: Path, field: str
+) -> None:
+    message = error_message(capsys, "run", "--config", write_config(folder), f"--{field}", folder / "missing.json")
+    assert "missing.json" in message
+    assert not (folder / "run" / "ict").exists() and not (folder / "run" / "initial").exists()
 
 
 @pytest.mark.parametrize("override", [("--ict.optim.lr", "1e20"), ("--retriever.temperature", "1e-40")])

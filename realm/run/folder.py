@@ -10,13 +10,13 @@ runs/NAME/
   metrics.jsonl tensorboard/ evaluations/ summary.json curves.png
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from realm.corpus.collate import Collator, InputLimits
@@ -24,10 +24,12 @@ from realm.corpus.context import Contexts
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
+from realm.run.changes import changed_fields, is_used
 from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
-from realm.runtime.telemetry import console
+from realm.runtime.publish import write_file_atomic
+from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
 from realm.text.tokenizer import load_tokenizer
 
@@ -64,20 +66,14 @@ class Run:
     def create(cls, config: RealmConfig) -> "Run":
         """Create the folder with its config, or open it if it exists with the same config.
 
-        Raises UserError if the folder has a different config, or if the corpus was prepared with
+        Settings that nothing in the run has used yet may differ (`realm.run.changes`); they are
+        updated. Raises UserError if other settings differ, or if the corpus was prepared with
         different settings.
         """
         folder = Path(config.run)
         path, text = folder / "config.yaml", dump_config(config)
         if path.exists():
-            if path.read_text() != text:
-                old, new = path.read_text().splitlines(), text.splitlines()
-                changed = [line[2:].strip() for line in difflib.ndiff(old, new) if line.startswith("+ ")]
-                raise UserError(
-                    f"run folder {folder} already exists with a different config "
-                    f"(now: {'; '.join(changed[:4]) or 'fewer fields'}); "
-                    "choose another folder with --run, or restore the old config."
-                )
+            _update_config(path, text)
             return cls(folder, config)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
@@ -86,9 +82,7 @@ class Run:
         run = cls(folder, config)
         run.passages, run.statements  # noqa: B018  (an unsuitable corpus is refused before anything is written)
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".config.yaml"
-        temporary.write_text(text)
-        temporary.rename(path)
+        write_file_atomic(path, lambda file: file.write(text.encode()))
         return run
 
     @classmethod
@@ -233,6 +227,21 @@ class Run:
         """Source of questions of a field of `data` in the config; None if not set."""
         source: QuestionSource | None = getattr(self.config.data, field)
         return None if source is None else replace(source, path=str(source_path(source.path, self.prepared)))
+
+
+def _update_config(path: Path, text: str) -> None:
+    """Replace a run's config by `text`. Raises UserError if a field that is in use has changed."""
+    changed = list(changed_fields(yaml.safe_load(path.read_text()), yaml.safe_load(text)))
+    used = [field for field in changed if is_used(field, path.parent)]
+    if used:
+        more = f" and {len(used) - 4} more" if len(used) > 4 else ""
+        raise UserError(
+            f"run folder {path.parent} already exists with a different config (changed: {', '.join(used[:4])}{more}); "
+            "choose another folder with --run, or restore the old config."
+        )
+    if changed:
+        write_file_atomic(path, lambda file: file.write(text.encode()))
+        log_line(f"config.yaml updated: {', '.join(changed)}")
 
 
 def source_path(name: str, prepared: Path) -> Path:
