@@ -21,6 +21,8 @@ from realm.text.tokenizer import tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MIN_QUESTIONS, MAX_QUESTIONS = 32, 512
+"""Questions that steps are timed with."""
 SAMPLE_TOKENS = 16
 """Wordpieces of a sample question; typical of Natural Questions and SQuAD."""
 
@@ -102,7 +104,18 @@ def training_source(run: Run) -> QuestionSource:
     return source
 
 
-def sample_questions(passages: PreparedCorpus, seed: int, count: int = 512) -> list[Question]:
+def questions_to_time(run: Run) -> list[Question]:
+    """Questions to time steps with: training questions with a known passage, or stand-ins."""
+    source = run.questions("train")
+    if source is not None:
+        questions = load_questions(source, run.passages, run.tokenizer, quiet=True)
+        known = [question for question in questions if question.passage is not None]
+        if len(known) >= MIN_QUESTIONS:
+            return known[:: max(1, len(known) // MAX_QUESTIONS)]
+    return sample_questions(run.passages, run.config.seed)
+
+
+def sample_questions(passages: PreparedCorpus, seed: int, count: int = MAX_QUESTIONS) -> list[Question]:
     """Artificial questions for timing: the first wordpieces of random passages.
 
     The answer of each is the first salient span of its passage, if it has one.

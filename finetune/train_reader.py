@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_questions, sample_questions, training_source
+from finetune.questions import Question, load_questions, questions_to_time, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.corpus.substitution import SpanPool, span_pool
@@ -86,7 +86,7 @@ class Finetuning(Stage):
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         reader, _ = build_reader(run.config.reader, run.tokenizer)
-        return cls(run, retriever, reader, index, sample_questions(run.passages, run.config.seed))
+        return cls(run, retriever, reader, index, questions_to_time(run))
 
     def called_between_steps(self) -> Sequence[nn.Module]:
         return [self.retriever.query_tower]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_questions, sample_questions, training_source
+from finetune.questions import Question, load_questions, questions_to_time, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.errors import UserError
@@ -67,7 +67,7 @@ class RetrieverFinetuning(Stage):
     def open_sample(cls, run: Run, index: Index) -> "RetrieverFinetuning":
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
-        return cls._build(run, index, retriever, retriever, sample_questions(run.passages, run.config.seed))
+        return cls._build(run, index, retriever, retriever, questions_to_time(run))
 
     @classmethod
     def _build(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from realm.run.config_file import load_config
 from realm.app.cli import _split_overrides, main
+from realm.run.config_file import load_config
 from tests.tiny import write_config, write_sources
 
 
@@ -119,9 +119,7 @@ def test_run_folder_with_another_config(capsys: pytest.CaptureFixture[str], fold
     assert "different config" in message and "--run" in message
 
 
-def test_only_settings_that_nothing_has_used_may_change(
-    capsys: pytest.CaptureFixture[str], folder: Path
-) -> None:
+def test_only_settings_that_nothing_has_used_may_change(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     arguments = ["--config", str(write_config(folder))]
     assert main(["prepare", *arguments]) == 0 and main(["ict", *arguments]) == 0
     capsys.readouterr()
@@ -136,7 +134,9 @@ def test_only_settings_that_nothing_has_used_may_change(
     assert "changed: finetune.optim.lr, data.train.path)" in message
 
 
-@pytest.mark.parametrize("field", ["data.test", "data.train", "data.closed_book", "data.masked_spans", "init_from.reader"])
+@pytest.mark.parametrize(
+    "field", ["data.test", "data.train", "data.closed_book", "data.masked_spans", "init_from.reader"]
+)
 def test_missing_files_are_found_before_the_first_step(
     capsys: pytest.CaptureFixture[str], folder: Path, field: str
 ) -> None:

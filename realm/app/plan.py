@@ -89,7 +89,9 @@ def _sample(config: RealmConfig, folder: Path) -> RealmConfig:
     """The config with a corpus prepared from the first documents of each source."""
     limit = min(SAMPLE_DOCUMENTS, config.corpus.limit or SAMPLE_DOCUMENTS)
     console.print(f"measuring on the first {limit:,} documents of each source")
-    config = replace(config, corpus=replace(config.corpus, prepared=str(folder), limit=limit))
+    # The questions' passages may not be in the sample, so steps are timed without them.
+    data, corpus = replace(config.data, train=None), replace(config.corpus, prepared=str(folder), limit=limit)
+    config = replace(config, corpus=corpus, data=data)
     prepare(config)
     return config
 

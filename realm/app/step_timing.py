@@ -34,6 +34,7 @@ WARMUP_STEPS = 3
 """Untimed steps before the timed ones."""
 SAMPLE_ROWS = 512
 """Maximum number of passages encoded to measure the rate of encoding."""
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 MAX_RANDOM_ROWS = 200_000
 """Maximum number of vectors in the random index."""
 
@@ -127,7 +128,7 @@ def _time_steps(stage: Stage, engine: Engine, size: int, count: int) -> float:
     began = time.monotonic()
     done = 0
     for number in range(count):
-        step = int((number + 0.5) * stage.config.steps / count)
+        step = int((0.5 + number * _GOLDEN_RATIO) % 1 * stage.config.steps)
         engine.step(stage.sample_batch(step, size).to(engine.device))
         stage.after_step(step + 1)
         done += 1
