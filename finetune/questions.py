@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_QUESTIONS, MAX_QUESTIONS = 32, 512
-"""Questions that steps are timed with."""
+"""Minimum and maximum number of questions to time steps with."""
 SAMPLE_TOKENS = 16
 """Wordpieces of a sample question; typical of Natural Questions and SQuAD."""
 
@@ -105,7 +105,7 @@ def training_source(run: Run) -> QuestionSource:
 
 
 def questions_to_time(run: Run) -> list[Question]:
-    """Questions to time steps with: training questions with a known passage, or stand-ins."""
+    """Questions to time steps with: training questions with a known passage, or artificial ones."""
     source = run.questions("train")
     if source is not None:
         questions = load_questions(source, run.passages, run.tokenizer, quiet=True)

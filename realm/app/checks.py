@@ -1,4 +1,4 @@
-"""Everything that a run will read is checked before its first step."""
+"""Checks, before the first step of a run, of everything that it will read."""
 
 from finetune.question_formats import read_questions
 from pretrain.masked_span_eval import annotated_items
@@ -14,15 +14,15 @@ _STATEMENTS = ("masked_spans", "closed_book", "unsupported")
 def check_inputs(run: Run) -> None:
     """Check that the files that the config names exist and can be read.
 
-    Of questions, the first record is read; annotated statements are read completely. Raises
-    UserError naming the field, the file and the line.
+    Only the first usable question of a source is read; annotated statements are read completely.
+    Raises UserError naming the field, the file and the line.
     """
     check_init_from(run)
     for field in _QUESTIONS:
         _check_questions(run, field)
     for field in _STATEMENTS:
         if run.data(field) is not None and not annotated_items(run, field):
-            raise UserError(f"data.{field}: {run.data(field)} contains no annotated statement that can be masked.")
+            raise UserError(f"data.{field}: {run.data(field)} contains no annotated statements that can be masked.")
 
 
 def _check_questions(run: Run, field: str) -> None:
@@ -34,4 +34,4 @@ def _check_questions(run: Run, field: str) -> None:
     first = next(read_questions(source, report), None)
     if first is None:
         found = f"\n{report}" if report.total else ""
-        raise UserError(f"data.{field}: {source.path} contains no usable question.{found}")
+        raise UserError(f"data.{field}: {source.path} contains no usable questions.{found}")

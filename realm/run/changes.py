@@ -1,4 +1,4 @@
-"""Which settings of a run may still change: those that nothing in its folder has used yet."""
+"""Settings of a run that can still change, because nothing in its folder has used them yet."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ _USED_BY = {
     "finetune_retriever": ("finetune_retriever",),
     "finetune": ("finetune",),
 }
-"""Sections and fields that may change, and the paths in the run folder that show their use."""
+"""Sections and fields that can change, and the paths in the run folder that show their use."""
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:

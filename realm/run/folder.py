@@ -230,7 +230,8 @@ class Run:
 
 
 def _update_config(path: Path, text: str) -> None:
-    """Replace a run's config by `text`. Raises UserError if a field that is in use has changed."""
+    """Replace a run's config with `text`. Raises UserError if a field that is in use has
+    changed."""
     changed = list(changed_fields(yaml.safe_load(path.read_text()), yaml.safe_load(text)))
     used = [field for field in changed if is_used(field, path.parent)]
     if used:

@@ -96,7 +96,7 @@ def build_initial_reader(run: Run) -> Reader:
 
 
 def check_init_from(run: Run) -> None:
-    """Raises UserError if `init_from` names a folder that is not a saved model."""
+    """Raise UserError if `init_from` names a folder that is not a saved model."""
     for part, source in vars(run.config.init_from).items():
         if source is not None:
             _check_saved(part, source)
