@@ -4,18 +4,16 @@ import ast
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.question_record import QuestionRecord, checked_question, question_number
 from realm.corpus.text_files import (
     BadRecord,
     BadRecords,
     Place,
     check_file,
-    check_text,
     detect_by_key,
-    json_type,
     lines,
     named_format,
     parse_object,
@@ -27,35 +25,6 @@ from realm.corpus.text_files import (
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.runtime.hub import load_split
-
-UNANSWERABLE = "no answer"
-"""Kind of questions that are published without an answer: counted, but not an error."""
-
-
-@dataclass(frozen=True)
-class QuestionRecord:
-    """One question as read from its file."""
-
-    place: Place
-    id: str
-    text: str
-    answers: tuple[str, ...]
-    """Accepted answers, or one regular expression that describes them."""
-    is_pattern: bool = False
-    """Whether the answer is a regular expression (CuratedTREC)."""
-    context: str | None = None
-    """Text of the paragraph that the question was asked about."""
-    starts: tuple[int, ...] = ()
-    """Character offsets of the answers in the context, if known."""
-    passage: str | None = None
-    """Id of the document that the question was asked about."""
-    article: str | None = None
-    """Title of the SQuAD article that contains the paragraph."""
-
-    @property
-    def document(self) -> str | None:
-        """Key of the document; all its questions are in the same fold."""
-        return self.article or self.passage or self.context
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -129,43 +98,6 @@ def _columns(path: Path) -> int:
     return 0
 
 
-def _checked(
-    place: Place,
-    name: object,
-    text: object,
-    answers: object,
-    **more: Any,
-) -> QuestionRecord:
-    """Validate the parts of a record and build it.
-
-    Raises BadRecord if the question is empty or not a string, the answers are not a list of
-    strings, or no answer is left.
-    """
-    if not isinstance(text, str):
-        raise BadRecord("question is not a string", f" but {json_type(text)}")
-    if not text.strip():
-        raise BadRecord("empty question")
-    if isinstance(answers, str):
-        answers = [answers]
-    if not isinstance(answers, list | tuple):
-        raise BadRecord("answers are not a list of strings", f" but {json_type(answers)}")
-    if (
-        odd := next((answer for answer in answers if not isinstance(answer, str)), None)
-    ) is not None or None in answers:
-        raise BadRecord("answers are not a list of strings", f": the list contains {json_type(odd)}")
-    for part in (text, *answers):
-        check_text(part)
-    kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
-    if not kept:
-        raise BadRecord(UNANSWERABLE)
-    return QuestionRecord(place, str(name), text, kept, **more)
-
-
-def _number(place: Place) -> str:
-    """Id of a question without one: file name and line number."""
-    return f"{stem(Path(place.file))[0]}-{place.line}"
-
-
 def _read_jsonl(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
     """NQ-open and similar: `{"question": …, "answer": […]}` per line; `fields` maps other names."""
 
@@ -189,11 +121,11 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
     if isinstance(answers, dict):  # as in SQuAD and TriviaQA on the hub
         answers = answers.get("text", answers.get("aliases", answers))
     identity = [source.fields["id"]] if "id" in source.fields else ["id", "question_id"]
-    name = next((record[key] for key in identity if record.get(key) is not None), _number(place))
+    name = next((record[key] for key in identity if record.get(key) is not None), question_number(place))
     context = record.get(source.fields.get("context", "context"))
     context = context if isinstance(context, str) else None
     passage = record.get(source.fields.get("passage", "passage"))
-    return _checked(
+    return checked_question(
         place, name, get("question"), answers, context=context, passage=None if passage is None else str(passage)
     )
 
@@ -208,7 +140,7 @@ def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRe
         columns = parse_tsv(line)
         if len(columns) != 2:
             raise BadRecord("expected 2 columns", f", got {len(columns)}")
-        return _checked(place, _number(place), columns[0], _literal_list(columns[1]))
+        return checked_question(place, question_number(place), columns[0], _literal_list(columns[1]))
 
     return parsed_lines(Path(source.path), "tab-separated lines of a question and a list of answers", report, parse)
 
@@ -248,8 +180,8 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
             raise BadRecord("invalid regular expression", f" ({error}): {pattern[:60]!r}") from None
         if compiled.fullmatch(""):
             raise BadRecord("regular expression matches the empty string", f": {pattern[:60]!r}")
-        return _checked(
-            place, columns[0] if len(columns) == 4 else _number(place), question, [pattern], is_pattern=True
+        return checked_question(
+            place, columns[0] if len(columns) == 4 else question_number(place), question, [pattern], is_pattern=True
         )
 
     return parsed_lines(
@@ -282,7 +214,7 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         try:
             if not isinstance(entry, dict) or "qText" not in entry or "answers" not in entry:
                 raise BadRecord("missing qText or answers")
-            yield _checked(
+            yield checked_question(
                 place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"]
             )
         except BadRecord as bad:
@@ -327,7 +259,7 @@ def _squad_question(
         answers = [] if entry.get("is_impossible") else entry["answers"]
         texts = [answer["text"] for answer in answers]
         starts = tuple(answer["answer_start"] for answer in answers if isinstance(answer.get("answer_start"), int))
-        return _checked(
+        return checked_question(
             place,
             entry["id"],
             entry["question"],
@@ -362,7 +294,7 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
                 place = Place(f"{path}, record {a}, question {q}")
                 try:
                     starts = tuple(offsets[answer["para"]] + answer["from"] for answer in answers)
-                    yield _checked(
+                    yield checked_question(
                         place,
                         f"{article['index']}/{q}",
                         text,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
+from finetune.question_formats import format_of, read_questions
+from finetune.question_record import UNANSWERABLE, QuestionRecord
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError

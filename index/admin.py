@@ -12,7 +12,7 @@ from index.search import IndexRefused, PassageIndex
 from realm.errors import UserError
 from realm.runtime.publish import PublishError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 
 @dataclass(frozen=True)

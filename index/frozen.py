@@ -23,7 +23,7 @@ from realm.runtime.distributed import on_rank_zero
 from realm.runtime.publish import PublishError, checksum, published, write_manifest
 from realm.runtime.threads import cpu_threads
 from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 FROZEN = "frozen"
 """Folder of a run with the stores of frozen indexes, one per retriever."""

@@ -21,7 +21,7 @@ from realm.runtime.publish import TEMPORARY, published
 from realm.runtime.telemetry import console, format_seconds
 from realm.runtime.versions import Lineage, Version, newest, start_attempt
 from realm.text.tokenizer import tokenizer_fingerprint
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

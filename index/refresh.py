@@ -25,7 +25,7 @@ from index.version_build import Stopped, Superseded, VersionBuild, matches_confi
 from index.workers import WorkerGroup
 from realm.errors import UserError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus

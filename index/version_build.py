@@ -24,7 +24,7 @@ from realm.errors import UserError
 from realm.runtime.publish import PublishError, checksum
 from realm.runtime.telemetry import peak_memory, progress
 from realm.runtime.versions import Lineage, Version, newest, versions_in
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 if TYPE_CHECKING:
     from realm.corpus.prepared import PreparedCorpus

@@ -10,7 +10,7 @@ from index.drift import DRIFT_FILE, DriftReference
 from realm.corpus.collate import Collator
 from realm.models.precision import Precision
 from realm.runtime.distributed import is_rank_zero, on_rank_zero
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 
 def drift_reference(config: RefreshConfig, collator: Collator, precision: Precision) -> DriftReference | None:

@@ -31,7 +31,7 @@ from realm.runtime.versions import Lineage, Version, newest, start_attempt
 from realm.spans.tagger import SpanConfig, SpanTagger
 from realm.text.inputs import Wordpieces, pad_batch
 from realm.text.tokenizer import TokenizerConfig, train_wordpiece
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}
 """Phases in which each process is killed."""

@@ -14,6 +14,7 @@ from realm.run.data_config import DataConfig
 from realm.runtime.section import Section, all_problems
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
+from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
     EngineConfig,
     EvaluateConfig,
@@ -22,7 +23,6 @@ from realm.training.sections import (
     IctConfig,
     PretrainConfig,
     ReaderPretrainingConfig,
-    RefreshConfig,
 )
 
 MIN_PASSAGE_ROOM = 16

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.question_formats import UNANSWERABLE, QuestionRecord, format_of, read_questions
+from finetune.question_formats import format_of, read_questions
+from finetune.question_record import UNANSWERABLE, QuestionRecord
 from finetune.questions import load_questions
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError

@@ -18,7 +18,7 @@ from index.workers import WorkerGroup
 from realm.runtime.publish import published
 from realm.runtime.versions import Version, versions_in
 from realm.text.inputs import Wordpieces
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 
 DIM = 8
 SPECIAL_IDS = Wordpieces(cls=1, sep=2, mask=3, pad=0, continuation=np.zeros(0, bool))

@@ -19,7 +19,7 @@ from realm.errors import UserError
 from realm.run.config_file import load_config
 from realm.runtime.telemetry import read_metrics
 from realm.runtime.versions import versions_in
-from realm.training.sections import RefreshConfig
+from realm.training.refresh_section import RefreshConfig
 from tests.test_loop import realm
 from tests.tiny import prepared_run, write_config, write_sources
 
