@@ -128,11 +128,11 @@ class Answerer:
             start, width = divmod(span, self.collator.max_span_tokens)
             q = number_of[b * N + n]
             ids_L, type_L = batch.ids_QL[q].cpu(), batch.type_QL[q].cpu()
-            text, row, character = self._cut_out(ids_L, type_L, int(rows[b, n]), start, start + width)
+            text, row, character = self._span_text(ids_L, type_L, int(rows[b, n]), start, start + width)
             answers.append(Answer(text, row, character, float(p_z_BN[b, n])))
         return answers
 
-    def _cut_out(
+    def _span_text(
         self, ids_L: torch.Tensor, type_L: torch.Tensor, row: int, start: int, end: int
     ) -> tuple[str, int, int]:
         """Wordpieces `start` to `end` (inclusive) of a passage's joint input as text.

@@ -49,7 +49,7 @@ class QuestionCollator:
         """Retriever inputs of questions: ids and padding mask, each (B, L)."""
         return self.inputs.queries([question.ids for question in questions])
 
-    def answer_places(self, question: Question, row: int) -> list[tuple[int, int]]:
+    def answer_spans(self, question: Question, row: int) -> list[tuple[int, int]]:
         """Start and length in wordpieces of every accepted answer in a passage's text."""
         if question.is_pattern:
             return self._matches(question, self.passages.text(row))
@@ -150,7 +150,7 @@ class QuestionCollator:
             in_title = self._matches(question, self.passages.title(row))
             places = [(first + start, length) for start, length in in_title if first + start + length < text_at]
             for other, begin in zip(context.rows, context.starts, strict=True):
-                places += [(text_at + begin + start, length) for start, length in self.answer_places(question, other)]
+                places += [(text_at + begin + start, length) for start, length in self.answer_spans(question, other)]
         else:
             answers = question.answer_ids if change is None else (change[1],)
             places = [(first + start, length) for start, length in self._occurrences(answers, ids[first:])]
@@ -167,7 +167,7 @@ class QuestionCollator:
             anywhere = self.positives == "answer" or question.document is None
             for k, row in enumerate(map(int, retrieved)):
                 if row >= 0 and (anywhere or self.passages.document(row) == question.document):
-                    relevant[b, k] = bool(self.answer_places(question, row))
+                    relevant[b, k] = bool(self.answer_spans(question, row))
         return relevant
 
     def embeddings(self, rows: np.ndarray) -> torch.Tensor:

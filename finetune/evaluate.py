@@ -65,7 +65,7 @@ def evaluate(
             records = answer_all(answerer, baselines[other], questions, config)
         else:
             own = answerer if other == stage else Answerer(run, other)
-            records = answer_all(own, own, questions, config, with_given_passages=other == stage)
+            records = answer_all(own, own, questions, config, with_reference_passages=other == stage)
         depths = [k for k in RECALL_DEPTHS if k <= config.retrieve]
         results[label], intervals[label] = summarize(records, depths, run.config.seed)
         results[label]["ceiling"] = ceiling
@@ -140,12 +140,12 @@ def answer_all(
     retriever: PassageRetriever,
     questions: Sequence[Question],
     config: EvaluateConfig,
-    with_given_passages: bool = False,
+    with_reference_passages: bool = False,
 ) -> list[Record]:
     """A record per question: the retrieved passages, the answer and its figures.
 
-    `with_given_passages`: also answer from a random passage, and from the question's own passage if
-    it is known.
+    `with_reference_passages`: also answer from a random passage, and from the question's own
+    passage if it is known.
     """
     run, passages = answerer.run, answerer.run.passages
     depth = min(config.retrieve, len(passages.rows))
@@ -158,7 +158,7 @@ def answer_all(
             rows = [_retrieval(answerer, question, found) for question, found in zip(batch, retrieved, strict=True)]
             if answerer.model is not None:
                 _read(answerer, batch, retrieved[:, : config.read], rows, config)
-                if with_given_passages:
+                if with_reference_passages:
                     _read(answerer, batch, rng.choice(passages.rows, (len(batch), 1)), rows, config, "random_passage_")
                     _read_own_passages(answerer, batch, rows, config)
             records += rows

@@ -105,7 +105,7 @@ def training_source(run: Run) -> QuestionSource:
     return source
 
 
-def questions_to_time(run: Run) -> list[Question]:
+def timing_questions(run: Run) -> list[Question]:
     """Questions to time steps with: training questions with a known passage, or artificial ones."""
     source = run.questions("train")
     if source is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_questions, questions_to_time, training_source
+from finetune.questions import Question, load_questions, timing_questions, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.corpus.substitution import SpanPool, span_pool
@@ -82,13 +82,13 @@ class Finetuning(Stage):
         return cls(run, load_retriever(path)[0], reader, index, questions)
 
     @classmethod
-    def open_sample(cls, run: Run, index: Index) -> "Finetuning":
+    def open_for_timing(cls, run: Run, index: Index) -> "Finetuning":
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         reader, _ = build_reader(run.config.reader, run.tokenizer)
-        return cls(run, retriever, reader, index, questions_to_time(run))
+        return cls(run, retriever, reader, index, timing_questions(run))
 
-    def called_between_steps(self) -> Sequence[nn.Module]:
+    def modules_called_between_steps(self) -> Sequence[nn.Module]:
         return [self.retriever.query_tower]
 
     def draw(self, step: int, size: int) -> QuestionBatch:

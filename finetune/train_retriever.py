@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.collate import QuestionCollator
-from finetune.questions import Question, load_questions, questions_to_time, training_source
+from finetune.questions import Question, load_questions, timing_questions, training_source
 from index.frozen import frozen_index
 from index.interface import Index
 from realm.errors import UserError
@@ -64,10 +64,10 @@ class RetrieverFinetuning(Stage):
         return cls._build(run, index, load_retriever(path)[0], miner, questions)
 
     @classmethod
-    def open_sample(cls, run: Run, index: Index) -> "RetrieverFinetuning":
+    def open_for_timing(cls, run: Run, index: Index) -> "RetrieverFinetuning":
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
-        return cls._build(run, index, retriever, retriever, questions_to_time(run))
+        return cls._build(run, index, retriever, retriever, timing_questions(run))
 
     @classmethod
     def _build(
@@ -177,4 +177,4 @@ class RetrieverBatches:
         """
         if self.collator.passages.document(row) == question.document:
             return False
-        return self.config.positives == "document" or not self.collator.answer_places(question, row)
+        return self.config.positives == "document" or not self.collator.answer_spans(question, row)

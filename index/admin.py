@@ -7,7 +7,13 @@ from pathlib import Path
 
 from index.build import IndexManifest
 from index.lease import Lease
-from index.retention import GarbageCollector, pinning_readers, process_name, referenced_by_checkpoints, remove_leftovers
+from index.retention import (
+    GarbageCollector,
+    pinning_processes,
+    process_name,
+    referenced_by_checkpoints,
+    remove_leftovers,
+)
 from index.search import IndexRefused, PassageIndex
 from realm.errors import UserError
 from realm.runtime.publish import PublishError
@@ -75,7 +81,7 @@ def list_versions(run: Path) -> list[VersionInfo]:
                     version,
                     manifest,
                     sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-                    tuple(pinning_readers(store, version)),
+                    tuple(pinning_processes(store, version)),
                     version.name in referenced,
                     version not in usable,
                     bool(usable) and version == usable[0],

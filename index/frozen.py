@@ -16,7 +16,7 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
 from index.drift import DRIFT_FILE
 from index.refresh import refresh
-from index.retention import ReaderPin
+from index.retention import VersionPin
 from index.search import IndexRefused, PassageIndex
 from realm.corpus.prepared import PreparedCorpus
 from realm.runtime.distributed import on_rank_zero
@@ -100,7 +100,7 @@ def _find(
     if lineage.current is None:
         return None
     for version in newest(store / "indexes", lineage, lineage.current):
-        pin = ReaderPin(store, version)  # before reading: a running refresher may collect the version
+        pin = VersionPin(store, version)  # before reading: a running refresher may collect the version
         try:
             folder = store / "indexes" / version.name
             if IndexManifest.read(folder)[0].encoder_checksum == retriever_checksum:

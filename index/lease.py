@@ -78,13 +78,13 @@ class Lease:
         except FileNotFoundError:
             return "an unnamed process"
 
-    def still_held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether no other process has taken over the lease; reads the file system."""
         return self.epoch > 0 and self._latest_epoch() == self.epoch
 
     def check(self) -> None:
         """Raise LeaseLost unless the lease is still held."""
-        if not self.still_held():
+        if not self.is_held():
             raise LeaseLost(f"the lease of epoch {self.epoch} was taken over by {self.current_holder()}")
 
     def release(self) -> None:
@@ -92,7 +92,7 @@ class Lease:
         self._stop.set()
         if self._heartbeat_thread is not None:
             self._heartbeat_thread.join()
-        if self.still_held():
+        if self.is_held():
             (self._path() / "released").touch()
         self.epoch = 0
 

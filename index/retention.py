@@ -1,7 +1,7 @@
 """Retention of index versions: which versions are needed, and garbage collection of the others.
 
 In addition to the newest versions, two kinds are kept. A version is *pinned* by a process that has
-it open: a `ReaderPin`, a file under `refresher/holds/`. A version is *referenced* by a checkpoint
+it open: a `VersionPin`, a file under `refresher/holds/`. A version is *referenced* by a checkpoint
 that needs it to resume exactly: the checkpoint names it in its file `index_version`.
 
 A process that opens a version creates a pin and then checks that the version still exists. The
@@ -28,7 +28,7 @@ def process_name() -> str:
     return f"{socket.gethostname()}.{os.getpid()}"
 
 
-class ReaderPin:
+class VersionPin:
     """Protects `run/indexes/<version>` from collection until `release` or this process ends."""
 
     def __init__(self, run: Path, version: Version) -> None:
@@ -41,7 +41,7 @@ class ReaderPin:
         self._file.unlink(missing_ok=True)
 
 
-def pinning_readers(run: Path, version: Version) -> list[str]:
+def pinning_processes(run: Path, version: Version) -> list[str]:
     """`host.pid` of every process that pins a version.
 
     Removes pins of dead processes of this host; a pin of another host counts as long as its file
@@ -60,7 +60,7 @@ def pinning_readers(run: Path, version: Version) -> list[str]:
 
 def is_pinned(run: Path, version: Version) -> bool:
     """Whether a process pins the version."""
-    return bool(pinning_readers(run, version))
+    return bool(pinning_processes(run, version))
 
 
 def referenced_by_checkpoints(run: Path) -> set[str]:

@@ -14,7 +14,7 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
 from index.exact import Searcher, TiledExactSearch, flat_vectors, is_flat
 from index.gpu import move_to_gpu
-from index.retention import ReaderPin
+from index.retention import VersionPin
 from realm.errors import UserError
 from realm.runtime.publish import PublishError, check_files, checksum
 from realm.runtime.versions import Version
@@ -149,7 +149,7 @@ class PassageIndex:
         approximate in a compressed one."""
         return self._index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))
 
-    def attach_pin(self, pin: ReaderPin) -> None:
+    def attach_pin(self, pin: VersionPin) -> None:
         """Release `pin` on `close`, or when this object is garbage-collected."""
         self._release_pin = weakref.finalize(self, pin.release)
 

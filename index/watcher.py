@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from index.retention import ReaderPin
+from index.retention import VersionPin
 from index.search import IndexRefused, PassageIndex
 from realm.runtime.versions import Lineage, Version, newest
 
@@ -157,7 +157,7 @@ class IndexWatcher:
         """Pin, verify and open a version; None if it is refused or was already collected."""
         folder = self.run / "indexes" / version.name
         encoder = self.run / "encoders" / version.encoder.name
-        pin = ReaderPin(self.run, version)
+        pin = VersionPin(self.run, version)
         start = time.monotonic()
         try:
             index = self._open_index(folder, encoder=encoder if encoder.is_dir() else None)

@@ -41,7 +41,7 @@ class InverseCloze(Stage):
         return cls._build(run, load_retriever(initial_retriever(run, cls.name))[0])
 
     @classmethod
-    def open_sample(cls, run: Run) -> "InverseCloze":
+    def open_for_timing(cls, run: Run) -> "InverseCloze":
         """Open the stage for timing."""
         return cls._build(run, build_retriever(run.config.retriever, run.tokenizer))
 

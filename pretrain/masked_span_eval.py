@@ -126,7 +126,7 @@ def masked_accuracy(
         for start in range(0, len(examples), batch_size):
             passages = [[collator.inputs.in_context(row)] for row in rows[start : start + batch_size]]
             batch = collator.masked(examples[start : start + batch_size], passages).to(device)
-            right += int(read_masked(reader, batch).right_BN.sum())
+            right += int(read_masked(reader, batch).correct_BN.sum())
     reader.train(training)
     return 100.0 * right / len(examples)
 
@@ -224,7 +224,7 @@ def read_retrieved(
             log_p_z_BN = candidate_log_prior(score_BN, batch.valid_BN)
             prediction = read_masked(reader, batch.masked)
             best_B1 = (log_p_z_BN + prediction.best_log_p_BN).argmax(-1, keepdim=True)
-            rights.append(prediction.right_BN.gather(1, best_B1)[:, 0].cpu().numpy())
+            rights.append(prediction.correct_BN.gather(1, best_B1)[:, 0].cpu().numpy())
             nulls.append(log_p_z_BN[:, 0].exp().cpu().numpy())
     return np.concatenate(rights), np.concatenate(nulls)
 

@@ -53,7 +53,7 @@ class ReaderPretraining(Stage):
         return cls._build(run, reader, FrozenSearch.open(run, initial_retriever(run, cls.name), collator))
 
     @classmethod
-    def open_sample(cls, run: Run, index: Index) -> "ReaderPretraining":
+    def open_for_timing(cls, run: Run, index: Index) -> "ReaderPretraining":
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer).to(local_device())
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)

@@ -65,12 +65,12 @@ class RealmPretraining(Stage):
         )
 
     @classmethod
-    def open_sample(cls, run: Run, index: Index) -> "RealmPretraining":
+    def open_for_timing(cls, run: Run, index: Index) -> "RealmPretraining":
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer)
         return cls(run, retriever, build_reader(run.config.reader, run.tokenizer)[0], FixedIndex(index))
 
-    def called_between_steps(self) -> Sequence[nn.Module]:
+    def modules_called_between_steps(self) -> Sequence[nn.Module]:
         retriever = self.retriever
         return [retriever.query_tower] if retriever.shared else [retriever.query_tower, retriever.passage_tower]
 

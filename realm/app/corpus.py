@@ -15,7 +15,7 @@ from realm.run.config import RealmConfig
 from realm.run.folder import BUILTIN, Run, source_path
 from realm.runtime.telemetry import log_line, progress
 from realm.spans.tagger import SpanTagger
-from realm.text.tokenizer import obtain_tokenizer
+from realm.text.tokenizer import load_or_train_tokenizer
 
 
 def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
@@ -50,7 +50,7 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
         documents = (document for sources in resolved.values() for document in read_documents(sources, skip_bad))
         return [f"{document.title} {document.text}" for document in documents]
 
-    tokenizer = obtain_tokenizer(config.tokenizer, prepared / "tokenizer", texts)
+    tokenizer = load_or_train_tokenizer(config.tokenizer, prepared / "tokenizer", texts)
     tagger = SpanTagger.load(config.spans)
     for kind, sources in resolved.items():
         with progress(f"prepare {kind}", 1, unit="document", every_s=config.engine.log_every_s) as ticker:

@@ -20,7 +20,7 @@ from pretrain.realm import LiveRealmPretraining
 from pretrain.search import FrozenSearch
 from realm.app.checks import check_inputs
 from realm.app.corpus import prepare
-from realm.app.stages import STAGE_PROGRAMS
+from realm.app.stages import STAGE_FACTORIES
 from realm.corpus.collate import NULL
 from realm.errors import UserError
 from realm.models.reader import load_reader
@@ -98,7 +98,7 @@ def _open_stage(name: str) -> Callable[[Run], Any]:
     """The function that opens the stage; REALM pretraining starts a refresher."""
     if name == LiveRealmPretraining.name:
         return partial(LiveRealmPretraining.open, with_refresher=True)
-    return STAGE_PROGRAMS[name].open
+    return STAGE_FACTORIES[name].open
 
 
 def _print_some_answers(run: Run, count: int = 3) -> None:

@@ -14,20 +14,20 @@ from realm.training.stage import Stage
 
 
 @dataclass(frozen=True)
-class StageProgram:
+class StageFactory:
     """Functions that open a stage."""
 
     open: Callable[[Run], Stage]
     """Opens the stage for training in a run."""
-    open_sample: Callable[[Run, Index], Stage]
+    open_for_timing: Callable[[Run, Index], Stage]
     """Opens the stage for timing, with untrained models of the same sizes and a random index."""
 
 
-STAGE_PROGRAMS = {
-    "ict": StageProgram(InverseCloze.open, lambda run, _: InverseCloze.open_sample(run)),
-    "reader_pretraining": StageProgram(ReaderPretraining.open, ReaderPretraining.open_sample),
-    "pretrain": StageProgram(LiveRealmPretraining.open, RealmPretraining.open_sample),
-    "finetune_retriever": StageProgram(RetrieverFinetuning.open, RetrieverFinetuning.open_sample),
-    "finetune": StageProgram(Finetuning.open, Finetuning.open_sample),
+STAGE_FACTORIES = {
+    "ict": StageFactory(InverseCloze.open, lambda run, _: InverseCloze.open_for_timing(run)),
+    "reader_pretraining": StageFactory(ReaderPretraining.open, ReaderPretraining.open_for_timing),
+    "pretrain": StageFactory(LiveRealmPretraining.open, RealmPretraining.open_for_timing),
+    "finetune_retriever": StageFactory(RetrieverFinetuning.open, RetrieverFinetuning.open_for_timing),
+    "finetune": StageFactory(Finetuning.open, Finetuning.open_for_timing),
 }
 """By name, in the order of `realm.run.folder.STAGES`."""

@@ -16,7 +16,7 @@ import torch
 
 from index.build import build_index, index_bytes
 from index.encode import encode_passages, encoding_tower
-from realm.app.stages import STAGE_PROGRAMS
+from realm.app.stages import STAGE_FACTORIES
 from realm.models.retriever import build_retriever
 from realm.run.folder import Run
 from realm.runtime.telemetry import log_line, peak_memory
@@ -113,9 +113,9 @@ def _sample_stage(run: Run, name: str, index: RandomIndex) -> Iterator[tuple[Sta
     """Open a stage for timing, under DeepSpeed."""
     threads = run.config.threads(name)
     torch.manual_seed(run.config.seed)
-    with cpu_threads(threads), STAGE_PROGRAMS[name].open_sample(run, index) as stage:
+    with cpu_threads(threads), STAGE_FACTORIES[name].open_for_timing(run, index) as stage:
         config = replace(run.config.engine, threads=threads)
-        engine = Engine(stage.module, stage.config, config, stage.called_between_steps())
+        engine = Engine(stage.module, stage.config, config, stage.modules_called_between_steps())
         stage.begin(engine)
         yield stage, engine
 

@@ -77,7 +77,7 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
     config = bert_config(source.path, field)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = source.dropout
     try:
-        with quiet_loading():
+        with suppress_loading_reports():
             # Parameters are fp32 whatever dtype the checkpoint has; lower precision is autocast.
             bert = BertModel.from_pretrained(source.path, config=config, add_pooling_layer=False, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
@@ -93,7 +93,7 @@ def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> B
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
+def suppress_loading_reports() -> Iterator[None]:
     """Suppress transformers' reports of missing and unused heads; callers report the missing heads
     that matter."""
     verbosity = transformers.logging.get_verbosity()

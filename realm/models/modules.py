@@ -49,7 +49,7 @@ class MaskedPrediction(NamedTuple):
 
     token_log_p_BNM: Tensor
     """log p(y_m | z, x) of the target wordpieces."""
-    right_BN: Tensor
+    correct_BN: Tensor
     """True if the most probable wordpieces are the whole target span."""
     best_log_p_BN: Tensor
     """Log-probability of the most probable wordpieces."""
@@ -115,7 +115,7 @@ class ReaderPretrainingModel(nn.Module):
             "loss": masked_loss + self.span_loss * span_loss,
             "masked_loss": masked_loss,
             "span_loss": span_loss,
-            "accuracy": prediction.right_BN.float().mean(),
+            "accuracy": prediction.correct_BN.float().mean(),
             "span_accuracy": torch.cat(right).sum() / num_rows,
         }
 
@@ -149,13 +149,13 @@ class RealmModel(nn.Module):
         with torch.no_grad():
             log_p_y_BN = (prediction.token_log_p_BNM * token_mask_BM[:, None]).sum(-1)
             telemetry = retrieval_telemetry(
-                log_p_z_BN, log_p_y_BN, prediction.right_BN, batch.valid_BN, batch.contains_span_BN
+                log_p_z_BN, log_p_y_BN, prediction.correct_BN, batch.valid_BN, batch.contains_span_BN
             )
         return {"loss": loss, **telemetry}
 
 
 def retrieval_telemetry(
-    log_p_z_BN: Tensor, log_p_y_BN: Tensor, right_BN: Tensor, valid_BN: Tensor, contains_span_BN: Tensor
+    log_p_z_BN: Tensor, log_p_y_BN: Tensor, correct_BN: Tensor, valid_BN: Tensor, contains_span_BN: Tensor
 ) -> dict[str, Tensor]:
     """Retrieval and reader metrics of a batch, each averaged over B.
 
@@ -175,8 +175,8 @@ def retrieval_telemetry(
         "null_mass": p_BN[:, 0].mean(),
         "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
         "candidate_hit_rate": (contains_span_BN & passage_BN).sum() / count,
-        "accuracy": right_BN.gather(1, best_B1).float().mean(),
-        "accuracy_null": right_BN[:, 0].float().mean(),
+        "accuracy": correct_BN.gather(1, best_B1).float().mean(),
+        "accuracy_null": correct_BN[:, 0].float().mean(),
     }
 
 

@@ -24,7 +24,7 @@ from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.errors import UserError
-from realm.models.bert import BertSource, load_bert, quiet_loading
+from realm.models.bert import BertSource, load_bert, suppress_loading_reports
 from realm.runtime.section import Section
 from realm.text.inputs import IntArray, Wordpieces, pad_batch
 
@@ -191,7 +191,7 @@ def build_reader(config: ReaderConfig, tokenizer: PreTrainedTokenizerBase) -> tu
             nn.init.zeros_(module.bias)
     if config.bert.path is None:
         return reader, []
-    with quiet_loading():
+    with suppress_loading_reports():
         loaded: Any = BertForMaskedLM.from_pretrained(config.bert.path, output_loading_info=True, dtype=torch.float32)
     masked_lm, info = loaded
     if any(name.startswith("cls.predictions") and "decoder" not in name for name in info["missing_keys"]):

@@ -47,7 +47,7 @@ class TokenizerConfig(Section):
         yield from self.at_least(1, "min_frequency")
 
 
-def obtain_tokenizer(
+def load_or_train_tokenizer(
     config: TokenizerConfig, folder: Path, texts: Callable[[], Iterable[str]]
 ) -> "PreTrainedTokenizerBase":
     """Load the tokenizer from `folder`, or create it from `config` and save it there.

@@ -67,10 +67,10 @@ class Engine:
         module: nn.Module,
         stage: StageConfig,
         config: EngineConfig,
-        called_between_steps: Sequence[nn.Module] = (),
+        modules_called_between_steps: Sequence[nn.Module] = (),
     ) -> None:
-        """`called_between_steps`: parts of the module that are also called between steps (see
-        `gathered_copy`).
+        """`modules_called_between_steps`: parts of the module that are also called between steps
+        (see `gathered_copy`).
 
         Raises UserError for raw DeepSpeed settings that would be ignored, or that DeepSpeed
         rejects.
@@ -105,7 +105,7 @@ class Engine:
                 raise UserError(f"engine.deepspeed.{name} would be ignored; set {remedy} instead.")
         settings = merge(settings, config.deepspeed)
         partitioned = (settings["zero_optimization"] or {}).get("stage") == 3
-        self._copies = {part: copy.deepcopy(part) for part in called_between_steps} if partitioned else {}
+        self._copies = {part: copy.deepcopy(part) for part in modules_called_between_steps} if partitioned else {}
         try:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, lr_scheduler=scheduler, config=settings

@@ -24,7 +24,7 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
     finishes the current step, writes a checkpoint, and raises Interrupted. Raises UserError if a
     loss or weight is not finite; nothing of that step is saved or exported.
     """
-    engine = Engine(stage.module, stage.config, config, stage.called_between_steps())
+    engine = Engine(stage.module, stage.config, config, stage.modules_called_between_steps())
     folder = run_folder / stage.name
     start, seconds_before = 0, 0.0
     checkpoint = newest_checkpoint(folder)

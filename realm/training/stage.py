@@ -52,7 +52,7 @@ class Stage(AbstractContextManager["Stage"], ABC):
         """A batch like that of step `step`, for timing (see `realm.app.step_timing`)."""
         return self.draw(step, size)
 
-    def called_between_steps(self) -> Sequence[nn.Module]:
+    def modules_called_between_steps(self) -> Sequence[nn.Module]:
         """Parts of the module that `batch` and `after_step` call through `current`."""
         return ()
 

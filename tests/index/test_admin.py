@@ -11,7 +11,7 @@ from fake_refresher import CONFIG, FakeCorpus, export, load
 from index.admin import collect_garbage, find_version, list_versions, verify
 from index.lease import Lease
 from index.refresh import refresh
-from index.retention import ReaderPin, remove_leftovers
+from index.retention import VersionPin, remove_leftovers
 from realm.app.cli import main
 from realm.errors import UserError
 from realm.runtime.versions import Version, start_attempt, versions_in
@@ -42,7 +42,7 @@ def test_versions_are_listed_with_their_pins_and_references(store: Path) -> None
     checkpoint = store / "pretrain" / "checkpoints" / "step-000600"
     checkpoint.mkdir(parents=True)
     (checkpoint / "index_version").write_text(list_versions(store)[0].version.name)
-    pin = ReaderPin(store, list_versions(store)[1].version)
+    pin = VersionPin(store, list_versions(store)[1].version)
     start_attempt(store, parent=1, parent_step=700)
     states = {info.version.step: info.state for info in list_versions(store)}
     assert states == {
@@ -84,7 +84,7 @@ def test_verify_reports_what_a_reader_would_refuse(store: Path, damage: str) -> 
 
 
 def test_gc_removes_unneeded_versions_and_their_encoders(store: Path) -> None:
-    pin = ReaderPin(store, list_versions(store)[0].version)
+    pin = VersionPin(store, list_versions(store)[0].version)
     lines: list[str] = []
     would_remove = collect_garbage(store, CONFIG, 0.0, True, lines.append)
     assert [path.name[:15] for path in would_remove] == []
@@ -102,7 +102,7 @@ def test_gc_removes_unneeded_versions_and_their_encoders(store: Path) -> None:
 
 def test_a_version_pinned_during_the_grace_period_is_kept(store: Path) -> None:
     version = list_versions(store)[0].version
-    timer = threading.Timer(0.2, lambda: ReaderPin(store, version))
+    timer = threading.Timer(0.2, lambda: VersionPin(store, version))
     timer.start()
     assert collect_garbage(store, CONFIG, 0.6, False, lambda line: None) == []
     assert steps(store) == steps(store, "encoders") == [600, 700, 800]
@@ -125,7 +125,7 @@ def test_a_pinned_version_moved_aside_by_a_killed_collector_is_moved_back(store:
         path = store / "indexes" / version.name
         path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
     (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
-    ReaderPin(store, pinned)
+    VersionPin(store, pinned)
     assert [path.name for path in remove_leftovers(store)] != []
     assert steps(store) == [pinned.step, 800]
 

@@ -35,7 +35,7 @@ def start_holder(folder: Path) -> subprocess.Popen[str]:
             time.sleep(0.02)
         print("acquired", flush=True)
         sys.stdin.readline()
-        print("held" if lease.still_held() else "lost", flush=True)
+        print("held" if lease.is_held() else "lost", flush=True)
         lease.release()
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(folder), str(EXPIRY_S)]
@@ -54,7 +54,7 @@ def test_a_live_holder_excludes_others_until_it_releases(tmp_path: Path) -> None
         assert lease.current_holder() == "other process"
         assert holder.communicate("go\n", timeout=10)[0] == "held\n"
         assert lease.try_acquire()
-        assert lease.epoch == 2 and lease.still_held()
+        assert lease.epoch == 2 and lease.is_held()
 
 
 def test_the_lease_of_a_killed_holder_expires_and_the_epoch_rises(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_holder_suspended_until_takeover_detects_that_it_lost_the_lease(tmp_pa
         os.kill(holder.pid, signal.SIGCONT)
         assert holder.communicate("go\n", timeout=10)[0] == "lost\n"
         lease.check()
-        assert lease.still_held(), "releasing a lost lease must not release ours"
+        assert lease.is_held(), "releasing a lost lease must not release ours"
 
 
 def test_check_raises_after_the_lease_is_lost(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from index.retention import GarbageCollector, ReaderPin, is_pinned, remove_leftovers
+from index.retention import GarbageCollector, VersionPin, is_pinned, remove_leftovers
 from realm.runtime.versions import Lineage, Version, start_attempt, versions_in
 
 
@@ -34,7 +34,7 @@ def test_the_newest_versions_are_kept(store: Path) -> None:
 
 
 def test_a_pinned_version_is_kept_until_the_pin_is_released(store: Path) -> None:
-    pin = ReaderPin(store, Version(1, 100, 1))
+    pin = VersionPin(store, Version(1, 100, 1))
     assert collect(store) == [200]
     pin.release()
     assert collect(store) == [100]
@@ -42,7 +42,7 @@ def test_a_pinned_version_is_kept_until_the_pin_is_released(store: Path) -> None
 
 
 def test_a_pin_of_a_dead_process_is_ignored(store: Path) -> None:
-    pin = ReaderPin(store, Version(1, 100, 1))
+    pin = VersionPin(store, Version(1, 100, 1))
     child = subprocess.Popen(["true"])
     child.wait()
     host, _, unique = pin._file.name.rsplit(".", 2)
@@ -78,7 +78,7 @@ def test_a_pin_taken_while_the_version_is_moved_aside_keeps_it(store: Path, monk
 
     def pin_before_rename(path: Path, target: Path) -> Path:
         if path.name == "a01-step-000100-e1":
-            ReaderPin(store, Version(1, 100, 1))
+            VersionPin(store, Version(1, 100, 1))
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", pin_before_rename)

@@ -78,10 +78,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from realm.app.stages import STAGE_PROGRAMS
+    from realm.app.stages import STAGE_FACTORIES
     from realm.run.train import train_stage
 
-    train_stage(open_run(options), options.stage, STAGE_PROGRAMS[options.stage].open, options.resume)
+    train_stage(open_run(options), options.stage, STAGE_FACTORIES[options.stage].open, options.resume)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -105,7 +105,7 @@ def _refresh(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from realm.app.stages import STAGE_PROGRAMS
+    from realm.app.stages import STAGE_FACTORIES
     from realm.run.train import train_stage
 
     run = with_questions(open_run(options), options, "train")
@@ -114,4 +114,4 @@ def _finetune(options: argparse.Namespace) -> None:
             f"run {run.folder} is already finetuned, so {options.questions} would not be used; remove "
             f"{run.stage(options.stage)} or copy the run."
         )
-    train_stage(run, options.stage, STAGE_PROGRAMS[options.stage].open, options.resume)
+    train_stage(run, options.stage, STAGE_FACTORIES[options.stage].open, options.resume)

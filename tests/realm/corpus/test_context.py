@@ -204,7 +204,7 @@ def test_answers_in_the_context_are_targets_and_are_returned_as_text(run):
     (place,) = (batch.is_answer_QLW[0] & batch.allowed_QLW[0]).nonzero().tolist()
     answerer = Answerer.__new__(Answerer)
     answerer.run = run
-    text, block, start = answerer._cut_out(batch.ids_QL[0], batch.type_QL[0], row, place[0], place[0] + place[1])
+    text, block, start = answerer._span_text(batch.ids_QL[0], batch.type_QL[0], row, place[0], place[0] + place[1])
     assert (text, block) == (founder, context.rows[-1])
     assert run.passages.text(block)[start : start + len(text)] == founder
 

@@ -111,7 +111,7 @@ def test_predictions_do_not_depend_on_the_buckets(num_buckets, seed, reader):
     for i, log_p_M in enumerate(log_ps):
         b, n = divmod(i, N)
         assert prediction.token_log_p_BNM[b, n, : len(log_p_M)].tolist() == pytest.approx(log_p_M, abs=1e-5)
-        assert prediction.right_BN[b, n].item() == right[i]
+        assert prediction.correct_BN[b, n].item() == right[i]
         assert prediction.best_log_p_BN[b, n].item() == pytest.approx(best_log_ps[i], abs=1e-5)
 
 
@@ -124,9 +124,9 @@ def test_a_prediction_is_right_if_all_wordpieces_except_padding_are(reader):
             reader(joint.ids_RL, joint.mask_RL, joint.type_RL), batch.position_BM[joint.row_R // N]
         ).argmax(-1)
     batch.target_BM = torch.where(batch.token_mask_BM, best.view(B, N, -1)[:, 0], 7)
-    assert read_masked(reader, batch).right_BN[:, 0].all()
+    assert read_masked(reader, batch).correct_BN[:, 0].all()
     batch.target_BM[2, 2] = (batch.target_BM[2, 2] + 1) % 50
-    assert read_masked(reader, batch).right_BN[:, 0].tolist() == [True, True, False]
+    assert read_masked(reader, batch).correct_BN[:, 0].tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("marginal", ["joint", "per_token"])
@@ -206,10 +206,10 @@ def test_the_null_passage_has_probability_1_without_other_candidates(retriever, 
 def test_telemetry_of_a_small_example():
     p_BN = torch.tensor([[0.2, 0.5, 0.3], [0.75, 0.25, 0.0]])
     log_p_y_BN = torch.tensor([[-4.0, -1.0, -6.0], [-2.0, -3.0, -9.0]])
-    right_BN = torch.tensor([[False, True, False], [True, False, False]])
+    correct_BN = torch.tensor([[False, True, False], [True, False, False]])
     valid_BN = torch.tensor([[True, True, True], [True, True, False]])
     contains_span_BN = torch.tensor([[False, True, False], [True, True, True]])
-    metrics = retrieval_telemetry(p_BN.log(), log_p_y_BN, right_BN, valid_BN, contains_span_BN)
+    metrics = retrieval_telemetry(p_BN.log(), log_p_y_BN, correct_BN, valid_BN, contains_span_BN)
     entropy = -sum(p * math.log(p) for p in (0.2, 0.5, 0.3, 0.75, 0.25)) / 2
     expected = {
         "utility": (3.0 - 2.0 - 1.0) / 3,

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from realm.errors import UserError
 from realm.text.tokenizer import (
     TokenizerConfig,
+    load_or_train_tokenizer,
     load_tokenizer,
-    obtain_tokenizer,
     tokenize,
     tokenizer_fingerprint,
     train_wordpiece,
@@ -65,11 +65,11 @@ def test_training_is_deterministic_across_processes(trained):
 
 def test_saved_tokenizer_is_reused(tmp_path):
     config = TokenizerConfig(vocab_size=200)
-    first = obtain_tokenizer(config, tmp_path / "tokenizer", lambda: TEXTS)
-    second = obtain_tokenizer(config, tmp_path / "tokenizer", lambda: pytest.fail("trained a second time"))
+    first = load_or_train_tokenizer(config, tmp_path / "tokenizer", lambda: TEXTS)
+    second = load_or_train_tokenizer(config, tmp_path / "tokenizer", lambda: pytest.fail("trained a second time"))
     assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
     with pytest.raises(UserError, match="different `tokenizer` settings"):
-        obtain_tokenizer(TokenizerConfig(vocab_size=150), tmp_path / "tokenizer", lambda: TEXTS)
+        load_or_train_tokenizer(TokenizerConfig(vocab_size=150), tmp_path / "tokenizer", lambda: TEXTS)
 
 
 def test_fingerprint_depends_on_vocabulary_and_normalizer(trained):
