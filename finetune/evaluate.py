@@ -5,6 +5,7 @@ sentence-transformers models.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.run.folder import STAGES, Run
-from realm.runtime.publish import write_json_atomic
+from realm.runtime.publish import write_json_atomic, write_text_atomic
 from realm.runtime.telemetry import console, print_table, progress
 from realm.training.sections import EvaluateConfig
 from realm.training.streams import RunStream, run_generator
 
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 _TABLE = ("em", "f1", "recall@1", "recall@5", "recall@20", "exact_recall@1", "exact_recall@5", "exact_recall@20", "mrr")
 
 
@@ -46,6 +48,7 @@ def evaluate(
     source = run.questions(split)
     if source is None:
         raise UserError(f"data.{split} is not set; set it in the config, or pass --questions FILE.")
+    _check_name(name)
     _check_retrievers((stage, *compare))
     folder = run.folder / "evaluations"
     _check_same_questions(folder / f"{name}.json", source)
@@ -69,8 +72,8 @@ def evaluate(
         depths = [k for k in RECALL_DEPTHS if k <= config.retrieve]
         results[label], intervals[label] = summarize(records, depths, run.config.seed)
         results[label]["ceiling"] = ceiling
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{name}.{label}.predictions.jsonl").write_text("".join(lines))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_text_atomic(folder / f"{name}.{label}.predictions.jsonl", text)
     report = {
         "questions": source.path,
         "count": len(questions),
@@ -81,6 +84,15 @@ def evaluate(
     }
     write_json_atomic(folder / f"{name}.json", report)
     return results
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for a name that cannot be part of a file name."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name[:50]!r} cannot be used in a file name; use at most 100 letters, digits, '.', '_' and '-', "
+            "and begin with a letter or digit."
+        )
 
 
 def _check_retrievers(names: Sequence[str]) -> None:

@@ -60,7 +60,7 @@ def checked_question(
         odd := next((answer for answer in answers if not isinstance(answer, str)), None)
     ) is not None or None in answers:
         raise BadRecord("answers are not a list of strings", f": the list contains {json_type(odd)}")
-    for part in (text, *answers):
+    for part in (str(name), text, *answers):
         check_text(part)
     kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
     if not kept:

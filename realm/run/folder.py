@@ -28,7 +28,7 @@ from realm.run.changes import changed_fields, is_used
 from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
-from realm.runtime.publish import write_file_atomic
+from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
 from realm.text.tokenizer import load_tokenizer
@@ -82,7 +82,7 @@ class Run:
         run = cls(folder, config)
         run.passages, run.statements  # noqa: B018  (an unsuitable corpus is refused before anything is written)
         folder.mkdir(parents=True, exist_ok=True)
-        write_file_atomic(path, lambda file: file.write(text.encode()))
+        write_text_atomic(path, text)
         return run
 
     @classmethod
@@ -241,7 +241,7 @@ def _update_config(path: Path, text: str) -> None:
             "choose another folder with --run, or restore the old config."
         )
     if changed:
-        write_file_atomic(path, lambda file: file.write(text.encode()))
+        write_text_atomic(path, text)
         log_line(f"config.yaml updated: {', '.join(changed)}")
 
 

@@ -85,6 +85,11 @@ def write_file_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     _sync(path.parent)
 
 
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically (see `write_file_atomic`)."""
+    write_file_atomic(path, lambda file: file.write(text.encode()))
+
+
 def write_json_atomic(path: Path, value: Any) -> None:
     write_file_atomic(path, lambda file: file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode()))
 

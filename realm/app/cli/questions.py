@@ -1,6 +1,7 @@
 """The commands that answer questions with a trained run."""
 
 import argparse
+import re
 from pathlib import Path
 
 from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
@@ -49,10 +50,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = with_questions(open_run(options), options, options.split)
     source = run.questions(options.split)
     stage = options.stage or run.last_finished()
-    given = None if options.questions is None or source is None else Path(source.path).name.split(".")[0]
-    name = options.name or given or options.split
-    if options.name is None and stage != Finetuning.name:
+    name = options.split
+    if options.questions is not None and source is not None:
+        name = re.sub(r"[^\w-]+", "-", Path(source.path).name.split(".")[0]).strip("-") or options.split
+    if stage != Finetuning.name:
         name += f"-{stage}"
+    if options.name is not None:
+        name = options.name
     print_results(run, evaluate(run, options.split, stage, options.compare, name), name)
 
 

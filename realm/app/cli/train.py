@@ -11,7 +11,8 @@ _RESUME = "continue from the newest checkpoint"
 
 def add_training_commands(commands: Commands) -> None:
     """Add the subcommands and their options."""
-    about = "run all stages (prepare, ict, reader-pretraining, pretrain, finetune, evaluate) and print a summary"
+    names = "prepare, ict, reader-pretraining, pretrain, finetune-retriever, finetune, evaluate"
+    about = f"run all stages ({names}) and print a summary"
     everything = add_command(commands, "run", _run, about, "config")
     everything.add_argument("--resume", action="store_true", help="continue an existing run")
 
