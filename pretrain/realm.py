@@ -167,7 +167,7 @@ class LiveRealmPretraining(RealmPretraining):
     def save(self, folder: Path) -> None:
         self.candidates.save(folder)
         self.exports.save(folder)
-        if is_rank_zero():  # pins the version while the checkpoint is kept
+        if is_rank_zero():  # keeps the version as long as the checkpoint
             (folder / "index_version").write_text(self.source.index.version.name + "\n")
 
     def restore(self, folder: Path, step: int) -> None:

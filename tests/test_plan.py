@@ -1,12 +1,15 @@
 """`realm plan`: measurements, warnings and errors."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from realm.app import step_timing
 from realm.app.cli import main
 from realm.app.plan import Plan, plan, warnings
 from realm.app.step_timing import StagePlan, extrapolate
+from realm.errors import UserError
 from realm.run.config_file import load_config
 from tests.tiny import write_config, write_sources
 
@@ -67,3 +70,9 @@ def test_no_warning_if_a_refresh_is_fast(folder: Path) -> None:
 def test_without_a_prepared_corpus_its_size_is_required(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(write_config(folder))]) == 2
     assert "--passages N" in capsys.readouterr().err
+
+
+def test_a_plan_does_not_go_on_without_the_process_that_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_timing, "_encode_until", os._exit)  # fails in the process: too many arguments
+    with pytest.raises(UserError, match="ended with status 1"):
+        plan(load_config(write_config(folder)), passages=100)

@@ -17,6 +17,7 @@ import torch
 from index.build import build_index, index_bytes
 from index.encode import encode_passages, encoding_tower
 from realm.app.stages import STAGE_FACTORIES
+from realm.errors import UserError
 from realm.models.retriever import build_retriever
 from realm.run.folder import Run
 from realm.runtime.telemetry import log_line, peak_memory
@@ -234,7 +235,10 @@ class Contention:
 
 
 def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Contention:
-    """Time REALM steps alone and while another process encodes, with half the batch size."""
+    """Time REALM steps alone and while another process encodes, with half the batch size.
+
+    Raises UserError if that process fails.
+    """
     log_line("timing REALM with a refresher")
     with _sample_stage(run, "pretrain", index) as (stage, engine):
         size = max(1, min(stage.config.batch_size // 2, 8))
@@ -247,6 +251,10 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
         try:
             while encoded.value < 0 and process.is_alive():
                 time.sleep(0.05)
+            if encoded.value < 0:
+                raise UserError(
+                    f"the process that encodes for the plan ended with status {process.exitcode}; see its output above."
+                )
             began, before = time.monotonic(), encoded.value
             shared = _time_steps(stage, engine, size, 2 * MIN_STEPS)
             shared = (shared + _time_steps(stage, engine, size, 2 * MIN_STEPS)) / 2
