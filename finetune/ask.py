@@ -1,15 +1,17 @@
 """`realm ask`: answer one question, and show the answer in its passage."""
 
 import numpy as np
-from rich.markup import escape
 
-from finetune.answer import Answerer
+from finetune.answer import Answer, Answerer
 from finetune.questions import Question
 from finetune.train_reader import Finetuning
 from realm.errors import UserError
 from realm.run.folder import Run
-from realm.runtime.telemetry import console
+from realm.runtime.telemetry import console, styled
 from realm.text.tokenizer import tokenize
+
+_ANSWER = "bold green"
+"""Style of the answer."""
 
 
 def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> None:
@@ -37,24 +39,24 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     rows = answerer.retrieve([question], min(passages, len(answerer.index)))
     answer = answerer.read([question], rows)[0]
     corpus = answerer.run.passages
+    console.print(text, style="bold")
     if answer.passage is None:
         console.print(
-            f"[bold]{escape(text)}[/bold]\n  no passage was found; search more of the index, "
-            "for example with --refresh.search_parameters nprobe=64"
+            "  no passage was found; search more of the index, for example with "
+            "--refresh.search_parameters nprobe=64"
         )
         return
-    console.print(f"[bold]{escape(text)}[/bold]")
-    console.print(f"  [bold green]{escape(answer.text)}[/bold green]   (p(z|x) = {answer.probability:.2f})")
-    body = corpus.text(answer.passage)
-    if answer.start >= 0:
-        end = answer.start + len(answer.text)
-        inside = escape(body[answer.start : end])
-        marked = f"{escape(body[: answer.start])}[bold green]»{inside}«[/bold green]{escape(body[end:])}"
-    else:
-        marked = escape(body)
-    console.print(
-        f"  from {escape(corpus.title(answer.passage))} \\[{escape(corpus.ids[answer.passage])}]: {marked.strip()}"
-    )
+    console.print(styled("  ", (answer.text, _ANSWER), f"   (p(z|x) = {answer.probability:.2f})"))
+    source = f"  from {corpus.title(answer.passage)} [{corpus.ids[answer.passage]}]: "
+    console.print(styled(source, *_marked(corpus.text(answer.passage), answer)))
     others = [int(row) for row in np.asarray(rows[0]) if row != answer.passage]
     if others:
-        console.print(f"  also read: {'; '.join(escape(corpus.title(row)) for row in others)}")
+        console.print(f"  also read: {'; '.join(corpus.title(row) for row in others)}")
+
+
+def _marked(body: str, answer: Answer) -> list[str | tuple[str, str]]:
+    """The passage in parts, the answer marked if its place is known."""
+    if answer.start < 0:
+        return [body.strip()]
+    end = answer.start + len(answer.text)
+    return [body[: answer.start].lstrip(), (f"»{body[answer.start : end]}«", _ANSWER), body[end:].rstrip()]

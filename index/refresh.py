@@ -24,6 +24,7 @@ from index.retention import GarbageCollector, process_name, remove_leftovers
 from index.version_build import Stopped, Superseded, VersionBuild, matches_config
 from index.workers import WorkerGroup
 from realm.errors import UserError
+from realm.runtime.printable import printable
 from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.refresh_section import RefreshConfig
 
@@ -38,7 +39,7 @@ _RETRY_S = 1.0
 
 
 def _print_and_flush(line: str) -> None:
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def _discard(line: str) -> None:

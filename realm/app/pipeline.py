@@ -61,7 +61,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
                 f"{name}.steps is {steps}, but data.train is not set; set data.train, or set {name}.steps to 0."
             )
     began = time.monotonic()
-    console.print("[bold]prepare[/bold]")
+    console.print("prepare", style="bold")
     prepare(config)
     stage_times = {"prepare": time.monotonic() - began}
     run = Run.create(config)
@@ -70,14 +70,14 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     for name in STAGES:
         if getattr(config, name).steps == 0:
             continue
-        console.print(f"[bold]{name}[/bold]")
+        console.print(name, style="bold")
         train_stage(run, name, _open_stage(name), resume)
         stage_times[name] = float((run.model(name) / "seconds.txt").read_text())
         if name in _MASKED_SPAN_STAGES:
             masked_spans[name] = _cached(run, f"masked-spans-{name}", partial(evaluate_stage_masked_spans, run, name))
     questions: dict[str, float] = {}
     if run.finished(Finetuning.name) and run.questions("test"):
-        console.print("[bold]evaluate[/bold]")
+        console.print("evaluate", style="bold")
         began = time.monotonic()
         questions = evaluate(run)[Finetuning.name]
         stage_times["evaluate"] = time.monotonic() - began
@@ -107,7 +107,7 @@ def _print_some_answers(run: Run, count: int = 3) -> None:
     assert source is not None
     answerer = Answerer(run)
     questions = load_questions(source, run.passages, run.tokenizer, quiet=True)
-    console.print("[bold]Sample answers to test questions[/bold]")
+    console.print("Sample answers to test questions", style="bold")
     numbers = np.random.default_rng(run.config.seed).choice(len(questions), min(count, len(questions)), replace=False)
     for number in numbers.tolist():
         print_answer(answerer, questions[number].text, run.config.evaluate.read)

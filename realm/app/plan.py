@@ -12,7 +12,7 @@ from realm.app.step_timing import Contention, StagePlan, random_index, time_cont
 from realm.errors import UserError
 from realm.run.config import RealmConfig
 from realm.run.folder import STAGES, Run
-from realm.runtime.telemetry import console, format_seconds, print_table
+from realm.runtime.telemetry import console, format_seconds, print_table, styled
 from realm.runtime.threads import cores
 
 SAMPLE_DOCUMENTS = 1000
@@ -124,7 +124,7 @@ def print_plan(result: Plan, config: RealmConfig) -> None:
     _print_refreshing(result, config)
     _print_sizes(result, config)
     for line in warnings(result, config):
-        console.print(f"[bold]warning:[/bold] {line}")
+        console.print(styled(("warning: ", "bold"), line))
 
 
 def _print_training(result: Plan) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from zlib import error as ZlibError
 
 from realm.errors import UserError
+from realm.runtime.printable import printable
 from realm.spans.rules import SalientSpan
 from realm.spans.tagger import SpanConfig, SpanTagger
 
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.entities is None and args.dates is None:
         raise UserError("nothing to measure; give --entities FILE, --dates FILE or both.")
     rows = bench_spans(args.entities, args.dates, SpanConfig(pipeline=args.pipeline))
-    print(_table(rows))
+    print(printable(_table(rows)))
     if args.json is not None:
         try:
             args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -23,9 +23,29 @@ from rich.table import Table
 from rich.text import Text
 
 from realm.runtime.distributed import is_rank_zero
+from realm.runtime.printable import printable
 
-console = Console(highlight=False, soft_wrap=True, quiet=not is_rank_zero())
+
+class _Console(Console):
+    """A console on which strings are data: they contain no markup and no emoji codes, and their
+    control characters are shown escaped."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed, also in a table, is converted here."""
+        return super().render_str(printable(text), **options)
+
+
+console = _Console(soft_wrap=True, quiet=not is_rank_zero())
 """Console output; only rank 0 prints."""
+
+
+def styled(*parts: str | tuple[str, str]) -> Text:
+    """Text to print whose parts are plain, or pairs of a text and its style."""
+    pairs = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((printable(text), style) for text, style in pairs))
 
 
 def log_line(line: str) -> None:
@@ -40,29 +60,29 @@ class ProgressReporter:
     """
 
     def __init__(self, title: str, total: int, done: int, unit: str, every_s: float) -> None:
-        self.title, self.total, self.unit, self.every_s = title, total, unit, every_s
+        self.title, self.total, self.unit, self.every_s = printable(title), total, unit, every_s
         self.start_done, self.done = done, done
         self.started = self.last_line = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal and not console.quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _Rate(unit),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
             )
             self._bar.start()
-            self._task = self._bar.add_task(title, total=total, completed=done, note="")
+            self._task = self._bar.add_task(self.title, total=total, completed=done, note="")
 
     def update(self, done: int, note: str = "") -> None:
         """Report that `done` units of the total are done."""
         self.done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, note=printable(note))
             return
         now = time.monotonic()
         if now - self.last_line >= self.every_s or done >= self.total:
@@ -191,7 +211,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*(format_cell(cell) for cell in row))
-    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+    (console if console.is_terminal else _Console(width=160)).print(table)
 
 
 def format_cell(cell: object) -> str:

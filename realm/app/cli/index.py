@@ -90,10 +90,11 @@ def _show(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     from index.admin import find_version, list_versions, verify
+    from realm.runtime.telemetry import console
 
     folder = open_run(options).folder
     chosen = [find_version(folder, name) for name in options.version] or list_versions(folder)
-    broken = [info for info in chosen if verify(info, print) is not None]
+    broken = [info for info in chosen if verify(info, console.print) is not None]
     if broken:
         raise UserError(
             f"{len(broken)} of {len(chosen)} index versions are broken and would be refused; remove them, "
@@ -103,14 +104,15 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _gc(options: argparse.Namespace) -> None:
     from index.admin import collect_garbage
+    from realm.runtime.telemetry import console
 
     run = open_run(options)
     grace_s = run.config.refresh.grace_s if options.grace is None else options.grace
-    removed = collect_garbage(run.folder, run.config.refresh, grace_s, options.dry_run, print)
+    removed = collect_garbage(run.folder, run.config.refresh, grace_s, options.dry_run, console.print)
     for path in removed:
-        print(f"{'would remove' if options.dry_run else 'removed'} {path}")
+        console.print(f"{'would remove' if options.dry_run else 'removed'} {path}")
     if not removed:
-        print("nothing to remove")
+        console.print("nothing to remove")
 
 
 def _add(options: argparse.Namespace) -> None:
