@@ -42,8 +42,7 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     console.print(text, style="bold")
     if answer.passage is None:
         console.print(
-            "  no passage was found; search more of the index, for example with "
-            "--refresh.search_parameters nprobe=64"
+            "  no passage was found; search more of the index, for example with --refresh.search_parameters nprobe=64"
         )
         return
     console.print(styled("  ", (answer.text, _ANSWER), f"   (p(z|x) = {answer.probability:.2f})"))

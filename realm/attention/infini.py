@@ -25,6 +25,9 @@ from realm.attention.projected import ProjectedSelfAttention, masked_attention
 from realm.attention.variant import AttentionConfig
 from realm.errors import UserError
 
+_MAX_GATE = 100.0
+"""Largest absolute gate logit; its sigmoid is 0 or 1 in any precision."""
+
 
 @AttentionConfig.register_subclass("infini")
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class InfiniAttention(AttentionConfig):
     def __post_init__(self) -> None:
         if self.segment < 1:
             raise UserError(f"attention.segment must be at least 1, got {self.segment}.")
+        if abs(self.gate_init) > _MAX_GATE:
+            raise UserError(f"attention.gate_init must be between {-_MAX_GATE} and {_MAX_GATE}, got {self.gate_init}.")
 
     def replace(self, attention: nn.Module, layer: int) -> nn.Module:
         return InfiniSelfAttention(attention, self)

@@ -28,6 +28,8 @@ CHUNK = 1024
 """Tokens whose features are computed at a time."""
 _RELU_OFFSET = 1e-3
 """Added to ReLU features, so that no query has only zeros."""
+_MAX_SEED = 1_000_000
+"""Largest seed: with the layer and the number of updates, torch's generator has 64 bits for it."""
 
 
 @AttentionConfig.register_subclass("performer")
@@ -56,6 +58,8 @@ class PerformerAttention(AttentionConfig):
             )
         if self.redraw_every < 0:
             raise UserError(f"attention.redraw_every must be 0 or more, got {self.redraw_every}.")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise UserError(f"attention.seed must be between 0 and {_MAX_SEED:,}, got {self.seed}.")
 
     def replace(self, attention: nn.Module, layer: int) -> nn.Module:
         return PerformerSelfAttention(attention, self, layer)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -24,6 +23,7 @@ from realm.attention import AttentionConfig
 from realm.attention.binding import bind_attention
 from realm.errors import UserError
 from realm.run.config_file import decode
+from realm.run.yaml_text import InvalidYaml, parse_yaml
 
 NUM_GLOBAL = 32
 _WINDOW, _FEATURES, _SEGMENT = 256, 256, 512
@@ -55,8 +55,8 @@ def parse_variant(text: str) -> AttentionConfig:
     UserError if there is no such variant or field."""
     known = sorted(AttentionConfig.get_known_choices())
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError:
+        tree = parse_yaml(text)
+    except InvalidYaml:
         tree = None
     tree = {"type": tree} if isinstance(tree, str) else tree
     if not isinstance(tree, dict) or tree.get("type") not in known:

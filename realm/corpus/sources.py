@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from realm.errors import UserError
-from realm.runtime.section import Section
+from realm.runtime.section import MAX_PROCESSES, PathText, Section
 
 FIELDS = ("id", "title", "text")
 """Fields of a document."""
@@ -17,7 +17,7 @@ class SourceConfig:
 
     SHORTHAND: ClassVar[str] = "path"
 
-    path: str
+    path: PathText
     """File or folder, `builtin:NAME` for a file of the built-in corpus, or a name on the Hugging
     Face hub (with `format: datasets`)."""
     format: str = "auto"
@@ -70,7 +70,7 @@ class CorpusConfig(Section):
     """Sources of the sentences to mask in pretraining; default: the passages."""
     limit: int | None = None
     """Maximum number of documents to read from each source, to try a config on a subset."""
-    prepared: str = "prepared"
+    prepared: PathText = "prepared"
     """Output folder of `realm prepare`."""
     block_tokens: int = 288
     """Maximum size of a block in wordpieces, as the encoder reads it: `[CLS] title [SEP] text
@@ -86,6 +86,7 @@ class CorpusConfig(Section):
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "limit", "block_tokens")
         yield from self.at_least(0, "context_tokens", "num_workers")
+        yield from self.at_most(MAX_PROCESSES, "num_workers")
         if not self.passages:
             yield "passages must contain at least one source"
 

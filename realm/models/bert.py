@@ -12,14 +12,14 @@ from transformers import AutoConfig, BertConfig, BertModel
 
 from realm.errors import UserError
 from realm.runtime.hub import require_on_hub
-from realm.runtime.section import Section
+from realm.runtime.section import PathText, Section
 
 
 @dataclass(frozen=True)
 class BertSource(Section):
     """Source of a BERT encoder; the sizes apply only to one trained from scratch."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Hub name or local folder of a BERT checkpoint (default: random weights)."""
     layers: int = 12
     """Transformer layers."""
@@ -41,9 +41,9 @@ class BertSource(Section):
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "layers", "hidden", "heads", "intermediate", "max_positions")
-        yield from self.finite("init_std")
-        if not 0 <= self.dropout < 1:
-            yield f"dropout must be at least 0 and less than 1, got {self.dropout}"
+        yield from self.at_least(0, "init_std")
+        yield from self.at_most(10, "init_std")
+        yield from self.below_one("dropout")
 
 
 def load_bert(source: BertSource, vocab_size: int, pad_id: int, field: str) -> BertModel:

@@ -7,7 +7,6 @@ Passages are encoded as `[CLS] title [SEP] text [SEP]` with token type 0 through
 Shape legend: B rows, N candidates per query, L wordpieces, H hidden width, D embedding width.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -53,8 +52,7 @@ class RetrieverConfig(Section):
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "projection_dim")
         yield from self.at_least(4, "max_query_tokens", "max_passage_tokens")
-        if not 0 < self.temperature < math.inf:
-            yield f"temperature must be a finite number greater than 0, got {self.temperature}"
+        yield from self.positive("temperature")
 
 
 class Tower(nn.Module):

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from realm.corpus.sources import CorpusConfig
-from realm.errors import UserError
 from realm.models.reader import ReaderConfig
 from realm.models.retriever import RetrieverConfig
 from realm.run.data_config import DataConfig
-from realm.runtime.section import Section, all_problems
+from realm.runtime.section import InvalidSection, PathText, Section, all_problems
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
 from realm.training.refresh_section import RefreshConfig
@@ -33,10 +32,10 @@ MIN_PASSAGE_ROOM = 16
 class InitFromConfig:
     """Models of another run to start from, instead of those of `retriever` and `reader`."""
 
-    retriever: str | None = None
+    retriever: PathText | None = None
     """Folder of a saved retriever, such as `RUN/pretrain/model/retriever`; default: built from
     `retriever`."""
-    reader: str | None = None
+    reader: PathText | None = None
     """Folder of a saved reader, such as `RUN/pretrain/model/reader`; default: built from
     `reader`."""
 
@@ -45,7 +44,7 @@ class InitFromConfig:
 class RealmConfig(Section):
     """Configuration of a run."""
 
-    run: str
+    run: PathText
     """Run folder."""
     corpus: CorpusConfig
     """Passages and statements."""
@@ -86,10 +85,11 @@ class RealmConfig(Section):
 
     def __post_init__(self) -> None:
         if problems := list(all_problems(self)):
-            raise UserError(f"{'; '.join(problems)}.")
+            raise InvalidSection(problems)
 
     def problems(self) -> Iterator[str]:
-        """Yield the problems that involve several sections."""
+        """Yield the problems of `seed`, and those that involve several sections."""
+        yield from self.at_least(0, "seed")
         query, joint = self.retriever.max_query_tokens, self.reader.max_tokens
         if joint < query + MIN_PASSAGE_ROOM:
             yield (

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from realm.errors import UserError
+from realm.runtime.section import PathText
 
 QUESTION_FIELDS = ("id", "question", "answers", "context", "passage")
 """Fields of a question record."""
@@ -15,7 +16,7 @@ class QuestionSource:
 
     SHORTHAND: ClassVar[str] = "path"
 
-    path: str
+    path: PathText
     """File, `builtin:NAME` for a file of the built-in corpus, or (format `datasets`) a saved
     dataset or a name on the Hugging Face hub."""
     format: str = "auto"
@@ -76,12 +77,12 @@ class DataConfig:
     """Questions for choosing settings."""
     test: QuestionSource | None = None
     """Questions for reported results."""
-    masked_spans: str | None = None
+    masked_spans: PathText | None = None
     """Statements with a known answer and passage, for masked-span evaluation; default: a sample of
     the run's statements."""
-    closed_book: str | None = None
+    closed_book: PathText | None = None
     """The facts of the test questions as statements with a known answer, for the closed-book cloze
     test."""
-    unsupported: str | None = None
+    unsupported: PathText | None = None
     """Statements whose fact does not appear in any passage, to measure the probability of the null
     passage."""

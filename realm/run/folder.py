@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from realm.corpus.collate import Collator, InputLimits
@@ -26,8 +25,9 @@ from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
 from realm.run.changes import changed_fields, is_used
 from realm.run.config import RealmConfig
-from realm.run.config_file import dump_config, load_config
+from realm.run.config_file import dump_config, load_config, read_config
 from realm.run.data_config import QuestionSource
+from realm.run.yaml_text import parse_yaml
 from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
@@ -71,6 +71,8 @@ class Run:
         different settings.
         """
         folder = Path(config.run)
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"run folder {folder} is a file; choose another folder with --run.")
         path, text = folder / "config.yaml", dump_config(config)
         if path.exists():
             _update_config(path, text)
@@ -232,7 +234,7 @@ class Run:
 def _update_config(path: Path, text: str) -> None:
     """Replace a run's config with `text`. Raises UserError if a field that is in use has
     changed."""
-    changed = list(changed_fields(yaml.safe_load(path.read_text()), yaml.safe_load(text)))
+    changed = list(changed_fields(read_config(path), parse_yaml(text)))
     used = [field for field in changed if is_used(field, path.parent)]
     if used:
         more = f" and {len(used) - 4} more" if len(used) > 4 else ""

@@ -1,7 +1,6 @@
 """Config keys of version 0.1 that were renamed."""
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Any
 
 _SECTIONS = {"reader_warmup": "reader_pretraining", "start": "init_from"}
@@ -37,7 +36,7 @@ def renamed_keys(tree: dict[str, Any]) -> Iterator[str]:
         section, dot, rest = key.partition(".")
         current = f"{_SECTIONS.get(section, section)}{dot}{rest}"
         for old, new in _FIELDS.items():
-            if fnmatchcase(current, old):
+            if _matches(current.split("."), old.split(".")):
                 yield f"`{key}` is now `{_fill(new, current)}`"
 
 
@@ -47,6 +46,11 @@ def _keys(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{name}.")
+
+
+def _matches(key: list[str], pattern: list[str]) -> bool:
+    """Whether each part of a key is that of the pattern, or the pattern's is `*`."""
+    return len(key) == len(pattern) and all(old in ("*", part) for part, old in zip(key, pattern, strict=True))
 
 
 def _fill(pattern: str, key: str) -> str:

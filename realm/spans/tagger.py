@@ -22,7 +22,7 @@ from spacy.tokens import Doc, Span
 from spacy.vocab import Vocab
 
 from realm.errors import UserError
-from realm.runtime.section import Section
+from realm.runtime.section import MAX_PROCESSES, PathText, Section
 from realm.spans.rules import RULES_VERSION, SalientSpan, builtin_spans, date_spans
 
 _BUILTIN_LABELS = {
@@ -48,7 +48,7 @@ _PIECE = re.compile(r"[^ ]+ ?| ")
 class SpanConfig(Section):
     """Which spans are salient and how they are found."""
 
-    pipeline: str = "builtin"
+    pipeline: PathText = "builtin"
     """"builtin" (rules, no installation) or the name or path of a spaCy pipeline with entities."""
     dates: bool = True
     """Add the dates found by the built-in rules to those of the pipeline; false with "builtin":
@@ -60,6 +60,7 @@ class SpanConfig(Section):
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(1, "batch_size", "num_workers")
+        yield from self.at_most(MAX_PROCESSES, "num_workers")
 
 
 class _RuleTokenizer:

@@ -14,7 +14,7 @@ from tokenizers import Encoding, Tokenizer
 from realm.errors import UserError
 from realm.runtime.hub import require_on_hub
 from realm.runtime.publish import published, write_json_atomic
-from realm.runtime.section import Section
+from realm.runtime.section import PathText, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ Encoded: TypeAlias = tuple[np.ndarray, np.ndarray]
 class TokenizerConfig(Section):
     """Which WordPiece tokenizer to use."""
 
-    path: str | None = None
+    path: PathText | None = None
     """Hub name, local folder or vocabulary file of a BERT WordPiece tokenizer; default: train one
     on the corpus."""
     vocab_size: int = 8000

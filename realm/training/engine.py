@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from realm.runtime.nested import merge
 from realm.runtime.publish import published
 from realm.runtime.telemetry import console
 from realm.training.checkpoints import read_state, write_state
+from realm.training.deepspeed_settings import import_deepspeed
 from realm.training.sections import EngineConfig, OptimConfig, StageConfig
 
 _DEEPSPEED_TAG = "deepspeed"
@@ -72,8 +72,7 @@ class Engine:
         """`modules_called_between_steps`: parts of the module that are also called between steps
         (see `gathered_copy`).
 
-        Raises UserError for raw DeepSpeed settings that would be ignored, or that DeepSpeed
-        rejects.
+        Raises UserError for raw settings that DeepSpeed rejects.
         """
         deepspeed = start_processes()
         if config.threads:
@@ -94,15 +93,6 @@ class Engine:
                     "  warning: this CPU has no bf16 arithmetic and emulates it, which is many times slower; "
                     "set engine.precision to fp32"
                 )
-        for name, remedy in (
-            ("gradient_accumulation_steps", "batch_size of the stage"),
-            ("train_batch_size", "batch_size of the stage"),
-            ("train_micro_batch_size_per_gpu", "batch_size of the stage"),
-            ("optimizer", "optim of the stage"),
-            ("scheduler", "optim of the stage"),
-        ):
-            if name in config.deepspeed:
-                raise UserError(f"engine.deepspeed.{name} would be ignored; set {remedy} instead.")
         settings = merge(settings, config.deepspeed)
         partitioned = (settings["zero_optimization"] or {}).get("stage") == 3
         self._copies = {part: copy.deepcopy(part) for part in modules_called_between_steps} if partitioned else {}
@@ -192,15 +182,11 @@ class Engine:
 
 
 def start_processes() -> Any:
-    """Import DeepSpeed without its log output and initialize its process group, once.
+    """Import DeepSpeed and initialize its process group, once.
 
     Returns the package.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())  # DeepSpeed does so only after tensors are placed
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from realm.models.precision import Precision
-from realm.runtime.section import Section
+from realm.runtime.section import MAX_INT, MAX_PROCESSES, Section
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class RefreshConfig(Section):
         return self.export_every * self.staleness_multiplier
 
     def problems(self) -> Iterator[str]:
-        yield from self.at_least(0, "export_every")
+        yield from self.at_least(0, "export_every", "max_drift", "grace_s", "max_stale_steps", "wait_timeout_s")
+        yield from self.positive("poll_s", "lease_expiry_s")
+        yield from self.at_most(MAX_PROCESSES, "threads")
+        yield from self.at_most(MAX_INT, "poll_s", "grace_s", "lease_expiry_s", "wait_timeout_s")
         yield from self.at_least(
             1,
             "drift_every",
@@ -78,7 +81,6 @@ class RefreshConfig(Section):
             "threads",
             "keep_last",
         )
-        yield from self.finite("grace_s")
         if self.export_every == 0 and self.max_drift is None:
             yield (
                 "export_every is 0 and refresh.max_drift is not set, so the retriever is never exported; "

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from realm.models.precision import Precision
-from realm.runtime.section import Section
+from realm.runtime.section import MAX_INT, MAX_PROCESSES, Section
+from realm.training.deepspeed_settings import deepspeed_problems
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class OptimConfig(Section):
     """Learning rate at the end of a linear schedule, as a fraction of the peak."""
 
     def problems(self) -> Iterator[str]:
-        yield from self.finite("lr", "retriever_lr", "weight_decay", "max_grad_norm")
-        yield from self.at_least(0, "warmup_steps")
+        yield from self.at_least(0, "lr", "retriever_lr", "weight_decay", "max_grad_norm", "warmup_steps")
         yield from self.probabilities("final_lr_ratio")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            yield f"betas must be at least 0 and less than 1, got {list(self.betas)}"
+        yield from self.below_one("betas")
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,11 @@ class EngineConfig(Section):
     """Raw DeepSpeed settings, merged over those made from this config."""
 
     def problems(self) -> Iterator[str]:
-        yield from self.at_least(0, "threads")
+        yield from self.at_least(0, "threads", "log_every_s")
+        yield from self.at_most(MAX_PROCESSES, "threads")
+        yield from self.at_most(MAX_INT, "log_every_s")
         yield from self.at_least(1, "keep_checkpoints")
+        yield from deepspeed_problems(self.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,7 @@ class ReaderPretrainingConfig(StageConfig):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.at_least(1, "retrieve")
-        yield from self.at_least(0, "sentence_steps")
-        yield from self.finite("span_loss")
+        yield from self.at_least(0, "sentence_steps", "span_loss")
         yield from self.probabilities("substitution_prob", "title_span_prob", "null_prob")
 
 
@@ -173,6 +174,7 @@ class PretrainConfig(StageConfig):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from self.at_least(0, "threads", "extra_retrieved", "reader_check")
+        yield from self.at_most(MAX_PROCESSES, "threads")
         yield from self.at_least(1, "max_span_tokens", "reader_buckets")
         yield from self.probabilities("substitution_prob")
         if self.candidates < 2:
