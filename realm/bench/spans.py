@@ -7,7 +7,6 @@ single spaces for tagging; a predicted span is correct if start and end equal th
 span.
 """
 
-import argparse
 import gzip
 import json
 import re
@@ -143,30 +142,14 @@ def _table(rows: list[dict]) -> str:
     )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the command."""
-    parser.add_argument("--entities", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of named entities")
-    parser.add_argument("--dates", type=Path, metavar="FILE", help="CoNLL file (.gz or plain) of date expressions")
-    parser.add_argument(
-        "--pipeline", default="builtin", help='"builtin" or a spaCy pipeline by name or path (default: %(default)s)'
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
+def report_spans(entities: Path | None, dates: Path | None, pipeline: str, json_file: Path | None) -> None:
+    """Print one table with the rows of `bench_spans`, and write them to `json_file`.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark with the options `argv`, print one table and return 0. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="realm bench spans", description="Precision, recall, F1 and speed of a salient-span pipeline."
-    )
-    add_options(parser)
-    args = parser.parse_args(argv)
-    if args.entities is None and args.dates is None:
+    Raises UserError if both files are None, and as `bench_spans`.
+    """
+    if entities is None and dates is None:
         raise UserError("nothing to measure; give --entities FILE, --dates FILE or both.")
-    rows = bench_spans(args.entities, args.dates, SpanConfig(pipeline=args.pipeline))
+    rows = bench_spans(entities, dates, SpanConfig(pipeline=pipeline))
     print(printable(_table(rows)))
-    if args.json is not None:
-        try:
-            args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error.strerror}.") from error
-    return 0
+    if json_file is not None:
+        json_file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

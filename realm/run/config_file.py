@@ -200,8 +200,8 @@ def _section_errors(kind: Any, value: Any, name: str) -> Iterator[str]:
         return
     variant = _variant(kind, value)
     if variant is None:
-        known = ", ".join(kind.get_known_choices())
-        yield f"`{name}.type` {_short.repr(value.get('type'))} is unknown; choose one of {known}".replace("`.", "`")
+        choices = ", ".join(kind.get_known_choices())
+        yield f"`{name}.type` {_short.repr(value.get('type'))} is unknown; choose one of {choices}".replace("`.", "`")
         return
     prefix, known = f"{name}.".lstrip("."), _fields(variant)
     for key in value:

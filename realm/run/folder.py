@@ -234,7 +234,13 @@ class Run:
 def _update_config(path: Path, text: str) -> None:
     """Replace a run's config with `text`. Raises UserError if a field that is in use has
     changed."""
-    changed = list(changed_fields(read_config(path), parse_yaml(text)))
+    try:
+        existing = read_config(path)
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rstrip('.')}; restore it from a copy, or choose another run folder with --run."
+        ) from error
+    changed = list(changed_fields(existing, parse_yaml(text)))
     used = [field for field in changed if is_used(field, path.parent)]
     if used:
         more = f" and {len(used) - 4} more" if len(used) > 4 else ""

@@ -88,8 +88,8 @@ class _Loader(yaml.SafeLoader):
         raise yaml.constructor.ConstructorError(None, None, problem, where.start_mark)
 
 
-# PyYAML's own patterns, less those that turn text such as `2026-02-30`, `007`, `12:30`, `0x_` or `=`
-# into something else or into an error.
+# PyYAML's own patterns, less those that turn text such as `2026-02-30`, `007` or `12:30` into
+# something else or into an error.
 for _name, _pattern, _first in (
     ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

@@ -88,9 +88,8 @@ def _unread(settings: _Followed, name: str) -> Iterator[str]:
     for key, value in settings.items():
         if key not in settings.read | _READ_LATER:
             close = get_close_matches(key, settings.read, n=1)
-            yield f"{name}.{key} is not a setting of DeepSpeed" + (
-                f"; the closest is {name}.{close[0]}" if close else ""
-            )
+            remedy = f"the closest is {name}.{close[0]}" if close else "remove it"
+            yield f"{name}.{key} is not a setting of DeepSpeed; {remedy}"
         elif isinstance(value, _Followed) and name == "deepspeed" and value.read:
             yield from _unread(value, f"{name}.{key}")
 

@@ -4,16 +4,20 @@ Each subcommand imports what it needs when it runs, so that `realm --help` is fa
 """
 
 import argparse
-import re
+import io
 import sys
 from collections.abc import Sequence
 
+from index.lease import LeaseLost
+from realm.app.cli.arguments import Parser, parse_arguments
 from realm.app.cli.bench import add_bench_commands
 from realm.app.cli.common import EPILOG
+from realm.app.cli.failures import describe_os_error
 from realm.app.cli.index import add_index_commands
 from realm.app.cli.questions import add_question_commands
 from realm.app.cli.train import add_training_commands
 from realm.errors import UserError
+from realm.runtime.printable import printable
 from realm.runtime.signals import Interrupted
 
 _DESCRIPTION = (
@@ -25,49 +29,35 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0, 2 after a user error, 130 after an interrupt.
+    Returns the exit status: 0, 2 after an error of the user, of the file system, or a lost lease,
+    130 after an interrupt. Other exceptions are errors of this program, and are raised.
     """
-    rest, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
-    options, others = _parser().parse_known_args(rest)
-    overrides += others
-    if overrides and not options.takes_overrides:
-        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
-    if getattr(options, "limit", None) is not None:
-        overrides += ["--corpus.limit", str(options.limit)]
-    options.overrides = overrides
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        options = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
         options.command(options)
-    except UserError as error:
-        print(f"realm: {error}", file=sys.stderr)
-        return 2
+    except (UserError, LeaseLost) as error:
+        return _fail(str(error), 2)
     except Interrupted as error:
-        print(f"realm: {error}", file=sys.stderr)
-        return 130
+        return _fail(str(error), 130)
     except KeyboardInterrupt:
-        print("realm: interrupted", file=sys.stderr)
-        return 130
+        return _fail("interrupted", 130)
+    except OSError as error:
+        return _fail(describe_os_error(error), 2)
     return 0
 
 
-def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Separate overrides of the form `--section.field value` from the other arguments.
-
-    Returns the other arguments and the overrides. argparse would take an override's value for a
-    positional argument.
-    """
-    rest, overrides = [], []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if re.match(r"--\w+\.[\w.]+(=|$)", argument):
-            value = None if "=" in argument else next(remaining, None)
-            overrides += [argument] if value is None else [argument, value]
-        else:
-            rest.append(argument)
-    return rest, overrides
+def _fail(message: str, status: int) -> int:
+    """Print a message on standard error; returns `status`."""
+    print(f"realm: {printable(message)}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="realm", description=_DESCRIPTION, epilog=EPILOG)
+    parser: argparse.ArgumentParser = Parser(prog="realm", description=_DESCRIPTION, epilog=EPILOG)
+    parser.set_defaults(takes_overrides=False, stray_hint=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_training_commands(commands)
     add_question_commands(commands)

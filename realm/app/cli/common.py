@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from realm.app.cli.arguments import path_option, whole
 from realm.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +25,17 @@ def add_command(
     commands: Commands, name: str, command: Command, about: str, needs: Literal["config", "run"] | None
 ) -> argparse.ArgumentParser:
     """Add a subcommand that needs a config file, a run folder, or neither."""
-    parser = commands.add_parser(
-        name, help=about, description=about, epilog=EPILOG if needs else None, allow_abbrev=False
-    )
+    parser = commands.add_parser(name, help=about, description=about, epilog=EPILOG if needs else None)
     if needs == "config":
-        parser.add_argument("--config", type=Path, required=True, help="YAML file, see configs/")
+        parser.add_argument("--config", type=path_option, required=True, help="YAML file, see configs/")
         parser.add_argument(
-            "--limit", type=int, metavar="N", help="read at most N documents per source (corpus.limit), to try a config"
+            "--limit",
+            type=whole(1),
+            metavar="N",
+            help="read at most N documents per source (corpus.limit), to try a config",
         )
     elif needs == "run":
-        parser.add_argument("--run", type=Path, required=True, help="run folder")
+        parser.add_argument("--run", type=path_option, required=True, help="run folder")
     parser.set_defaults(command=command, takes_overrides=needs is not None)
     return parser
 

@@ -2,8 +2,8 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 
+from realm.app.cli.arguments import path_option, seconds
 from realm.app.cli.common import open_run
 from realm.errors import UserError
 
@@ -23,8 +23,8 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         ("gc", _gc, "remove unused versions and encoders, and leftovers of crashes"),
         ("add", _add, "add documents to the run's corpus, or remove some, and update the newest index"),
     ):
-        verb = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
-        verb.add_argument("--run", type=Path, required=True, help="run folder")
+        verb = verbs.add_parser(name, help=about, description=about)
+        verb.add_argument("--run", type=path_option, required=True, help="run folder")
         verb.set_defaults(command=command, takes_overrides=True)
         if name == "show":
             verb.add_argument("version", help="name of a version, such as a01-step-000500-e3")
@@ -36,7 +36,10 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
             )
             verb.add_argument("--format", help="format of the documents (default: auto-detected)")
             verb.add_argument(
-                "--delete", type=Path, metavar="FILE", help="file with the ids of documents to remove, one per line"
+                "--delete",
+                type=path_option,
+                metavar="FILE",
+                help="file with the ids of documents to remove, one per line",
             )
             verb.add_argument(
                 "--replace", action="store_true", help="added documents replace existing ones with the same id"
@@ -45,7 +48,7 @@ def add_index_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         if name == "gc":
             verb.add_argument(
                 "--grace",
-                type=float,
+                type=seconds,
                 metavar="S",
                 help="seconds that processes have to pin a version before it is removed (default: refresh.grace_s)",
             )

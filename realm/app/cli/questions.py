@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from realm.app.cli.arguments import path_option, whole
 from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
 
 
@@ -34,12 +35,13 @@ def add_question_commands(commands: Commands) -> None:
 
     about = "compare two evaluations of the same questions: differences with paired intervals"
     compare = add_command(commands, "compare", _compare, about, None)
-    compare.add_argument("first", type=Path, help="….predictions.jsonl of an evaluation")
-    compare.add_argument("second", type=Path, help="….predictions.jsonl of another evaluation, of any run")
+    compare.add_argument("first", type=path_option, help="….predictions.jsonl of an evaluation")
+    compare.add_argument("second", type=path_option, help="….predictions.jsonl of another evaluation, of any run")
 
     ask = add_command(commands, "ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
-    ask.add_argument("--passages", type=int, default=5, help="passages to read (default: 5)")
+    ask.set_defaults(stray_hint="write the question in quotes")
+    ask.add_argument("--passages", type=whole(1), default=5, help="passages to read (default: 5)")
     ask.add_argument("--stage", help="training stage whose models answer (default: the last finished stage)")
 
 

@@ -1,8 +1,8 @@
 """The commands that prepare and train a run."""
 
 import argparse
-from pathlib import Path
 
+from realm.app.cli.arguments import path_option, whole
 from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
 from realm.errors import UserError
 
@@ -19,7 +19,7 @@ def add_training_commands(commands: Commands) -> None:
     about = "forecast time, memory and disk of a run on this machine, from a short measurement"
     plan = add_command(commands, "plan", _plan, about, "config")
     plan.add_argument(
-        "--passages", type=int, metavar="N", help="number of blocks of the corpus, if it is not prepared yet"
+        "--passages", type=whole(1), metavar="N", help="number of blocks of the corpus, if it is not prepared yet"
     )
 
     about = "tokenize documents and tag salient spans, once per corpus"
@@ -38,7 +38,7 @@ def add_training_commands(commands: Commands) -> None:
             stage.add_argument("--with-refresher", action="store_true", help="also start a refresher process")
             stage.add_argument(
                 "--replay",
-                type=Path,
+                type=path_option,
                 metavar="RUN",
                 help="in each step, search the same index as run RUN did according to its log; RUN may be this run",
             )
