@@ -1,11 +1,15 @@
 """User errors: one sentence with the place and the remedy, and exit status 2."""
 
+import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from realm.app.cli import _split_overrides, main
+from index.lease import LeaseLost
+from realm.app.cli import main
+from realm.app.cli.arguments import Parser, split_overrides
 from realm.run.config_file import load_config
 from tests.tiny import write_config, write_sources
 
@@ -82,11 +86,140 @@ def test_stages_without_questions_are_refused_before_training(capsys: pytest.Cap
 
 
 def test_an_override_before_an_argument_does_not_replace_it() -> None:
-    rest, overrides = _split_overrides(
-        ["ask", "--run", "r", "--refresh.search_parameters", "nprobe=64", "--a.b=3", "Who discovered radium?"]
+    command = Parser()
+    command.add_argument("--run")
+    command.set_defaults(takes_overrides=True)
+    rest, overrides = split_overrides(
+        command,
+        ["--run", "r", "--refresh.search_parameters", "nprobe=64", "--ict.steps=3", "--seed", "1", "Who -- or --what?"],
     )
-    assert rest == ["ask", "--run", "r", "Who discovered radium?"]
-    assert overrides == ["--refresh.search_parameters", "nprobe=64", "--a.b=3"]
+    assert rest == ["--run", "r", "Who -- or --what?"]
+    assert overrides == ["--refresh.search_parameters", "nprobe=64", "--ict.steps=3", "--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ict", "--config", "c.yaml", "--resmue"], ["realm ict has no option --resmue", "--resume"]),
+        (["ask", "--run", "r", "--stge", "ict", "who?"], ["no option --stge", "--stage"]),
+        (["index", "ls", "--rnu", "r"], ["realm index ls has no option --rnu", "--run"]),
+        (["bench", "faults", "--kils", "3"], ["realm bench faults has no option --kils", "--kills"]),
+        (["ask", "--run", "r", "who", "wrote", "it"], ["unexpected argument 'wrote'", "question in quotes"]),
+        (["ask", "--config", "c", "who", "wrote", "it"], ["realm ask has no option --config"]),
+        (["compare", "a", "b", "c"], ["unexpected argument 'c'", "realm compare --help"]),
+        (["ict", "--config", "c.yaml", "steps=5"], ["unexpected argument 'steps=5'", "--section.field value"]),
+        (["ict", "--config", "c.yaml", "--ict.steps"], ["--ict.steps needs a value"]),
+        (["ict", "--config", "c.yaml", "--ict.steps", "--resume"], ["--ict.steps needs a value"]),
+        (["ask", "--run", "r\udcff", "who?"], ["'r\\udcff' is not valid UTF-8"]),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "replace").decode() if value[0] in ("ict", "ask") else None,
+)
+def test_wrong_arguments_are_named_with_the_remedy(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    message = error_message(capsys, *arguments)
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "--run", "r", "who?", "--passages", "0"],
+        ["ask", "--run", "r", "who?", "--passages", "-1"],
+        ["plan", "--config", "c", "--passages", "9" * 50],
+        ["prepare", "--config", "c", "--limit", "0"],
+        ["index", "gc", "--run", "r", "--grace", "nan"],
+        ["bench", "swaps", "--rows", "x"],
+        ["ask", "--run", "", "who?"],
+    ],
+    ids=" ".join,
+)
+def test_values_of_options_are_checked(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2 and "error: argument --" in capsys.readouterr().err
+
+
+def test_control_characters_of_arguments_are_escaped(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["\x1b]0;owned\x07"])
+    assert "\x1b" not in capsys.readouterr().err
+    monkeypatch.chdir(folder)
+    assert "r[b]\\x1b[31m is not a run folder" in error_message(capsys, "ask", "--run", "r[b]\x1b[31m", "who?")
+    assert "\x1b" not in error_message(capsys, "prepare", "--config", write_config(folder), "--ict", "{\x1b: 3}")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 2, "/runs/x: No space left on device; free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "a", None, "b"), 2, "a and b: Permission denied; change"),
+        (OSError(errno.EROFS, "Read-only file system"), 2, "Read-only file system; use a folder"),
+        (OSError("no such model\nat all\n"), 2, "no such model."),
+        (LeaseLost("the lease of epoch 1 was taken over by host.2"), 2, "the lease of epoch 1 was taken over"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_failures_outside_the_program_are_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.setattr("realm.app.cli.questions.open_run", raises(error))
+    assert main(["ask", "--run", "r", "who?"]) == status
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"realm: {message}") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [AssertionError("a bug"), TypeError("a bug"), RuntimeError("a bug")], ids=repr)
+def test_errors_of_the_program_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr("realm.app.cli.questions.open_run", raises(error))
+    with pytest.raises(type(error), match="a bug"):
+        main(["ask", "--run", "r", "who?"])
+
+
+def raises(error: BaseException) -> Callable[[object], None]:
+    """A function that raises `error`."""
+
+    def function(_: object) -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("field", ["run", "corpus.prepared"])
+@pytest.mark.parametrize("command", ["prepare", "ict", "run", "plan"])
+def test_a_file_in_place_of_a_folder_is_named(
+    capsys: pytest.CaptureFixture[str], folder: Path, field: str, command: str
+) -> None:
+    if (command, field) in (("prepare", "run"), ("plan", "run")):
+        pytest.skip("the run folder is not used")
+    config = write_config(folder)
+    if field == "run":
+        assert main(["prepare", "--config", str(config)]) == 0
+    (folder / "file").write_text("")
+    message = error_message(capsys, command, "--config", config, f"--{field}", folder / "file")
+    assert str(folder / "file") in message
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"- a\n", b"run", b"run: [", b"run: Z\xfcrich\n", b"a: !!int ''\n", b"\0"], ids=repr
+)
+def test_a_damaged_config_of_a_run_is_named(capsys: pytest.CaptureFixture[str], folder: Path, content: bytes) -> None:
+    config = write_config(folder)
+    assert main(["prepare", "--config", str(config)]) == 0
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_bytes(content)
+    for arguments in (["ict", "--config", config], ["ask", "--run", folder / "run", "who?"]):
+        message = error_message(capsys, *arguments)
+        assert str(folder / "run" / "config.yaml") in message
+        assert "restore it" in message
+    assert (folder / "run" / "config.yaml").read_bytes() == content
 
 
 def test_missing_run(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -233,12 +233,12 @@ def _expected(kind: Any, value: Any) -> str | None:
     if _is_path(kind):
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(text, str):
-            return "a path in quotes" if isinstance(value, bool | float) else "a path"
+            return "a path in quotes" if isinstance(value, bool | float) else "one path"
         return "a path that is not empty and has no null characters" if not text or "\0" in text else None
     if kind is str:
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             return None
-        return "a text in quotes" if isinstance(value, bool | float) else "a text"
+        return "a text in quotes" if isinstance(value, bool | float) else "one text"
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     assert kind in (int, float), kind
