@@ -1,5 +1,6 @@
 """Config files: reading, extending, overriding, and error messages with file and field."""
 
+import tracemalloc
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import yaml
 from realm.attention.dense import DenseAttention
 from realm.attention.longformer import LongformerAttention
 from realm.errors import UserError
-from realm.run.config_file import dump_config, load_config, parse_overrides
+from realm.run.config_file import dump_config, load_config, parse_overrides, parse_section
+from realm.run.data_config import QuestionSource
 from realm.runtime.threads import cpu_threads
 
 BASE = "run: runs/x\ncorpus: {passages: p.jsonl}\n"
@@ -132,6 +134,40 @@ def test_another_attention_type_replaces_the_fields_of_the_first(tmp_path):
         (BASE + "ict: {steps: {x: 3}}", ["ict.steps"]),
         (BASE + "ict: {optim: {betas: [0.9]}}", ["ict.optim.betas", "2"]),
         (BASE + "ict: 5", ["ict", "mapping", "5"]),
+        (BASE + "ict: {steps: " + "9" * 5000 + "}", ["ict.steps", "whole number"]),
+        ("run: [a, b]\ncorpus: {passages: p}", ["run", "path", "['a', 'b']"]),
+        ("run: 1.10\ncorpus: {passages: p}", ["run", "in quotes", "1.1"]),
+        ("run: yes\ncorpus: {passages: p}", ["run", "in quotes", "True"]),
+        ("run: ''\ncorpus: {passages: p}", ["run", "not empty"]),
+        ('run: "a\\0b"\ncorpus: {passages: p}', ["run", "null characters"]),
+        ('run: "a\\ud800b"\ncorpus: {passages: p}', ["unpaired surrogate"]),
+        (BASE + "seed: !!int ''", ["'tag:yaml.org,2002:int'", "line 3"]),
+        (BASE + "seed: 0x_", ["seed", "'0x_'"]),
+        (BASE + "[a]: b", ["key", "not text", "line 3"]),
+        (BASE + "{a: b}: c", ["key", "not text", "line 3"]),
+        (BASE + "on: 3", ["key on is not text", "quotes"]),
+        (BASE + "reader: {attention: {type: [a]}}", ["reader.attention.type", "['a']", "dense"]),
+        (BASE + "reader: {attention: {type: 3}}", ["reader.attention.type", "3", "dense"]),
+        (BASE + "ict: &a {optim: *a}", ["*a is a part of itself", "line 3"]),
+        (BASE + "ict: &a [*a]", ["*a is a part of itself"]),
+        (BASE + "ict: " + "[" * 3000, ["more than 50 levels"]),
+        (BASE + "ict: " + "{a: " * 3000, ["more than 50 levels"]),
+        (BASE + "ict: [" + "1, " * 20_000 + "]", ["more than 10,000 values"]),
+        ("# " + "x" * 600_000, ["longer than"]),
+        ('{"run": "x", "run": "y", "corpus": {"passages": "p"}}', ["'run' appears twice"]),
+        (BASE + "data: {test: {path: a, path: b}}", ["'path' appears twice"]),
+        (BASE + "retreiver: {}", ["`retreiver`", "`retriever`"]),
+        (BASE + "ict: {optim: {lrr: 3}}", ["`ict.optim.lrr`", "`ict.optim.lr`"]),
+        (BASE + "data: {test: {path: q, fields: {question: [a]}}}", ["data.test.fields.question", "text"]),
+        (
+            BASE + "engine: {deepspeed: {gradient_cliping: 1}}",
+            ["engine.deepspeed.gradient_cliping", "gradient_clipping"],
+        ),
+        (BASE + "engine: {deepspeed: {zero_optimization: {stag: 1}}}", ["engine.deepspeed", "ZeroConfig, stag"]),
+        (BASE + "engine: {deepspeed: {torch_autocast: {enabld: true}}}", ["torch_autocast.enabld", "enabled"]),
+        (BASE + "engine: {deepspeed: {zero_optimization: 3}}", ["engine.deepspeed", "rejected"]),
+        (BASE + "engine: {deepspeed: {train_batch_size: 3}}", ["deepspeed.train_batch_size would be ignored"]),
+        (BASE + "reader: {x: {optim: {clip: 3}}}", ["`reader.x`"]),
         (
             BASE + "refresh: {max_stale_steps: 10, stale_policy: wait}",
             ["refresh.max_stale_steps (10)", "refresh.export_every (500)", "wait"],
@@ -181,6 +217,103 @@ def test_mistakes_are_reported_with_the_field(text, named, tmp_path):
     assert "\n" not in message and "Error" not in message and message.endswith(".")
 
 
+def bomb(merge: bool) -> str:
+    """A text of 500 characters that stands for 10^9 values."""
+    lines = ["a: &a {x: 1, y: 2}"]
+    for above, name in zip("abcdefghi", "bcdefghij", strict=True):
+        aliases = ", ".join([f"*{above}"] * 9)
+        lines.append(f"{name}: &{name} {{<<: [{aliases}]}}" if merge else f"{name}: &{name} [{aliases}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["aliases", "merge keys"])
+def test_aliases_are_counted_as_copies(merge, tmp_path):
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"line [45]: more than 10,000 values, with aliases counted as copies"):
+        load_config(write(tmp_path, bomb(merge)))
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
+
+
+def test_aliases_and_merge_keys_of_usual_size_are_read(tmp_path):
+    text = BASE + "ict: {optim: &a {lr: 0.5}}\npretrain: {optim: *a}\nfinetune: {optim: {<<: *a, weight_decay: 0.25}}\n"
+    config = load_config(write(tmp_path, text))
+    assert (config.pretrain.optim.lr, config.finetune.optim.lr, config.finetune.optim.weight_decay) == (0.5, 0.5, 0.25)
+
+
+def test_a_long_chain_of_files_is_refused(tmp_path):
+    for number in range(1500):
+        write(tmp_path, f"extends: {number + 1}.yaml\n", f"{number}.yaml")
+    with pytest.raises(UserError, match=r"0\.yaml extends more than 20 files"):
+        load_config(tmp_path / "0.yaml")
+
+
+def test_text_that_resembles_a_date_or_a_number_stays_text(tmp_path):
+    for text in ("2026-02-30", "2026-02-03", "12:30", "007", "1e5x", "=", "r[b]"):
+        assert load_config(write(tmp_path, f"run: {text}\ncorpus: {{passages: p}}\n")).run == text
+    config = load_config(write(tmp_path, BASE), ["--run", "2026", "--ict.steps", "1_000", "--ict.optim.lr", "1e-3"])
+    assert (config.run, config.ict.steps, config.ict.optim.lr) == ("2026", 1000, 0.001)
+    assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
+    emoji = load_config(write(tmp_path, 'run: "\\ud83d\\ude00"\ncorpus: {passages: p}\n'))
+    assert emoji.run == "\U0001f600"
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = """
+run: ~/run
+corpus: {passages: [~/p.jsonl, {path: ~/q.jsonl}], statements: ~/s.jsonl, prepared: ~/prepared}
+tokenizer: {path: ~/vocab.txt}
+spans: {pipeline: ~/pipeline}
+retriever: {bert: {path: ~/bert}}
+init_from: {retriever: ~/retriever, reader: ~/reader}
+data: {train: ~/train.json, test: {path: ~/test.json}, masked_spans: ~/m, closed_book: ~/c, unsupported: ~/u}
+"""
+    dumped = dump_config(load_config(write(tmp_path, paths)))
+    assert "~" not in dumped and dumped.count("/home/me/") == 14
+    assert load_config(write(tmp_path, BASE), ["--run=~/x"]).run == "/home/me/x"
+    write(tmp_path, BASE, "base.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(write(tmp_path, "extends: ~/base.yaml\n")).run == "runs/x"
+
+
+def test_mistakes_in_overrides_are_not_blamed_on_the_file(tmp_path):
+    path = write(tmp_path, BASE + "ict: {batch_size: 3}\n")
+    for override in (["--ict.stpes", "5"], ["--ict.steps", "-1"], ["--run", "[a, b]"], ["--reader.max_tokens", "9"]):
+        with pytest.raises(UserError) as caught:
+            load_config(path, override)
+        assert str(caught.value).startswith("command line: ") and str(path) not in str(caught.value)
+    path = write(tmp_path, BASE + "ict: {batch_size: 0}\n")
+    with pytest.raises(UserError, match=r"run\.yaml: ict.batch_size must .*; command line: seed must .* -1\.$"):
+        load_config(path, ["--seed", "-1"])
+    assert load_config(path, ["--ict.batch_size", "1"]).ict.batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{path: a, path: b}", "--questions: .*'path' appears twice"),
+        ('{"path": "a", "path": "b"}', "'path' appears twice"),
+        ("{path: [a]}", "--questions: `path` must be one path"),
+        ("{path: a, limit: -1}", "`limit` of a must be at least 1"),
+        ("{paht: a}", "no field `paht`; the closest is `path`; `path` is missing"),
+        ("{path: a, limit: !!int ''}", "tag"),
+        ("a\0b", "--questions"),
+    ],
+)
+def test_mappings_of_sources_are_read_like_files(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_section(QuestionSource, text, "--questions")
+
+
+def test_a_path_or_a_mapping_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse_section(QuestionSource, "q.json", "") == QuestionSource("q.json")
+    assert parse_section(QuestionSource, "{path: ~/q.json, limit: 3}", "") == QuestionSource("/home/me/q.json", limit=3)
+    (odd := tmp_path / "{path: [").write_text("")
+    assert parse_section(QuestionSource, str(odd), "").path == str(odd)
+
+
 def test_all_empty_and_misplaced_fields_are_reported_at_once(tmp_path):
     with pytest.raises(UserError, match=r"`ict` must be a mapping.*`reader.span_hidden` is empty"):
         load_config(write(tmp_path, BASE + "ict: 3\nreader: {span_hidden: null}\n"))
@@ -205,6 +338,9 @@ def test_unreadable_files_are_reported(tmp_path):
         (["--seed=["], "--seed: '\\[' is not a YAML value"),
         (["--ict.nope", "3"], "command line: there is no field `ict.nope`"),
         (["--ict.steps", "many"], "`ict.steps`.*'many'"),
+        (["--" + "a." * 2000 + "a", "1"], "has 2001 parts"),
+        (["--ict..steps", "1"], "no field `ict.`"),
+        (["--seed", "&a [*a]"], "--seed: .* is a part of itself"),
         (["--reader.attention.type", "spiral"], "reader.attention.*'spiral'"),
     ],
 )
