@@ -44,6 +44,8 @@ pretrain:
 - A new run folder receives the resolved configuration as `config.yaml`. Later commands read it from
   there with `--run`.
 - Unknown fields and invalid values are refused with an error that names the field.
+- `~` at the start of a path is the home folder. A text that YAML reads as a number with a point or
+  as a boolean is written in quotes: `name: "1.10"`.
 
 Fields are listed by section, with type and default; `null` means "not set".
 """

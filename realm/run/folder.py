@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -99,6 +99,7 @@ class Run:
                 f"{folder} is not a run folder (it has no config.yaml); start a run with `realm ict --config …`, "
                 "or check the path."
             )
+        _existing_config(path)
         return cls(folder, load_config(path, overrides))
 
     def stage(self, name: str) -> Path:
@@ -231,16 +232,18 @@ class Run:
         return None if source is None else replace(source, path=str(source_path(source.path, self.prepared)))
 
 
+def _existing_config(path: Path) -> dict[str, Any]:
+    """The tree of a run's config. Raises UserError if the file is damaged."""
+    try:
+        return read_config(path)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; restore it from a copy, or choose another run folder.") from error
+
+
 def _update_config(path: Path, text: str) -> None:
     """Replace a run's config with `text`. Raises UserError if a field that is in use has
     changed."""
-    try:
-        existing = read_config(path)
-    except UserError as error:
-        raise UserError(
-            f"{str(error).rstrip('.')}; restore it from a copy, or choose another run folder with --run."
-        ) from error
-    changed = list(changed_fields(existing, parse_yaml(text)))
+    changed = list(changed_fields(_existing_config(path), parse_yaml(text)))
     used = [field for field in changed if is_used(field, path.parent)]
     if used:
         more = f" and {len(used) - 4} more" if len(used) > 4 else ""
