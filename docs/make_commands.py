@@ -31,7 +31,8 @@ prints the options of a command. `python -m realm` is the same program, for laun
 - `--config` takes a YAML file and creates the run folder that it names. `--run` takes an existing
   run folder and reads its `config.yaml`.
 - Exit status: 0 on success; 2 for an error in the arguments, the config, the data or the file
-  system (such as a full disk), with a message on standard error; 130 after an interrupt (rerun a training stage with `--resume` to continue).
+  system (such as a full disk), with a message on standard error; 130 after an interrupt (rerun a
+  training stage with `--resume` to continue).
 """
 EXAMPLES = {
     "run": "realm run --config configs/demo.yaml --resume",
