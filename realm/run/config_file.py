@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from reprlib import Repr
 from types import NoneType
@@ -33,6 +33,9 @@ _MAX_BYTES = 4 * MAX_CHARACTERS
 _MAX_PARTS = 20
 """Most parts of the name of an override."""
 
+_MAX_PROBLEMS, _MAX_SHOWN = 12, 400
+"""Problems in a message, and characters of each."""
+
 _short = Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 80
 
@@ -52,7 +55,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RealmConfig:
         str(path): [problem for problem in problems if problem in ours],
         "command line": [problem for problem in problems if problem not in ours],
     }
-    raise UserError("; ".join(f"{where}: {'; '.join(found)}" for where, found in blamed.items() if found) + ".")
+    raise UserError("; ".join(f"{where}: {_joined(found)}" for where, found in blamed.items() if found) + ".")
 
 
 def parse_section(kind: type[T], text: str, where: str) -> T:
@@ -75,8 +78,17 @@ def decode(kind: type[T], value: Any, where: str) -> T:
     """Build a config class from parsed YAML. Raises UserError with the prefix `where`."""
     section, problems = _build(kind, value)
     if section is None:
-        raise UserError(f"{where}: {'; '.join(problems)}.")
+        raise UserError(f"{where}: {_joined(problems)}.")
     return section
+
+
+def _joined(problems: Sequence[str]) -> str:
+    """The first problems as one sentence; values in them are cut."""
+    shown = [
+        problem if len(problem) <= _MAX_SHOWN else f"{problem[:_MAX_SHOWN]}…" for problem in problems[:_MAX_PROBLEMS]
+    ]
+    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+    return "; ".join(shown + more)
 
 
 def _build(kind: type[T], value: Any) -> tuple[T | None, list[str]]:
@@ -113,16 +125,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while remaining:
         name = remaining.pop(0)
         if not name.startswith("--") or len(name) < 3:
-            raise UserError(f"unexpected argument {name!r}; overrides have the form --section.field value.")
+            raise UserError(f"unexpected argument {_short.repr(name)}; overrides have the form --section.field value.")
         name, equals, text = name[2:].partition("=")
         if not equals:
             if not remaining:
-                raise UserError(f"--{name} needs a value.")
+                raise UserError(f"--{name[:80]} needs a value.")
             text = remaining.pop(0)
         try:
             value = parse_yaml(text)
         except InvalidYaml as error:
-            raise UserError(f"--{name}: {_short.repr(text)} is not a YAML value ({error}).") from error
+            raise UserError(f"--{name[:80]}: {_short.repr(text)} is not a YAML value ({error}).") from error
         parts = name.split(".")
         if len(parts) > _MAX_PARTS:
             raise UserError(f"--{name[:80]}… has {len(parts)} parts; no field is nested so deeply.")
@@ -260,6 +272,7 @@ def _variant(kind: Any, value: Mapping[str, Any]) -> Any:
     return kind.get_known_choices().get(choice) if isinstance(choice, str) else None
 
 
+@cache
 def _fields(kind: Any) -> dict[str, Any]:
     """The types of a config class's fields by name."""
     types = get_type_hints(kind, include_extras=True)

@@ -18,6 +18,9 @@ _TAG = "tag:yaml.org,2002:"
 class InvalidYaml(ValueError):
     """A text that is not YAML, or contains more of YAML than a config may; says why and where."""
 
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem if len(problem) <= 300 else f"{problem[:300]}…")
+
 
 def parse_yaml(text: str) -> Any:
     """The content of a YAML text: dicts with str keys, lists, str, int, float, bool and None.

@@ -32,7 +32,9 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     """
     for argument in arguments:
         if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
-            raise UserError(f"the argument {argument!r} is not valid UTF-8; rename the file, or change the locale.")
+            raise UserError(
+                f"the argument {argument[:80]!r} is not valid UTF-8; rename the file, or change the locale."
+            )
     command = command_parser(parser, arguments)
     rest, overrides = split_overrides(command, arguments)
     options, stray = parser.parse_known_args(rest)
@@ -40,7 +42,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         hint = options.stray_hint or (
             "overrides have the form --section.field value" if options.takes_overrides else f"see {command.prog} --help"
         )
-        raise UserError(f"unexpected argument {stray[0]!r}; {hint}.")
+        raise UserError(f"unexpected argument {stray[0][:80]!r}; {hint}.")
     if getattr(options, "limit", None) is not None and options.takes_overrides:
         overrides += ["--corpus.limit", str(options.limit)]
     options.overrides = overrides
@@ -80,7 +82,7 @@ def split_overrides(command: argparse.ArgumentParser, arguments: Sequence[str]) 
         overrides.append(argument)
         if option[2] is None:
             if not remaining or _OPTION.fullmatch(remaining[0]):
-                raise UserError(f"{option[1]} needs a value.")
+                raise UserError(f"{option[1][:80]} needs a value.")
             overrides.append(remaining.pop(0))
     return rest, overrides
 
@@ -99,7 +101,7 @@ def _check_override(command: argparse.ArgumentParser, name: str) -> None:
         known |= sections
     close = get_close_matches(name.partition(".")[0], sorted(known), n=1)
     remedy = f"the closest is {close[0]}" if close else f"see {command.prog} --help"
-    raise UserError(f"{command.prog} has no option {name}; {remedy}.")
+    raise UserError(f"{command.prog} has no option {name[:80]}; {remedy}.")
 
 
 def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
