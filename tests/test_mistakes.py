@@ -192,13 +192,19 @@ def raises(error: BaseException) -> Callable[[object], None]:
     return function
 
 
-@pytest.mark.parametrize("field", ["run", "corpus.prepared"])
-@pytest.mark.parametrize("command", ["prepare", "ict", "run", "plan"])
+@pytest.mark.parametrize(
+    ("command", "field"),
+    [
+        ("ict", "run"),
+        ("run", "run"),
+        ("prepare", "corpus.prepared"),
+        ("ict", "corpus.prepared"),
+        ("run", "corpus.prepared"),
+    ],
+)
 def test_a_file_in_place_of_a_folder_is_named(
-    capsys: pytest.CaptureFixture[str], folder: Path, field: str, command: str
+    capsys: pytest.CaptureFixture[str], folder: Path, command: str, field: str
 ) -> None:
-    if (command, field) in (("prepare", "run"), ("plan", "run")):
-        pytest.skip("the run folder is not used")
     config = write_config(folder)
     if field == "run":
         assert main(["prepare", "--config", str(config)]) == 0

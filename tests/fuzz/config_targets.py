@@ -3,15 +3,17 @@
 import argparse
 import contextlib
 import io
-from dataclasses import fields, is_dataclass
+import json
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import draccus
+
 from realm.app.cli import _parser
 from realm.app.cli.arguments import parse_arguments
 from realm.attention import AttentionConfig
-from realm.corpus.sources import SourceConfig
+from realm.corpus.sources import CorpusConfig, SourceConfig
 from realm.errors import UserError
 from realm.run.changes import changed_fields
 from realm.run.config import RealmConfig
@@ -64,18 +66,17 @@ _YAML = (
 _EXTENDS = ("base.yaml", "run.yaml", "no.yaml", ".", "/dev/null", "~/x", "[a]", "''", "../base.yaml", "5", "a\\0")
 
 
-def _names(kind: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the fields of a config class that has all sections."""
-    names = []
-    for entry in fields(kind):
-        names.append(f"{prefix}{entry.name}")
-        default = entry.default_factory() if callable(entry.default_factory) else None
-        if is_dataclass(default):
-            names += _names(type(default), f"{prefix}{entry.name}.")
-    return names
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of all fields with their values."""
+    found = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
 
 
-_NAMES = [*_names(RealmConfig), "data.test.path", "corpus.passages", "engine.deepspeed.zero_optimization.stage"]
+_DEFAULTS = _leaves(draccus.encode(RealmConfig(run="x", corpus=CorpusConfig(passages=(SourceConfig("p"),)))))
+"""All fields and their defaults."""
+_NAMES = [*_DEFAULTS, "ict", "reader.bert", "data.test.path", "engine.deepspeed.zero_optimization.stage"]
 _COMMANDS = (
     ["run", "--config", "c.yaml", "--resume"],
     ["prepare", "--config", "c.yaml", "--limit", "5", "--skip-bad"],
@@ -101,13 +102,11 @@ def _config(rng: Random) -> Case:
         number = rng.randrange(len(lines))
         lines[number] = lines[number].split(":")[0] + ": " + _odd_text(rng)
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
-    return Case(content, {"base": rng.choice(_EXTENDS)})
+    return Case(content, {"base": f"extends: {rng.choice(_EXTENDS)}" if rng.random() < 0.2 else "seed: 5"})
 
 
 def _run_config(case: Case, folder: Path) -> int:
-    (folder / "base.yaml").write_text(
-        f"extends: {case.settings['base']}\n" if case.settings["base"] != "base.yaml" else ""
-    )
+    (folder / "base.yaml").write_text(case.settings["base"])
     path = folder / "run.yaml"
     path.write_bytes(case.content)
     config = load_config(path)
@@ -129,11 +128,14 @@ def _overrides(rng: Random) -> Case:
     arguments = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         name = rng.choice(_NAMES)
-        if rng.random() < 0.2:
-            name = mutated_bytes(rng, name.encode(), encodings=False).decode("utf-8", "replace")
-        value = (
-            _odd_text(rng) if rng.random() < 0.7 else dumped(rng, mutated_tree(rng, _TREE)).decode("utf-8", "replace")
-        )
+        value = json.dumps(_DEFAULTS.get(name, {}) if rng.random() < 0.3 else rng.choice(list(_DEFAULTS.values())))
+        match rng.randrange(5):
+            case 0:
+                value = _odd_text(rng)
+            case 1:
+                value = dumped(rng, mutated_tree(rng, _TREE)).decode("utf-8", "replace")
+            case 2:
+                name = mutated_bytes(rng, name.encode(), encodings=False).decode("utf-8", "replace")
         arguments += [f"--{name}={value}"] if rng.random() < 0.5 else [f"--{name}", value]
     return Case("\0".join(arguments).encode("utf-8", "surrogatepass"))
 
@@ -206,9 +208,9 @@ def _run_command_line(case: Case, folder: Path) -> int:
 
 
 def _variant(rng: Random) -> Case:
-    kind = rng.choice(list(AttentionConfig.get_known_choices()))
-    tree = {"type": kind, "window": 3, "layer_windows": [1, 2], "num_features": 8, "gate_init": 0.5, "seed": 1}
-    return Case(b"run: x\ncorpus: {passages: p}\nreader: {attention: " + mutated_json(rng, tree) + b"}\n")
+    kind, variant = rng.choice(list(AttentionConfig.get_known_choices().items()))
+    content = mutated_json(rng, {"type": kind, **draccus.encode(variant())})
+    return Case(b"run: x\ncorpus: {passages: p}\nreader: {attention: " + content + b"}\n")
 
 
 _PARSER = _parser()
@@ -221,6 +223,6 @@ register(
     Target(
         "attention config",
         _variant,
-        lambda case, folder: _run_config(Case(case.content, {"base": "base.yaml"}), folder),
+        lambda case, folder: _run_config(Case(case.content, {"base": ""}), folder),
     )
 )

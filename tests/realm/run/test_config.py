@@ -270,7 +270,7 @@ init_from: {retriever: ~/retriever, reader: ~/reader}
 data: {train: ~/train.json, test: {path: ~/test.json}, masked_spans: ~/m, closed_book: ~/c, unsupported: ~/u}
 """
     dumped = dump_config(load_config(write(tmp_path, paths)))
-    assert "~" not in dumped and dumped.count("/home/me/") == 14
+    assert "~" not in dumped and dumped.count("/home/me/") == 15
     assert load_config(write(tmp_path, BASE), ["--run=~/x"]).run == "/home/me/x"
     write(tmp_path, BASE, "base.yaml")
     monkeypatch.setenv("HOME", str(tmp_path))
