@@ -33,6 +33,8 @@ _MAX_BYTES = 4 * MAX_CHARACTERS
 _MAX_PARTS = 20
 """Most parts of the name of an override."""
 
+_MAX_PATH = 4096
+"""Longest path: Linux accepts no longer one."""
 _MAX_PROBLEMS, _MAX_SHOWN = 12, 400
 """Problems in a message, and characters of each."""
 
@@ -246,7 +248,7 @@ def _expected(kind: Any, value: Any) -> str | None:
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(text, str):
             return "a path in quotes" if isinstance(value, bool | float) else "one path"
-        return "a path that is not empty and has no null characters" if not text or "\0" in text else None
+        return _path_problem(text)
     if kind is str:
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             return None
@@ -262,6 +264,13 @@ def _expected(kind: Any, value: Any) -> str | None:
     except (ValueError, OverflowError):
         return wanted
     return None
+
+
+def _path_problem(text: str) -> str | None:
+    """What a path should be that no system accepts, otherwise None."""
+    if not text or "\0" in text:
+        return "a path that is not empty and has no null characters"
+    return f"a path of at most {_MAX_PATH:,} characters" if len(text) > _MAX_PATH else None
 
 
 def _variant(kind: Any, value: Mapping[str, Any]) -> Any:
@@ -298,7 +307,7 @@ def read_config(path: Path) -> dict[str, Any]:
     trees = [_read_mapping(path)]
     seen = [os.path.realpath(path)]
     while (base := trees[-1].pop("extends", None)) is not None:
-        if not isinstance(base, str) or not base or "\0" in base:
+        if not isinstance(base, str) or _path_problem(base):
             raise UserError(f"config file {path}: `extends` must name a file, got {_short.repr(base)}.")
         path, extending = path.parent / os.path.expanduser(base), path
         if os.path.realpath(path) in seen:

@@ -70,6 +70,7 @@ class RefreshConfig(Section):
         yield from self.at_least(0, "export_every", "max_drift", "grace_s", "max_stale_steps", "wait_timeout_s")
         yield from self.positive("poll_s", "lease_expiry_s")
         yield from self.at_most(MAX_PROCESSES, "threads")
+        yield from self.at_most(2, "max_drift")
         yield from self.at_most(MAX_INT, "poll_s", "grace_s", "lease_expiry_s", "wait_timeout_s")
         yield from self.at_least(
             1,

@@ -138,6 +138,8 @@ def test_another_attention_type_replaces_the_fields_of_the_first(tmp_path):
         ("run: [a, b]\ncorpus: {passages: p}", ["run", "path", "['a', 'b']"]),
         ("run: 1.10\ncorpus: {passages: p}", ["run", "in quotes", "1.1"]),
         ("run: yes\ncorpus: {passages: p}", ["run", "in quotes", "True"]),
+        ("extends: " + "x" * 5000 + "\n" + BASE, ["`extends` must name a file"]),
+        ("run: " + "x" * 5000 + "\ncorpus: {passages: p}", ["run", "at most 4,096 characters"]),
         ("run: ''\ncorpus: {passages: p}", ["run", "not empty"]),
         ('run: "a\\0b"\ncorpus: {passages: p}', ["run", "null characters"]),
         ('run: "a\\ud800b"\ncorpus: {passages: p}', ["unpaired surrogate"]),

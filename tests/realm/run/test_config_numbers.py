@@ -23,7 +23,8 @@ init_from: {}
 ict: {optim: {retriever_lr: 1.0e-3}}
 refresh: {max_drift: 0.1, max_stale_steps: 5000}
 """
-ODD = ("-1", "0", ".nan", ".inf", "-.inf", "nan", "1e400", str(MAX_INT + 1), str(10**25), "-" + "9" * 5000)
+ODD_INT, ODD_LARGE = str(MAX_INT + 1), str(10**25)
+ODD = ("-1", "0", ".nan", ".inf", "-.inf", "nan", "1e400", ODD_INT, ODD_LARGE, "-" + "9" * 5000)
 """Values that most fields refuse, as they are written in YAML."""
 
 ZERO = {
@@ -36,6 +37,8 @@ ZERO = {
     *("redraw_every", "gate_init", "seed"),
 }
 """Fields for which 0 means something, and `steps`, probabilities and those of `optim`."""
+LARGE = {"lr", "retriever_lr", "weight_decay", "max_grad_norm", "span_loss", "temperature"}
+"""Real numbers of any finite size: training stops where one makes it diverge."""
 NEGATIVE = {"gate_init"}
 """Fields that may be negative."""
 
@@ -65,7 +68,7 @@ def allowed(name: str, value: str) -> bool:
     if value == "0":
         zero = last == "steps" or last.endswith("_prob") or ".optim." in name
         return zero or name in ZERO or last in ZERO
-    return value == "-1" and last in NEGATIVE
+    return (value == "-1" and last in NEGATIVE) or (value in (ODD_INT, ODD_LARGE) and last in LARGE)
 
 
 def test_every_number_of_a_config_is_checked(base: Path) -> None:
