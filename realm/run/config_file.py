@@ -163,7 +163,8 @@ def normalize(kind: Any, value: Any) -> Any:
         value = {kind.SHORTHAND: value}
     if not is_dataclass(kind) or not isinstance(value, dict):
         return value
-    known = _fields(_variant(kind, value) or kind)
+    variant: Any = _variant(kind, value) or kind
+    known = _fields(variant)
     return {key: normalize(known[key], part) if key in known else part for key, part in value.items()}
 
 
