@@ -1,9 +1,10 @@
 """The printed report of a finished run: stages, index versions, and next steps."""
 
+import json
 from pathlib import Path
 
 from realm.run.folder import STAGES, Run
-from realm.runtime.telemetry import console, format_seconds, print_table, read_log, read_metrics
+from realm.runtime.telemetry import console, format_seconds, print_table, read_metrics
 from realm.runtime.versions import versions_in
 
 _MASKED_SPAN_FIGURES = {
@@ -81,8 +82,8 @@ def _print_versions(folder: Path) -> None:
 def _refreshes(folder: Path) -> dict[str, dict]:
     """The refresher's log entry of each version."""
     path = folder / "refresher" / "log.jsonl"
-    entries = read_log(path) if path.exists() else []
-    return {entry["version"]: entry for entry in entries if "version" in entry}
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {entry["version"]: entry for entry in map(json.loads, lines)}
 
 
 def print_next(run: Run) -> None:

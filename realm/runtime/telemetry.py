@@ -195,22 +195,13 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     skipped.
     """
     by_stage: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in read_log(path):
-        if isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
-            by_stage.setdefault(row["stage"], {})[row["step"]] = row
-    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in by_stage.items()}
-
-
-def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects in a file with one per line; lines that are damaged or cut off are
-    skipped."""
-    for line in path.read_bytes().splitlines():
+    for line in path.read_text().splitlines():
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except json.JSONDecodeError:
             continue
-        if isinstance(row, dict):
-            yield row
+        by_stage.setdefault(row["stage"], {})[row["step"]] = row
+    return {stage: [rows[step] for step in sorted(rows)] for stage, rows in by_stage.items()}
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,14 +2,13 @@
 
 import io
 import re
-from pathlib import Path
 
 import pytest
 from rich.text import Text
 
 from realm.runtime import telemetry
 from realm.runtime.printable import printable
-from realm.runtime.telemetry import log_line, print_table, progress, read_metrics, styled
+from realm.runtime.telemetry import log_line, print_table, progress, styled
 
 NASTY = "a[b]r[/]\\\\\\[bold]:smile:\x1b]0;owned\x07\x9b31m\r\u202eevil\u2066\ud800 end"
 SHOWN = "a[b]r[/]\\\\\\[bold]:smile:\\x1b]0;owned\\x07\\x9b31m\\r\\u202eevil\\u2066\\ud800 end"
@@ -49,15 +48,3 @@ def test_everything_that_is_printed_is_escaped(output: io.StringIO, capsys: pyte
 
 def test_styles_are_kept_apart_from_the_text() -> None:
     assert styled("a", ("[b]", "bold")) == Text.assemble("a", ("[b]", "bold"))
-
-
-def test_damaged_lines_of_logs_are_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    good = '{"stage": "ict", "step": 2, "loss": 1.0}'
-    path.write_bytes(
-        f'{good}\n{{"stage": "ict", "step": 1, "lo\n5\n[]\n{{"step": 3}}\n{{"stage": "ict", "step": "4"}}\n'.encode()
-        + b"\xff\xfe\n"
-        + b"[" * 5000
-        + b'\n{"stage": "ict", "step": 1, "loss": 2.0}\n{"stage": "i'
-    )
-    assert [row["step"] for row in read_metrics(path)["ict"]] == [1, 2]
