@@ -1,0 +1,38 @@
+"""Every command after every kind of damage to every file of a run and of its prepared folder: one
+sentence and exit status 2, or the result of the undamaged run."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.damage import COMMANDS, EXCLUDED, Workplace, command_names
+
+SAMPLE = 120
+"""Cases that the suite runs; the marker `slow` runs all of them."""
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("damage"))
+
+
+def test_no_command_is_left_out() -> None:
+    tried = {" ".join(part for part in name.split() if not part.startswith("--")).split(" pretrain")[0] for name in COMMANDS}
+    names = {name for name in command_names() if name.split()[0] not in EXCLUDED}
+    assert names <= {*COMMANDS, *tried} and set(COMMANDS) <= {*names, "ask --stage pretrain"}
+
+
+def test_a_sample_of_all_damage(workplace: Workplace) -> None:
+    cases = [case for name in COMMANDS for case in workplace.cases(name)]
+    chosen = random.Random(0).sample(cases, SAMPLE)
+    problems = [f"{case}: {problem}" for case in chosen if (problem := workplace.problem(case))]
+    assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200, method="thread")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_all_damage(workplace: Workplace, command: str) -> None:
+    problems = [f"{case}: {problem}" for case in workplace.cases(command) if (problem := workplace.problem(case))]
+    assert not problems, "\n\n".join(problems)
