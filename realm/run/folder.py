@@ -28,10 +28,12 @@ from realm.run.changes import changed_fields, is_used
 from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
-from realm.runtime.publish import write_text_atomic
+from realm.runtime.distributed import on_rank_zero
+from realm.runtime.publish import check_folder, write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
-from realm.text.tokenizer import load_tokenizer
+from realm.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+from realm.training.checkpoints import checkpoints, set_damaged_aside
 
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
@@ -112,16 +114,23 @@ class Run:
         return self.model(name).exists()
 
     def last_finished(self) -> str:
-        """Name of the last finished stage. Raises UserError if none is."""
+        """Name of the last finished stage; prints a note if a later stage was started.
+
+        Raises UserError if no stage is finished.
+        """
         for name in reversed(STAGES):
             if self.finished(name):
                 return name
+            if self.stage(name).exists():
+                log_line(f"stage {name} is not finished (no {self.model(name)}); an earlier stage is used")
         raise UserError(f"run {self.folder} has no finished stage yet; train one first, for example with `realm ict`.")
 
     def begin(self, stage: str, resume: bool) -> bool:
         """Whether a stage still has to be trained.
 
-        Raises UserError if it was already started, unless `resume`.
+        With `resume`, damaged checkpoints are set aside if there is an older whole one, and the
+        console says so. Raises UserError if the stage was already started, unless `resume`, and if
+        all its checkpoints are damaged.
         """
         if self.finished(stage):
             console.print(f"  {stage}: already finished, in {self.model(stage)}")
@@ -131,6 +140,11 @@ class Run:
                 f"stage {stage} of run folder {self.folder} was already started; rerun with --resume to continue, "
                 "or choose another folder with --run."
             )
+        if resume:
+            for line in on_rank_zero(lambda: set_damaged_aside(self.stage(stage))):
+                log_line(line)
+            if not checkpoints(self.stage(stage)):
+                log_line(f"{stage} has no checkpoint in {self.stage(stage)}; training starts from step 0")
         return True
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
@@ -198,13 +212,20 @@ class Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the corpus was prepared with.
 
-        Raises UserError if the corpus is not prepared yet.
+        Raises UserError if the corpus is not prepared yet, and if the tokenizer is damaged or is
+        not that of the corpus.
         """
-        if not (self.prepared / "tokenizer").exists():
+        folder = self.prepared / "tokenizer"
+        if not folder.exists():
             raise UserError(
                 f"{self.prepared} contains no prepared corpus; run `realm prepare` with the same config first."
             )
-        return load_tokenizer(str(self.prepared / "tokenizer"))
+        remedy = "restore it from a copy, or prepare the corpus again in a new folder"
+        check_folder(folder, remedy)
+        tokenizer = load_tokenizer(str(folder))
+        if tokenizer_fingerprint(tokenizer) != self.passages.manifest["tokenizer"]:
+            raise UserError(f"the tokenizer in {folder} is not that of {self.passages.path}; {remedy}.")
+        return tokenizer
 
     @cached_property
     def wordpieces(self) -> Wordpieces:

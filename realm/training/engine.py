@@ -24,7 +24,7 @@ from realm.runtime.distributed import (
 from realm.runtime.nested import merge
 from realm.runtime.publish import published
 from realm.runtime.telemetry import console
-from realm.training.checkpoints import read_state, write_state
+from realm.training.checkpoints import read_state, write_checksums, write_state
 from realm.training.sections import EngineConfig, OptimConfig, StageConfig
 
 _DEEPSPEED_TAG = "deepspeed"
@@ -166,8 +166,8 @@ class Engine:
     def save(self, folder: Path, state: dict[str, Any], write_extra: Callable[[Path], None]) -> None:
         """Publish the checkpoint `folder` atomically.
 
-        It contains DeepSpeed's state, `state.json` with `state`, and the files that
-        `write_extra(temporary folder)` adds on each rank.
+        It contains DeepSpeed's state, `state.json` with `state`, the files that
+        `write_extra(temporary folder)` adds on each rank, and a manifest with checksums.
         """
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
@@ -176,6 +176,8 @@ class Engine:
                 write_state(temporary, state)
             write_extra(temporary)
             barrier()
+            if is_rank_zero():
+                write_checksums(temporary)
         barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
