@@ -135,13 +135,21 @@ class Command:
     stopped: str | None = None
     """The stage in which the run was stopped; None: the run is finished."""
     may_report: str = ""
-    """Pattern of lines by which the result may report the damage instead."""
+    """Pattern of lines by which the output may report the damage instead."""
 
 
 def _output(folder: Path, output: str) -> str:
-    """The output without times, and without the notes that are indented."""
-    lines = [line for line in output.splitlines() if not re.match(r"  \S+.*\b(s|B|/s|published.*)$", line)]
-    return re.sub(r"\d+\.\d s", "_ s", "\n".join(lines))
+    """The output without its indented notes."""
+    return "\n".join(line for line in output.splitlines() if not line.startswith("  "))
+
+
+def _listing(folder: Path, output: str) -> list[str]:
+    """The versions that the output names."""
+    return re.findall(r"(?:frozen/\w+/)?indexes/[\w-]+", output)
+
+
+def _manifest(folder: Path, output: str) -> Any:
+    return {name: value for name, value in json.loads(output).items() if name != "bytes"}
 
 
 def _answer(folder: Path, output: str) -> str:
@@ -150,7 +158,11 @@ def _answer(folder: Path, output: str) -> str:
 
 def _figures(folder: Path, output: str) -> Any:
     report = json.loads((folder / "run/evaluations/test.json").read_bytes())
-    return report["figures"], report["intervals"], (folder / "run/evaluations/test.finetune.predictions.jsonl").read_text()
+    return (
+        report["figures"],
+        report["intervals"],
+        (folder / "run/evaluations/test.finetune.predictions.jsonl").read_text(),
+    )
 
 
 def _summary(folder: Path, output: str) -> Any:
@@ -171,9 +183,9 @@ def _models(stage: str) -> Callable[[Path, str], Any]:
 
 
 def _prepared(folder: Path, output: str) -> Any:
-    return {
-        kind: _corpus(folder / "prepared" / kind) for kind in ("passages", "statements")
-    }, (folder / "prepared/tokenizer/tokenizer.json").read_bytes()
+    return {kind: _corpus(folder / "prepared" / kind) for kind in ("passages", "statements")}, (
+        folder / "prepared/tokenizer/tokenizer.json"
+    ).read_bytes()
 
 
 def _corpus(path: Path) -> Any:
@@ -194,17 +206,16 @@ def _index(folder: Path, output: str) -> Any:
 
     corpus = PreparedCorpus.open(folder / "prepared/passages")
     version = versions_in(folder / "run/indexes")[-1]
-    encoder = folder / "run/encoders" / version.encoder.name
-    index = PassageIndex.open(folder / "run/indexes" / version.name, corpus.fingerprint, encoder=encoder)
+    index = PassageIndex.open(folder / "run/indexes" / version.name, corpus.fingerprint)
     found = version.encoder.name, np.round(index.embeddings(corpus.rows), 5).tolist(), corpus.fingerprint
     index.close()
     return found
 
 
-def _versions(folder: Path, output: str) -> Any:
-    from realm.runtime.versions import versions_in
-
-    return [version.name for kind in ("encoders", "indexes") for version in versions_in(folder / "run" / kind)]
+def _versions(folder: Path, output: str) -> list[str]:
+    kinds = ("encoders", "indexes", "frozen/*/encoders", "frozen/*/indexes")
+    found = (path for kind in kinds for path in sorted((folder / "run").glob(f"{kind}/a*")) if path.is_dir())
+    return [path.relative_to(folder / "run").as_posix() for path in found]
 
 
 def _nothing(folder: Path, output: str) -> None:
@@ -225,11 +236,12 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(("plan", *_CONFIG), _nothing),
     "run": Command(("run", *_CONFIG, "--resume"), _summary),
     "refresh": Command(("refresh", *_RUN, "--once"), _index),
-    "index ls": Command(("index", "ls", *_RUN), _output, may_report="unreadable"),
-    "index show": Command(("index", "show", *_RUN, "a01-step-000008-e1"), _output),
-    "index verify": Command(("index", "verify", *_RUN), _output),
+    "index ls": Command(("index", "ls", *_RUN), _listing),
+    "index show": Command(("index", "show", *_RUN, "a01-step-000008-e1"), _manifest),
+    "index verify": Command(("index", "verify", *_RUN), _listing),
     "index gc": Command(("index", "gc", *_RUN, "--grace", "0"), _versions),
     "index add": Command(("index", "add", *_RUN, "{folder}/more.jsonl"), _index),
+    "verify": Command(("verify", "{folder}/run"), _nothing, may_report="no checksums"),
     **{
         name.replace("_", "-"): Command(
             (name.replace("_", "-"), *(_RUN if name.startswith("finetune") else _CONFIG), "--resume"),
@@ -384,11 +396,35 @@ class Workplace:
             return f"exit status {status}:\n{errors}"
         if command.may_report and re.search(command.may_report, output):
             return None
+        if case.command == "verify" and _is_verified(case):
+            return f"exit status 0 with damage:\n{output}"
         try:
             found = command.result(self.folder, output)
+            if command.result in (_listing, _versions):  # a version that was removed is not listed
+                lost = case.path.removeprefix("run/")
+                found, expected = ([name for name in names if not _inside(name, lost)] for names in (found, expected))
         except Exception:
             return f"exit status 0 without a result:\n{output}\n{traceback.format_exc()}"
         return None if found == expected else f"exit status 0 with another result:\n{output}\n{_short(found, expected)}"
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _is_verified(case: Case) -> bool:
+    """Whether `realm verify` must find the damage: neither a log, nor a cache, nor an optional part
+    that is missing as a whole, nor a file that is valid in another run."""
+    if re.match(r"run/(tensorboard|curves|refresher|training-ended|frozen/\w+/refresher)|prepared/spans", case.path):
+        return False
+    if case.damage in ("missing", "removed", "emptied") and re.fullmatch(
+        r"run/(initial|initial/retriever|frozen|frozen/\w+|(frozen/\w+/)?(encoders|indexes)(/[\w-]+)?|evaluations(/[\w.-]+)?"
+        r"|\w+/checkpoints|\w+/checkpoints/step-\d+|\w+|metrics.jsonl|summary.json|(frozen/\w+/)?lineage.json)",
+        case.path,
+    ):
+        return case.damage == "emptied" and bool(re.search(r"initial/retriever|/(step-\d+|a\d[\w-]+)$", case.path))
+    is_free = r"run/(config.yaml|metrics.jsonl|summary.json|lineage.json|evaluations/.*|\w+/model/seconds.txt)"
+    return not (case.damage == "of another run" and re.fullmatch(is_free, case.path))
 
 
 def _short(found: Any, expected: Any) -> str:
@@ -400,10 +436,11 @@ def _restore(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     kept = {entry.name: entry for entry in os.scandir(source)}
     for entry in list(os.scandir(target)):
+        is_folder = entry.is_dir(follow_symlinks=False)
         same = entry.name in kept and (
-            kept[entry.name].is_dir() and entry.is_dir(follow_symlinks=False) or entry.inode() == kept[entry.name].inode()
+            is_folder if kept[entry.name].is_dir() else entry.inode() == kept[entry.name].inode()
         )
-        if not same and entry.is_dir(follow_symlinks=False):
+        if not same and is_folder:
             shutil.rmtree(entry)
         elif not same:
             os.unlink(entry)

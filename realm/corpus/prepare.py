@@ -7,7 +7,6 @@ shards are removed. The result depends only on the input, not on the number of p
 """
 
 import hashlib
-import json
 import logging
 import multiprocessing
 import shutil
@@ -69,10 +68,10 @@ def prepare_corpus(
 ) -> PreparedCorpus:
     """Prepare the documents of `sources` in the folder `out` and open the result.
 
-    Returns after a comparison with its checksums if `out` is already prepared. `block_tokens` is the maximum length of `[CLS]
-    title [SEP] text [SEP]`. `num_workers`: 0 for one process per CPU (fewer for a small corpus), 1
-    to use only this process; with more, `tagger` is pickled. `progress(done, total)` is called with
-    the number of finished documents.
+    If `out` is already prepared, compares it with its checksums and opens it. `block_tokens` is the
+    maximum length of `[CLS] title [SEP] text [SEP]`. `num_workers`: 0 for one process per CPU
+    (fewer for a small corpus), 1 to use only this process; with more, `tagger` is pickled.
+    `progress(done, total)` is called with the number of finished documents.
 
     Raises UserError if `read_documents` does (before anything is written), if `out` contains other
     files, or if it was prepared, completely or partially, from different sources or with a
@@ -209,7 +208,9 @@ def _claim_output(job: _Job, inputs: dict[str, Any]) -> None:
     except NotADirectoryError:
         raise UserError(f"{job.out} is a file; choose a folder for the prepared corpus.") from None
     if BLOCKS in foreign:
-        raise UserError(f"{job.out / MANIFEST} is missing: {job.out} was copied only partially; {prepare_again(job.out)}.")
+        raise UserError(
+            f"{job.out / MANIFEST} is missing: {job.out} was copied only partially; {prepare_again(job.out)}."
+        )
     if foreign:
         raise UserError(
             f"{job.out} is not empty and does not contain a prepared corpus (found {foreign[0]}); "
@@ -290,7 +291,9 @@ def _opened(shard: Path) -> Iterator[pa.RecordBatchFileReader]:
         with pa.memory_map(str(shard)) as file, pa.ipc.open_file(file) as reader:
             yield reader
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shard} is corrupt ({error}); remove it, and rerun the command to prepare it again.") from error
+        raise UserError(
+            f"{shard} is corrupt ({error}); remove it, and rerun the command to prepare it again."
+        ) from error
 
 
 def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:

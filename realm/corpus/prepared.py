@@ -5,7 +5,6 @@ and is the unit that is retrieved and read.
 """
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -93,7 +92,7 @@ class _Batch:
         if self._expected is not None:
             if _batch_checksum(self._batch) != self._expected:
                 raise PublishError(
-                    f"{self._path / BLOCKS} does not match the checksum of record batch {self._number} in its manifest; "
+                    f"{self._path / BLOCKS} does not match the checksum of its record batch {self._number}; "
                     f"{prepare_again(self._path)}"
                 )
             self._expected = None

@@ -113,6 +113,16 @@ class Run:
         """Whether a stage is finished."""
         return self.model(name).exists()
 
+    def seconds(self, name: str) -> float:
+        """Seconds of training of a finished stage. Raises UserError if they cannot be read."""
+        path = self.model(name) / "seconds.txt"
+        try:
+            return float(path.read_text())
+        except (OSError, ValueError):
+            raise UserError(
+                f"{path} does not contain the seconds of training; restore it from a copy, or write 0 into it."
+            ) from None
+
     def last_finished(self) -> str:
         """Name of the last finished stage; prints a note if a later stage was started.
 

@@ -109,7 +109,10 @@ def _self_checksum(manifest: dict[str, Any]) -> str:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Read a JSON file. Raises PublishError with `remedy` if it is missing, unreadable or invalid."""
+    """Read a JSON file.
+
+    Raises PublishError, which ends with `remedy`, if it is missing, unreadable or invalid.
+    """
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:

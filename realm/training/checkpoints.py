@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: folders `checkpoints/step-NNNNNN`, each with `state.json` and a manifest."""
+"""Checkpoints of a stage: folders `checkpoints/step-NNNNNN` with `state.json` and a manifest."""
 
 import json
 import re

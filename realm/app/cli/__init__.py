@@ -4,6 +4,7 @@ Each subcommand imports what it needs when it runs, so that `realm --help` is fa
 """
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"realm: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if (remedy := _remedy(error)) is None:
+            raise
+        print(f"realm: {error.filename or 'the command stopped'}: {error.strerror}; {remedy}.", file=sys.stderr)
+        return 2
     except Interrupted as error:
         print(f"realm: {error}", file=sys.stderr)
         return 130
@@ -47,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("realm: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _remedy(error: OSError) -> str | None:
+    """What to do about an error of the file system; None for other errors, which are mistakes in
+    this program."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free space on the disk and rerun the command"
+    if error.errno == errno.EROFS:
+        return "the file system is read-only: make it writable, or copy the folder to one that is"
+    if error.filename is None:
+        return None
+    return "check that this path is what it should be and can be read and written, or restore it from a copy"
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -279,7 +279,9 @@ def test_a_corpus_of_an_earlier_version_has_no_checksums(tmp_path, tokenizer):
     manifest = tmp_path / "out/manifest.json"
     content = json.loads(manifest.read_text())
     assert PreparedCorpus.open(tmp_path / "out").has_checksums
-    manifest.write_text(json.dumps({key: content[key] for key in content.keys() - {"files", "batches", "manifest_sha256"}}))
+    manifest.write_text(
+        json.dumps({key: content[key] for key in content.keys() - {"files", "batches", "manifest_sha256"}})
+    )
     corpus = prepare(tmp_path, tokenizer)
     corpus.check()
     assert not corpus.has_checksums and [corpus.text(row) for row in range(10)] == texts
