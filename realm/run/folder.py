@@ -33,7 +33,7 @@ from realm.runtime.publish import check_folder, write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
 from realm.text.tokenizer import load_tokenizer, tokenizer_fingerprint
-from realm.training.checkpoints import checkpoints, set_damaged_aside
+from realm.training.checkpoints import newest_checkpoint, read_state, set_damaged_aside
 
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
@@ -153,9 +153,31 @@ class Run:
         if resume:
             for line in on_rank_zero(lambda: set_damaged_aside(self.stage(stage))):
                 log_line(line)
-            if not checkpoints(self.stage(stage)):
+            checkpoint = newest_checkpoint(self.stage(stage))
+            if checkpoint is None:
                 log_line(f"{stage} has no checkpoint in {self.stage(stage)}; training starts from step 0")
+            else:
+                self._check_starting_models(stage, checkpoint)
         return True
+
+    def starting_models(self, stage: str) -> dict[str, str | None]:
+        """The retriever and the reader that a stage starts from, relative to the run folder; None
+        for those before any training."""
+        found = {part: self.latest(part, before=stage) for part in ("retriever", "reader")}
+        return {
+            part: None if path is None else path.relative_to(self.folder).as_posix() for part, path in found.items()
+        }
+
+    def _check_starting_models(self, stage: str, checkpoint: Path) -> None:
+        """Raise UserError if a stage was started from other models than it would be now."""
+        before, now = read_state(checkpoint).get("started_from", {}), self.starting_models(stage)
+        for part, path in before.items():
+            if path != now[part]:
+                raise UserError(
+                    f"stage {stage} was started with the {part} {path or 'before any training'}, and would continue "
+                    f"with {now[part] or 'the one before any training'}; restore the former in {self.folder}, or "
+                    f"remove {self.stage(stage)} to train the stage again."
+                )
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one.

@@ -79,12 +79,9 @@ def check_checkpoint(folder: Path, remedy: str) -> bool:
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint's state, with the number of processes."""
+    """Write a checkpoint's state, with the number of processes, and then the manifest of all its
+    files; these must be the last ones that are written."""
     (checkpoint / STATE_FILE).write_text(json.dumps({"world_size": world_size(), **state}, indent=1))
-
-
-def write_checksums(checkpoint: Path) -> None:
-    """Write a checkpoint's manifest, after all its other files."""
     write_manifest(checkpoint, {"format": 1})
 
 

@@ -24,7 +24,7 @@ from realm.runtime.distributed import (
 from realm.runtime.nested import merge
 from realm.runtime.publish import published
 from realm.runtime.telemetry import console
-from realm.training.checkpoints import read_state, write_checksums, write_state
+from realm.training.checkpoints import read_state, write_state
 from realm.training.sections import EngineConfig, OptimConfig, StageConfig
 
 _DEEPSPEED_TAG = "deepspeed"
@@ -172,12 +172,10 @@ class Engine:
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self.deepspeed.save_checkpoint(str(temporary), tag=_DEEPSPEED_TAG)
-            if is_rank_zero():
-                write_state(temporary, state)
             write_extra(temporary)
             barrier()
             if is_rank_zero():
-                write_checksums(temporary)
+                write_state(temporary, state)
         barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
