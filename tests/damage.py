@@ -136,6 +136,10 @@ class Command:
     """The stage in which the run was stopped; None: the run is finished."""
     may_report: str = ""
     """Pattern of lines by which the output may report the damage instead."""
+    paths: str = ""
+    """Pattern of the beginnings of the paths that the command may read; all by default."""
+    seconds: float = 0.2
+    """About how long the command takes."""
 
 
 def _output(folder: Path, output: str) -> str:
@@ -233,7 +237,7 @@ COMMANDS: dict[str, Command] = {
         _output,
     ),
     "prepare": Command(("prepare", *_CONFIG), _prepared),
-    "plan": Command(("plan", *_CONFIG), _nothing),
+    "plan": Command(("plan", *_CONFIG), _nothing, paths=r"prepared|run/[\w.]+$", seconds=5.0),
     "run": Command(("run", *_CONFIG, "--resume"), _summary),
     "refresh": Command(("refresh", *_RUN, "--once"), _index),
     "index ls": Command(("index", "ls", *_RUN), _listing),
@@ -351,7 +355,7 @@ class Workplace:
         return [
             Case(command, path, damage)
             for path, is_file in self.paths.items()
-            if not path.startswith(absent)
+            if not path.startswith(absent) and re.match(COMMANDS[command].paths, path)
             for damage in (FILE_DAMAGE if is_file else FOLDER_DAMAGE)
             if damage != "of another run" or self._differs(path)
         ]
