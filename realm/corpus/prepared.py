@@ -140,7 +140,7 @@ class PreparedCorpus:
         """Map the folder that `realm.corpus.prepare.prepare_corpus` wrote, and its additions.
 
         The sizes of all files are checked here, the content of each record batch (about 2,000
-        documents) when a row of it is first read; the latter takes 0.7 to 1.5 s per GB. Raises
+        documents) when a row of it is first read; the latter takes about 1 s per GB. Raises
         UserError if the corpus is missing, unfinished or damaged.
         """
         path = Path(path)

@@ -18,7 +18,7 @@ def reading_model(path: Path, part: str) -> Iterator[None]:
     """Check every file of the model saved in `path` against its manifest, then read it in the
     block.
 
-    `part`: retriever or reader. A checksum takes 0.5 to 1.5 s per GB. Raises UserError, which names
+    `part`: retriever or reader. Checksums take about 1 s per GB. Raises UserError, which names
     the file and the remedy, if a file is missing, unreadable, or not as it was saved; without a
     manifest (models of earlier versions) if the block cannot read it.
     """

@@ -38,7 +38,7 @@ def set_damaged_aside(stage: Path) -> list[str]:
     """Rename checkpoints that are newer than the newest whole one, so that training resumes from
     it.
 
-    Every file is compared with its checksum, which takes 0.5 to 1.5 s per GB. Returns a line about
+    Every file is compared with its checksum, which takes about 1 s per GB. Returns a line about
     each renamed checkpoint. Raises UserError, and renames nothing, if there are checkpoints but no
     whole one.
     """
