@@ -42,6 +42,7 @@ EXAMPLES = {
     "reader-pretraining": "realm reader-pretraining --config my.yaml --resume",
     "pretrain": "realm pretrain --config my.yaml --with-refresher",
     "refresh": "realm refresh --run runs/my",
+    "verify": "realm verify runs/my",
     "finetune-retriever": "realm finetune-retriever --run runs/my --finetune_retriever.steps 100",
     "finetune": "realm finetune --run runs/my --questions train.json",
     "evaluate": "realm evaluate --run runs/my --questions test.json --compare initial ict pretrain bm25",

@@ -11,7 +11,7 @@ import numpy as np
 from finetune.questions import Question
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
-from realm.runtime.publish import published
+from realm.runtime.publish import check_folder, published, write_manifest
 from realm.runtime.telemetry import console, progress
 
 
@@ -84,6 +84,8 @@ class SentenceTransformerRetriever:
                     ticker.update(start + len(rows))
             with published(folder) as temporary:
                 np.save(temporary / "embeddings.npy", embeddings_ND, allow_pickle=False)
+                write_manifest(temporary, {"format": 1})
+        check_folder(folder, f"remove {folder}, and rerun the command to encode again")
         return np.load(folder / "embeddings.npy", allow_pickle=False)
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
     difference (second minus first) from a paired bootstrap. Raises UserError for other files, and
     if the questions differ.
     """
-    before, after = _read(first), _read(second)
+    before, after = read_predictions(first), read_predictions(second)
     if before.keys() != after.keys():
         odd, _ = next(iter(before.keys() ^ after.keys()))
         raise UserError(
@@ -71,8 +71,8 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Row]:
     return rows
 
 
-def _read(path: Path) -> dict[Key, dict[str, float]]:
-    """Read the figures of each question; recall only up to the retrieved depth.
+def read_predictions(path: Path) -> dict[Key, dict[str, float]]:
+    """Read the figures of each question of an evaluation; recall only up to the retrieved depth.
 
     Raises UserError if the file contains other records, or no records.
     """

@@ -24,7 +24,7 @@ from realm.models.objectives import candidate_log_prior
 from realm.models.precision import Precision, autocast
 from realm.models.reader import Reader, load_reader
 from realm.models.retriever import Retriever
-from realm.run.folder import Run
+from realm.run.folder import STAGES, Run
 from realm.runtime.distributed import local_device
 from realm.text.tokenizer import tokenize
 from realm.training.streams import RunStream, run_generator
@@ -242,6 +242,6 @@ def evaluate_stage_masked_spans(run: Run, stage: str) -> dict[str, float]:
     If the stage has no retriever, that of the latest earlier stage is used.
     """
     items = annotated_items(run, "masked_spans") if run.data("masked_spans") else sample_items(run)
-    folder = run.model(stage) / "reader"
-    reader = load_reader(folder).to(local_device()) if folder.exists() else None
+    folder = run.latest("reader", until=stage) if "reader" in STAGES[stage].models else None
+    reader = None if folder is None else load_reader(folder).to(local_device())
     return evaluate_masked_spans(run, items, run.latest("retriever", until=stage), reader)

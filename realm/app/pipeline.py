@@ -1,6 +1,5 @@
 """`realm run`: all stages in order, masked-span evaluation after each, and a summary at the end."""
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from realm.run.folder import STAGES, Run
 from realm.run.report import print_next, print_summary
 from realm.run.train import train_stage
 from realm.runtime.distributed import local_device
-from realm.runtime.publish import write_json_atomic
+from realm.runtime.publish import read_json, write_json_atomic
 from realm.runtime.telemetry import console, read_metrics
 
 _SUMMARY_FIGURES = (
@@ -72,7 +71,7 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
             continue
         console.print(name, style="bold")
         train_stage(run, name, _open_stage(name), resume)
-        stage_times[name] = float((run.model(name) / "seconds.txt").read_text())
+        stage_times[name] = run.seconds(name)
         if name in _MASKED_SPAN_STAGES:
             masked_spans[name] = _cached(run, f"masked-spans-{name}", partial(evaluate_stage_masked_spans, run, name))
     questions: dict[str, float] = {}
@@ -119,7 +118,10 @@ def _cached(run: Run, name: str, measure: Callable[[], dict]) -> dict:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         write_json_atomic(path, measure())
-    return json.loads(path.read_text())
+    figures = read_json(path, remedy := "remove it, and rerun with --resume to measure again")
+    if not isinstance(figures, dict):
+        raise UserError(f"{path} contains no figures; {remedy}.")
+    return figures
 
 
 def closed_book_accuracy(run: Run) -> dict[str, float]:
@@ -163,7 +165,7 @@ def _summarize(
 ) -> dict[str, float]:
     """The content of `summary.json`: the measured figures, in percent and seconds."""
     metrics = read_metrics(run.folder / "metrics.jsonl")
-    versions = {row["index"] for row in metrics.get("pretrain", [])}
+    versions = {row.get("index") for row in metrics.get("pretrain", [])}
     summary = {name: questions[name] for name in _SUMMARY_FIGURES if name in questions}
     summary |= {name: value for name, value in questions.items() if name == "closed_book_accuracy"}
     for stage, short in _RECALL_STAGES.items():

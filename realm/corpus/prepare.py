@@ -7,13 +7,13 @@ shards are removed. The result depends only on the input, not on the number of p
 """
 
 import hashlib
-import json
 import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,19 @@ import pyarrow as pa
 
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import format_of, source_files
-from realm.corpus.prepared import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
+from realm.corpus.prepared import BLOCKS, FORMAT, SCHEMA, SHARDS, PreparedCorpus, batch_checksums, prepare_again
 from realm.corpus.shards import Chunk, ShardMaker, init_worker, make_in_worker, write_batches
 from realm.corpus.sources import SourceConfig
 from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
-from realm.runtime.publish import checksum, write_file_atomic, write_json_atomic
+from realm.runtime.publish import (
+    MANIFEST,
+    checksum,
+    read_json,
+    write_file_atomic,
+    write_json_atomic,
+    write_manifest,
+)
 from realm.runtime.threads import cores
 from realm.spans.tagger import SpanTagger
 from realm.text.tokenizer import tokenizer_fingerprint
@@ -61,10 +68,10 @@ def prepare_corpus(
 ) -> PreparedCorpus:
     """Prepare the documents of `sources` in the folder `out` and open the result.
 
-    Returns immediately if `out` is already prepared. `block_tokens` is the maximum length of `[CLS]
-    title [SEP] text [SEP]`. `num_workers`: 0 for one process per CPU (fewer for a small corpus), 1
-    to use only this process; with more, `tagger` is pickled. `progress(done, total)` is called with
-    the number of finished documents.
+    If `out` is already prepared, compares it with its checksums and opens it. `block_tokens` is the
+    maximum length of `[CLS] title [SEP] text [SEP]`. `num_workers`: 0 for one process per CPU
+    (fewer for a small corpus), 1 to use only this process; with more, `tagger` is pickled.
+    `progress(done, total)` is called with the number of finished documents.
 
     Raises UserError if `read_documents` does (before anything is written), if `out` contains other
     files, or if it was prepared, completely or partially, from different sources or with a
@@ -110,8 +117,9 @@ def prepare_corpus(
         "spans": spans,
         "spans_dropped": dropped,
         "bytes": (out / BLOCKS).stat().st_size,
+        "batches": batch_checksums(out / BLOCKS),
     }
-    write_json_atomic(out / MANIFEST, manifest)
+    write_manifest(out, manifest, [BLOCKS])
     shutil.rmtree(job.shards)
     return PreparedCorpus.open(out)
 
@@ -135,7 +143,7 @@ class _Job:
 
     @property
     def shards(self) -> Path:
-        return self.out / "shards"
+        return self.out / SHARDS
 
     def chunks(self, report: BadRecords | None = None) -> Iterator[Chunk]:
         number, first_document = 0, 0
@@ -183,6 +191,7 @@ def _open_finished(job: _Job, inputs: dict[str, Any]) -> PreparedCorpus | None:
     if not (job.out / MANIFEST).exists():
         return None
     corpus = PreparedCorpus.open(job.out)
+    corpus.check()
     _check_same_inputs(job, "a corpus that was prepared", corpus.manifest["inputs"], inputs)
     return corpus
 
@@ -191,12 +200,17 @@ def _claim_output(job: _Job, inputs: dict[str, Any]) -> None:
     """Create the output folder, or check that an interrupted preparation had the same inputs."""
     record = job.shards / "inputs.json"
     if record.exists():
-        _check_same_inputs(job, "a corpus that was partially prepared", json.loads(record.read_bytes()), inputs)
+        old = read_json(record, f"remove {job.shards} to prepare from the beginning")
+        _check_same_inputs(job, "a corpus that was partially prepared", old, inputs)
         return
     try:
         foreign = [entry.name for entry in job.out.iterdir() if entry != job.shards] if job.out.exists() else []
     except NotADirectoryError:
         raise UserError(f"{job.out} is a file; choose a folder for the prepared corpus.") from None
+    if BLOCKS in foreign:
+        raise UserError(
+            f"{job.out / MANIFEST} is missing: {job.out} was copied only partially; {prepare_again(job.out)}."
+        )
     if foreign:
         raise UserError(
             f"{job.out} is not empty and does not contain a prepared corpus (found {foreign[0]}); "
@@ -270,6 +284,18 @@ def _make_shards(job: _Job, maker: ShardMaker, num_workers: int, num_documents: 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _opened(shard: Path) -> Iterator[pa.RecordBatchFileReader]:
+    """Open a finished shard. Raises UserError if it is damaged."""
+    try:
+        with pa.memory_map(str(shard)) as file, pa.ipc.open_file(file) as reader:
+            yield reader
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{shard} is corrupt ({error}); remove it, and rerun the command to prepare it again."
+        ) from error
+
+
 def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
     """Concatenate the shards, one in memory at a time.
 
@@ -280,7 +306,7 @@ def _assemble(job: _Job, shards: list[Path]) -> tuple[int, int, int]:
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal blocks, spans, dropped
         for shard in shards:
-            with pa.memory_map(str(shard)) as file, pa.ipc.open_file(file) as reader:
+            with _opened(shard) as reader:
                 dropped += int(reader.schema.metadata[b"spans_dropped"])
                 for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)):
                     blocks += len(batch)

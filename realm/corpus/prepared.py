@@ -4,7 +4,7 @@ A *document* is one record of the input. A *block* consists of consecutive sente
 and is the unit that is retrieved and read.
 """
 
-import json
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from realm.errors import UserError
+from realm.runtime.publish import MANIFEST, PublishError, check_files, read_json, read_manifest
 
-MANIFEST = "manifest.json"
 BLOCKS = "blocks.arrow"
+SHARDS = "shards"
+"""Subfolder of a preparation that is not finished."""
 ADDITIONS = "additions"
 """Subfolder with documents that were added later, see `realm.corpus.growth`."""
 FORMAT = 1
@@ -43,10 +45,37 @@ SCHEMA = pa.schema(
 _LISTS = tuple(column.name for column in SCHEMA if pa.types.is_list(column.type))
 
 
-class _Batch:
-    """A record batch as NumPy views of the mapped file; `lists[name]` is (offsets, values)."""
+def _batch_checksum(batch: pa.RecordBatch) -> str:
+    """SHA-256 of the content of a record batch."""
+    digest = hashlib.sha256(str(len(batch)).encode())
+    for column in batch.columns:
+        for buffer in column.buffers():
+            digest.update(b"" if buffer is None else buffer)
+    return digest.hexdigest()
 
-    def __init__(self, batch: pa.RecordBatch, first_document: int):
+
+def prepare_again(folder: Path) -> str:
+    """The remedy for a damaged prepared folder, for messages."""
+    base = folder.parent.parent if folder.parent.name == ADDITIONS else folder
+    added = " and `realm index add`" if (base / ADDITIONS).exists() else ""
+    return f"restore it from a copy, or remove {base} and run `realm prepare`{added} again"
+
+
+def batch_checksums(blocks: Path) -> list[str]:
+    """The checksums of all record batches of a file, for its manifest."""
+    with pa.memory_map(str(blocks)) as file, pa.ipc.open_file(file) as reader:
+        return [_batch_checksum(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+
+
+class _Batch:
+    """A record batch as NumPy views of the mapped file; `lists[name]` is (offsets, values).
+
+    Its content is compared with the checksum `expected` when it is first used, not when the corpus
+    is opened, so that opening a corpus of any size takes milliseconds.
+    """
+
+    def __init__(self, batch: pa.RecordBatch, first_document: int, number: int, path: Path, expected: str | None):
+        self._batch, self._number, self._path, self._expected = batch, number, path, expected
         self.columns = {name: batch.column(name) for name in ("id", "title", "text")}
         self.document, self.place, self.text_hash = (
             batch.column(name).to_numpy() for name in ("document", "place", "text_hash")
@@ -56,6 +85,18 @@ class _Batch:
         self.lists = {
             name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in _LISTS
         }
+
+    def checked(self) -> "_Batch":
+        """This batch. Raises PublishError at the first use if its content is not what was
+        prepared."""
+        if self._expected is not None:
+            if _batch_checksum(self._batch) != self._expected:
+                raise PublishError(
+                    f"{self._path / BLOCKS} does not match the checksum of its record batch {self._number}; "
+                    f"{prepare_again(self._path)}"
+                )
+            self._expected = None
+        return self
 
     def list_values(self, name: str, row: int) -> np.ndarray:
         offsets, values = self.lists[name]
@@ -91,30 +132,48 @@ class PreparedCorpus:
         """Deleted rows: they keep their numbers and are never retrieved or trained on."""
         self.parts: list[str] = []
         """Names of the added parts."""
-        self._batches = [_Batch(batch, 0) for batch in batches]
+        self._batches = _batches(path, manifest, batches, 0)
         self._first_rows = [0, *accumulate(len(batch) for batch in batches)]
 
     @classmethod
     def open(cls, path: Path | str) -> "PreparedCorpus":
         """Map the folder that `realm.corpus.prepare.prepare_corpus` wrote, and its additions.
 
-        Raises UserError if it is missing, unfinished or modified.
+        The sizes of all files are checked here, the content of each record batch (about 2,000
+        documents) when a row of it is first read; the latter takes about 1 s per GB. Raises
+        UserError if the corpus is missing, unfinished or damaged.
         """
         path = Path(path)
         manifest, batches = _map_folder(path)
         corpus = cls(path, manifest, batches)
         for file in sorted((path / ADDITIONS).glob("step-*.json")):
-            corpus._apply_step(json.loads(file.read_bytes()))
+            corpus._apply_step(file)
         return corpus
 
-    def _apply_step(self, step: dict[str, Any]) -> None:
-        if step["parent"] != self.fingerprint:
-            raise UserError(
-                f"{self.path / ADDITIONS} does not belong to this corpus; remove it or restore all its files."
-            )
+    def check(self) -> None:
+        """Compare the whole content of all files with their checksums.
+
+        Raises PublishError naming the first file that is damaged. Corpora of earlier versions have
+        no checksums; their sizes are checked on opening.
+        """
+        for part in (self.path, *(self.path / ADDITIONS / name for name in self.parts)):
+            manifest = _read_manifest(part)
+            if "files" in manifest:
+                check_files(part, manifest, prepare_again(part))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether checksums were recorded; corpora of earlier versions have none."""
+        return "batches" in self.manifest
+
+    def _apply_step(self, file: Path) -> None:
+        step = read_json(file, prepare_again(self.path))
+        if not isinstance(step, dict) or step.get("parent") != self.fingerprint:
+            raise UserError(f"{file} does not belong to this corpus; restore {file.parent} from a copy, or remove it.")
         if step["part"] is not None:
-            manifest, batches = _map_folder(self.path / ADDITIONS / step["part"])
-            self._batches += [_Batch(batch, self.manifest["documents"]) for batch in batches]
+            part = self.path / ADDITIONS / step["part"]
+            manifest, batches = _map_folder(part)
+            self._batches += _batches(part, manifest, batches, self.manifest["documents"])
             self._first_rows = [0, *accumulate(len(batch.document) for batch in self._batches)]
             sums = {
                 name: self.manifest[name] + manifest[name]
@@ -200,13 +259,14 @@ class PreparedCorpus:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Number of wordpieces of title and text of every row, without special tokens."""
-        counts = [np.diff(batch.lists["title_ids"][0]) + np.diff(batch.lists["text_ids"][0]) for batch in self._batches]
+        lists = [batch.checked().lists for batch in self._batches]
+        counts = [np.diff(columns["title_ids"][0]) + np.diff(columns["text_ids"][0]) for columns in lists]
         return np.concatenate(counts).astype(np.int32)
 
     @cached_property
     def places(self) -> np.ndarray:
         """`place` of every row; 0 at the beginning of a document."""
-        return np.concatenate([batch.place for batch in self._batches])
+        return np.concatenate([batch.checked().place for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
         """Row of the block with this id. The first call reads all ids into memory.
@@ -223,44 +283,49 @@ class PreparedCorpus:
         if not 0 <= row < self._first_rows[-1]:
             raise IndexError(f"row {row} is out of range for a corpus of {self._first_rows[-1]} blocks")
         number = bisect_right(self._first_rows, row) - 1
-        return self._batches[number], row - self._first_rows[number]
+        return self._batches[number].checked(), row - self._first_rows[number]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of one prepared folder. Raises UserError if it is missing or damaged."""
+    again = prepare_again(path)
+    if not (path / MANIFEST).exists():
+        if (path / BLOCKS).exists() and not (path / SHARDS).exists():
+            raise UserError(f"{path / MANIFEST} is missing: {path} was copied only partially; {again}.")
+        state = "is not a finished prepared corpus" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}; run `realm prepare` with the same config first.")
+    manifest = read_json(path / MANIFEST, again)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path / MANIFEST} does not have layout {FORMAT}, which this version reads; {again}.")
+    return read_manifest(path, again) if "manifest_sha256" in manifest else manifest
 
 
 def _map_folder(path: Path) -> tuple[dict[str, Any], list[pa.RecordBatch]]:
     """Manifest and mapped record batches of one prepared folder."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        state = "is not a finished prepared corpus" if path.exists() else "does not exist"
-        raise UserError(f"{path} {state}; run `realm prepare` with the same config first.") from None
-    except ValueError as error:
-        raise UserError(
-            f"{path / MANIFEST} is not valid JSON ({error}); prepare the corpus again in a new folder."
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{path / MANIFEST} does not have layout {FORMAT}, which this version reads; "
-            "prepare the corpus again in a new folder."
-        )
-    blocks = path / BLOCKS
-    size = blocks.stat().st_size if blocks.is_file() else 0
-    if size != manifest["bytes"]:
-        raise UserError(
-            f"{blocks} has {size} bytes, but its manifest says {manifest['bytes']}; "
-            "prepare the corpus again in a new folder."
-        )
+    manifest, blocks, again = _read_manifest(path), path / BLOCKS, prepare_again(path)
+    check_files(path, {"files": {BLOCKS: {"bytes": manifest.get("bytes")}}}, again, contents=False)
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(blocks)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{blocks} is corrupt ({error}); prepare the corpus again in a new folder.") from error
+        for batch in batches:
+            batch.validate()
+        if reader.schema != SCHEMA:
+            raise pa.ArrowInvalid("it has other columns")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{blocks} is corrupt ({error}); {again}.") from error
     count = sum(map(len, batches))
-    if count != manifest["blocks"]:
-        raise UserError(
-            f"{blocks} has {count} rows, but its manifest says {manifest['blocks']}; "
-            "prepare the corpus again in a new folder."
-        )
+    if (count, len(batches)) != (manifest.get("blocks"), len(manifest.get("batches", batches))):
+        raise UserError(f"{blocks} has {count} rows, but its manifest says {manifest.get('blocks')}; {again}.")
     return manifest, batches
+
+
+def _batches(path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch], first_document: int) -> list[_Batch]:
+    """The record batches of a prepared folder, with their checksums if it has any."""
+    expected = manifest.get("batches", [None] * len(batches))
+    return [
+        _Batch(batch, first_document, number, path, checksum)
+        for number, (batch, checksum) in enumerate(zip(batches, expected, strict=True))
+    ]
 
 
 class _BlockIds(Sequence[str]):
@@ -284,4 +349,4 @@ class _BlockIds(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         for batch in self._corpus._batches:
-            yield from batch.columns["id"].to_pylist()
+            yield from batch.checked().columns["id"].to_pylist()

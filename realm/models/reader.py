@@ -25,6 +25,8 @@ from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert, suppress_loading_reports
+from realm.models.saved import REMEDY, reading_model
+from realm.runtime.publish import read_json, write_manifest
 from realm.runtime.section import Section
 from realm.text.inputs import IntArray, Wordpieces, pad_batch
 
@@ -220,21 +222,23 @@ def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) 
     reader.bert.config.save_pretrained(path)
     (path / "reader.json").write_text(json.dumps(draccus.encode(reader.config), indent=2) + "\n")
     tokenizer.save_pretrained(path)
+    write_manifest(path, {"format": 1})
 
 
 def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
     """Load a reader saved by `save_reader`, with the parameters of its attention variant, in
-    evaluation mode; with `config`, adapt it (`Reader.adapt`)."""
-    try:
-        settings = json.loads((path / "reader.json").read_text())
-    except OSError as error:
-        raise UserError(
-            f"{path} is not a saved reader (no reader.json); use RUN/STAGE/model/reader of a run."
-        ) from error
-    settings.pop("context_tokens", None)  # version 0.1 saved it here; it is a setting of the corpus now
-    saved = draccus.decode(ReaderConfig, settings)
-    reader = Reader(BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False), saved)
-    reader.load_state_dict(load_file(path / "model.safetensors"))
+    evaluation mode; with `config`, adapt it (`Reader.adapt`).
+
+    Raises UserError if the folder is not a saved reader, or if a file of it is damaged (see
+    `realm.models.saved`).
+    """
+    with reading_model(path, "reader"):
+        settings = read_json(path / "reader.json", REMEDY)
+        settings.pop("context_tokens", None)  # version 0.1 saved it here; it is a setting of the corpus now
+        saved = draccus.decode(ReaderConfig, settings)
+        bert = BertModel(BertConfig.from_json_file(path / "config.json"), add_pooling_layer=False)
+        reader = Reader(bert, saved)
+        reader.load_state_dict(load_file(path / "model.safetensors"))
     if config is not None:
         reader.adapt(config)
     return reader.eval()

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
-from realm.errors import UserError
 from realm.models.retriever import Retriever, Tower
+from realm.models.saved import REMEDY, reading_model
+from realm.runtime.publish import read_json, write_manifest
 from realm.text.tokenizer import load_tokenizer
 
 
@@ -56,18 +57,19 @@ def save_retriever(
         "max_passage_tokens": max_passage_tokens,
     }
     _write_json(path / "retriever.json", settings)
+    write_manifest(path, {"format": 1})
 
 
 def load_retriever(path: Path) -> tuple[Retriever, PreTrainedTokenizerBase]:
     """Load a retriever saved by `save_retriever`, in evaluation mode, and its tokenizer.
 
-    Raises UserError if the folder does not exist or is not an exported retriever.
+    Raises UserError if the folder is not an exported retriever, or if a file of it is damaged (see
+    `realm.models.saved`).
     """
-    settings = read_retriever_settings(path)
 
     def load_tower(prefix: str) -> Tower:
         transformer = path / f"{prefix}0_Transformer" if prefix else path
-        bert = BertModel(BertConfig.from_pretrained(transformer), add_pooling_layer=False)
+        bert = BertModel(BertConfig.from_json_file(transformer / "config.json"), add_pooling_layer=False)
         bert.load_state_dict(load_file(transformer / "model.safetensors"))
         tower = Tower(bert, settings["pooling"], settings["projection_dim"], settings["normalize"])
         if settings["projection_dim"] is not None:
@@ -75,25 +77,21 @@ def load_retriever(path: Path) -> tuple[Retriever, PreTrainedTokenizerBase]:
             tower.projection.load_state_dict({name.removeprefix("linear."): value for name, value in dense.items()})
         return tower
 
-    if settings["shared_tower"]:
-        tower = load_tower("")
-        retriever = Retriever(tower, tower, settings["temperature"])
-        tokenizer = load_tokenizer(str(path))
-    else:
-        retriever = Retriever(load_tower("query_"), load_tower("document_"), settings["temperature"])
-        tokenizer = load_tokenizer(str(path / "query_0_Transformer"))
+    with reading_model(path, "retriever"):
+        settings = read_retriever_settings(path)
+        if settings["shared_tower"]:
+            tower = load_tower("")
+            retriever = Retriever(tower, tower, settings["temperature"])
+            tokenizer = load_tokenizer(str(path))
+        else:
+            retriever = Retriever(load_tower("query_"), load_tower("document_"), settings["temperature"])
+            tokenizer = load_tokenizer(str(path / "query_0_Transformer"))
     return retriever.eval(), tokenizer
 
 
 def read_retriever_settings(path: Path) -> dict[str, Any]:
     """The `retriever.json` of an exported retriever. Raises UserError if it cannot be read."""
-    try:
-        settings: dict[str, Any] = json.loads((path / "retriever.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path} is not an exported retriever (no readable retriever.json); use RUN/STAGE/model/retriever or "
-            "RUN/encoders/VERSION of a run."
-        ) from error
+    settings: dict[str, Any] = read_json(path / "retriever.json", REMEDY)
     return settings
 
 

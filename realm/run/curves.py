@@ -41,8 +41,7 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
         axes[0, 2].plot(*_series(steps, "utility"), color="tab:green")
         axes[0, 2].axhline(0, color="grey", linewidth=0.5)
         axes[0, 2].set(title="REALM: retrieval utility", xlabel="step", ylabel="log p(y|z,x) − log p(y|null,x)")
-        behind = [row["steps_behind"] for row in steps]
-        axes[1, 0].plot([row["step"] for row in steps], behind, drawstyle="steps-post")
+        axes[1, 0].plot(*_points(steps, "steps_behind"), drawstyle="steps-post")
         axes[1, 0].set(title="Index: steps behind the trainer", xlabel="step", ylabel="steps")
     if "finetune" in metrics:
         _draw_fractions(axes[1, 1], metrics["finetune"], _FINETUNING, "Finetuning")
@@ -74,8 +73,14 @@ def _draw_null_masses(axis: Any, null_masses: dict[str, list[float]]) -> None:
 
 def _series(steps: list[dict], name: str, relative: bool = False) -> tuple[list[float], list[float]]:
     """Steps (`relative`: as fractions of the last) and running means of a figure."""
-    last = steps[-1]["step"]
-    places = [row["step"] / last if relative else float(row["step"]) for row in steps]
-    values = [row[name] for row in steps]
+    places, values = _points(steps, name)
+    if relative:
+        places = [place / steps[-1]["step"] for place in places]
     means = [float(np.mean(values[max(0, i - _SMOOTH + 1) : i + 1])) for i in range(len(values))]
     return places, means
+
+
+def _points(steps: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a figure, where it was logged."""
+    points = [(float(row["step"]), row[name]) for row in steps if isinstance(row.get(name), int | float)]
+    return [step for step, _ in points], [value for _, value in points]

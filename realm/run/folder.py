@@ -28,10 +28,12 @@ from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config, read_config
 from realm.run.data_config import QuestionSource
 from realm.run.yaml_text import parse_yaml
-from realm.runtime.publish import write_text_atomic
+from realm.runtime.distributed import on_rank_zero
+from realm.runtime.publish import check_folder, write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
-from realm.text.tokenizer import load_tokenizer
+from realm.text.tokenizer import load_tokenizer, tokenizer_fingerprint
+from realm.training.checkpoints import newest_checkpoint, read_state, set_damaged_aside
 
 BUILTIN = "builtin:"
 """Prefix of paths inside the built-in corpus."""
@@ -114,17 +116,34 @@ class Run:
         """Whether a stage is finished."""
         return self.model(name).exists()
 
+    def seconds(self, name: str) -> float:
+        """Seconds of training of a finished stage. Raises UserError if they cannot be read."""
+        path = self.model(name) / "seconds.txt"
+        try:
+            return float(path.read_text())
+        except (OSError, ValueError):
+            raise UserError(
+                f"{path} does not contain the seconds of training; restore it from a copy, or write 0 into it."
+            ) from None
+
     def last_finished(self) -> str:
-        """Name of the last finished stage. Raises UserError if none is."""
+        """Name of the last finished stage; prints a note if a later stage was started.
+
+        Raises UserError if no stage is finished.
+        """
         for name in reversed(STAGES):
             if self.finished(name):
                 return name
+            if self.stage(name).exists():
+                log_line(f"stage {name} is not finished (no {self.model(name)}); an earlier stage is used")
         raise UserError(f"run {self.folder} has no finished stage yet; train one first, for example with `realm ict`.")
 
     def begin(self, stage: str, resume: bool) -> bool:
         """Whether a stage still has to be trained.
 
-        Raises UserError if it was already started, unless `resume`.
+        With `resume`, damaged checkpoints are set aside if there is an older whole one, and the
+        console says so. Raises UserError if the stage was already started, unless `resume`, and if
+        all its checkpoints are damaged.
         """
         if self.finished(stage):
             console.print(f"  {stage}: already finished, in {self.model(stage)}")
@@ -134,7 +153,34 @@ class Run:
                 f"stage {stage} of run folder {self.folder} was already started; rerun with --resume to continue, "
                 "or choose another folder with --run."
             )
+        if resume:
+            for line in on_rank_zero(lambda: set_damaged_aside(self.stage(stage))):
+                log_line(line)
+            checkpoint = newest_checkpoint(self.stage(stage))
+            if checkpoint is None:
+                log_line(f"{stage} has no checkpoint in {self.stage(stage)}; training starts from step 0")
+            else:
+                self._check_starting_models(stage, checkpoint)
         return True
+
+    def starting_models(self, stage: str) -> dict[str, str | None]:
+        """The retriever and the reader that a stage starts from, relative to the run folder; None
+        for those before any training."""
+        found = {part: self.latest(part, before=stage) for part in ("retriever", "reader")}
+        return {
+            part: None if path is None else path.relative_to(self.folder).as_posix() for part, path in found.items()
+        }
+
+    def _check_starting_models(self, stage: str, checkpoint: Path) -> None:
+        """Raise UserError if a stage was started from other models than it would be now."""
+        before, now = read_state(checkpoint).get("started_from", {}), self.starting_models(stage)
+        for part, path in before.items():
+            if path != now[part]:
+                raise UserError(
+                    f"stage {stage} was started with the {part} {path or 'before any training'}, and would continue "
+                    f"with {now[part] or 'the one before any training'}; restore the former in {self.folder}, or "
+                    f"remove {self.stage(stage)} to train the stage again."
+                )
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one.
@@ -201,13 +247,20 @@ class Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the corpus was prepared with.
 
-        Raises UserError if the corpus is not prepared yet.
+        Raises UserError if the corpus is not prepared yet, and if the tokenizer is damaged or is
+        not that of the corpus.
         """
-        if not (self.prepared / "tokenizer").exists():
+        folder = self.prepared / "tokenizer"
+        if not folder.exists():
             raise UserError(
                 f"{self.prepared} contains no prepared corpus; run `realm prepare` with the same config first."
             )
-        return load_tokenizer(str(self.prepared / "tokenizer"))
+        remedy = "restore it from a copy, or prepare the corpus again in a new folder"
+        check_folder(folder, remedy)
+        tokenizer = load_tokenizer(str(folder))
+        if tokenizer_fingerprint(tokenizer) != self.passages.manifest["tokenizer"]:
+            raise UserError(f"the tokenizer in {folder} is not that of {self.passages.path}; {remedy}.")
+        return tokenizer
 
     @cached_property
     def wordpieces(self) -> Wordpieces:

@@ -1,10 +1,9 @@
 """The printed report of a finished run: stages, index versions, and next steps."""
 
-import json
 from pathlib import Path
 
 from realm.run.folder import STAGES, Run
-from realm.runtime.telemetry import console, format_seconds, print_table, read_metrics
+from realm.runtime.telemetry import console, format_seconds, print_table, read_log, read_metrics
 from realm.runtime.versions import versions_in
 
 _MASKED_SPAN_FIGURES = {
@@ -46,7 +45,8 @@ def _print_versions(folder: Path) -> None:
     """Print a table of the index versions that the trainer searched, if there are any."""
     steps_of: dict[str, list[dict]] = {}
     for step in read_metrics(folder / "metrics.jsonl").get("pretrain", []):
-        steps_of.setdefault(step["index"], []).append(step)
+        if {"index", "steps_behind"} <= step.keys():
+            steps_of.setdefault(step["index"], []).append(step)
     if not steps_of:
         return
     kept = {version.name for version in versions_in(folder / "indexes")}
@@ -82,8 +82,8 @@ def _print_versions(folder: Path) -> None:
 def _refreshes(folder: Path) -> dict[str, dict]:
     """The refresher's log entry of each version."""
     path = folder / "refresher" / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {entry["version"]: entry for entry in map(json.loads, lines)}
+    entries = read_log(path, {"version": str, "seconds": dict, "drift": dict})[0] if path.exists() else []
+    return {entry["version"]: entry for entry in entries}
 
 
 def print_next(run: Run) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ TEMPORARY = ".tmp-"
 """Name prefix of files and folders that are not published yet."""
 
 MANIFEST = "manifest.json"
+_REMEDY = "publish it again"
 
 
 class PublishError(UserError):
@@ -107,51 +108,84 @@ def _self_checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` with the sizes and checksums of all other files in `folder`.
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file.
+
+    Raises PublishError, which ends with `remedy`, if it is missing, unreadable or invalid.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PublishError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise PublishError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise PublishError(f"{path} is not valid JSON ({error}); {remedy}") from None
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Write `manifest.json` with the sizes and checksums of the files `names` in `folder` (default:
+    all other files).
 
     It also contains a checksum of itself. It must be the last file that is written.
     """
+    if names is None:
+        names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": checksum(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        name: {"bytes": (folder / name).stat().st_size, "sha256": checksum(folder / name)}
+        for name in sorted(names)
+        if name != MANIFEST
     }
     manifest = {**manifest, "files": files}
     write_json_atomic(folder / MANIFEST, {**manifest, "manifest_sha256": _self_checksum(manifest)})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """Read the manifest that `write_manifest` wrote, `files` included.
 
-    Raises PublishError if it is missing, not valid JSON, or was modified.
+    Raises PublishError, which ends with `remedy`, if it is missing, not valid JSON, or was
+    modified.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if folder.is_dir() and not os.path.lexists(path):
         raise PublishError(
             f"{path} is missing: {folder.name} was not published by this program, or was copied only partially"
-        ) from None
-    except ValueError as error:
-        raise PublishError(f"{path} is not valid JSON ({error}); publish it again") from None
+        )
+    manifest = read_json(path, remedy)
     if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _self_checksum(manifest):
-        raise PublishError(f"{path} was modified after it was published; publish it again")
+        raise PublishError(f"{path} was modified after it was published; {remedy}")
     return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Check the size, then the checksum, of every file in the manifest.
+def check_files(folder: Path, manifest: dict[str, Any], remedy: str = _REMEDY, contents: bool = True) -> None:
+    """Check the size, then the checksum, of every file in the manifest; without `contents` only the
+    sizes.
 
-    Raises PublishError naming the first file that differs.
+    Raises PublishError naming the first file that differs; the message ends with `remedy`.
     """
     for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise PublishError(f"{path} is missing; publish it again")
+            raise PublishError(f"{path} is missing; {remedy}")
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise PublishError(f"{path} has {size} bytes, but its manifest says {expected['bytes']}; publish it again")
-    for name, expected in manifest["files"].items():
-        if checksum(folder / name) != expected["sha256"]:
-            raise PublishError(f"{folder / name} does not match the checksum in its manifest; publish it again")
+            raise PublishError(f"{path} has {size} bytes, but its manifest says {expected['bytes']}; {remedy}")
+    for name, expected in manifest["files"].items() if contents else ():
+        try:
+            found = checksum(folder / name)
+        except OSError as error:
+            raise PublishError(f"{folder / name} cannot be read ({error.strerror}); {remedy}") from error
+        if found != expected["sha256"]:
+            raise PublishError(f"{folder / name} does not match the checksum in its manifest; {remedy}")
+
+
+def check_folder(folder: Path, remedy: str) -> bool:
+    """Check all files of a folder against its manifest.
+
+    Returns False if it has no manifest, as in folders of earlier versions. Raises
+    PublishError, which names the file and ends with `remedy`, if one is missing or differs.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        return False
+    check_files(folder, read_manifest(folder, remedy), remedy)
+    return True

@@ -188,20 +188,40 @@ class Metrics:
             self._board.close()
 
 
+METRIC_FIELDS = {"stage": str, "step": int}
+"""Fields that every line of `metrics.jsonl` has."""
+
+
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Read `metrics.jsonl`: the rows of each stage, in the order of steps.
 
-    If a step was logged twice (by a resumed run), the last line is used. Incomplete lines are
-    skipped.
+    If a step was logged twice (by a resumed run), the last line is used.
     """
     by_stage: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in read_log(path, METRIC_FIELDS)[0]:
         by_stage.setdefault(row["stage"], {})[row["step"]] = row
     return {stage: [rows[step] for step in sorted(rows)] for stage, rows in by_stage.items()}
+
+
+def read_log(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], int]:
+    """Read a log of one JSON object a line, each with `fields` of the given types.
+
+    Returns the objects and the number of other lines, such as one that a killed process left
+    incomplete; prints a warning if there are any.
+    """
+    rows, skipped = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in fields.items()):
+            rows.append(row)
+        elif line.strip():
+            skipped += 1
+    if skipped:
+        log_line(f"warning: {skipped} of {skipped + len(rows)} lines of {path} are incomplete and are not used")
+    return rows, skipped
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from realm.errors import UserError
 from realm.runtime.hub import require_on_hub
-from realm.runtime.publish import published, write_json_atomic
+from realm.runtime.publish import check_folder, published, read_json, write_json_atomic, write_manifest
 from realm.runtime.section import PathText, Section
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ def load_or_train_tokenizer(
     the saved tokenizer was created with a different config, or if `config.path` cannot be loaded.
     """
     if folder.exists():
-        settings = folder / _SETTINGS
-        if not settings.is_file() or json.loads(settings.read_bytes()) != asdict(config):
+        remedy = "restore it from a copy, or prepare into another folder"
+        check_folder(folder, remedy)
+        if read_json(folder / _SETTINGS, remedy) != asdict(config):
             raise UserError(
                 f"the tokenizer in {folder} was created with different `tokenizer` settings; "
                 "restore them or prepare into another folder."
@@ -70,6 +71,7 @@ def load_or_train_tokenizer(
     with published(folder) as temporary:
         tokenizer.save_pretrained(temporary)
         write_json_atomic(temporary / _SETTINGS, asdict(config))
+        write_manifest(temporary, {"format": 1})
     return tokenizer
 
 

@@ -156,16 +156,16 @@ class Engine:
     def save(self, folder: Path, state: dict[str, Any], write_extra: Callable[[Path], None]) -> None:
         """Publish the checkpoint `folder` atomically.
 
-        It contains DeepSpeed's state, `state.json` with `state`, and the files that
-        `write_extra(temporary folder)` adds on each rank.
+        It contains DeepSpeed's state, `state.json` with `state`, the files that
+        `write_extra(temporary folder)` adds on each rank, and a manifest with checksums.
         """
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self.deepspeed.save_checkpoint(str(temporary), tag=_DEEPSPEED_TAG)
-            if is_rank_zero():
-                write_state(temporary, state)
             write_extra(temporary)
             barrier()
+            if is_rank_zero():
+                write_state(temporary, state)
         barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Stage(AbstractContextManager["Stage"], ABC):
         """
         self.module, self.config, self.retriever, self.reader = module, config, retriever, reader
         self.engine: Engine | None = None
+        self.started_from: dict[str, str | None] = {}
+        """The saved models that the stage started from; part of every checkpoint."""
 
     @abstractmethod
     def draw(self, step: int, size: int) -> Batch:

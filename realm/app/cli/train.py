@@ -47,6 +47,10 @@ def add_training_commands(commands: Commands) -> None:
     refresh = add_command(commands, "refresh", _refresh, about, "run")
     refresh.add_argument("--once", action="store_true", help="exit when there is nothing left to do")
 
+    about = "check all files of a run and of its prepared corpus, and print how to rebuild what is damaged"
+    verify = add_command(commands, "verify", _verify, about, None)
+    verify.add_argument("run", type=path_option, help="run folder")
+
     for name, about in (
         ("finetune-retriever", "finetune both towers of the retriever on questions with hard negatives"),
         ("finetune", "finetune reader and query tower on questions"),
@@ -103,6 +107,12 @@ def _refresh(options: argparse.Namespace) -> None:
     run, workers = Run.open(options.run, options.overrides), WorkerGroup.join()
     refresh(run.folder, run.config.refresh, run.passages, once=options.once, workers=workers)
     workers.leave()
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from realm.app.verify import verify_run
+
+    verify_run(options.run)
 
 
 def _finetune(options: argparse.Namespace) -> None:

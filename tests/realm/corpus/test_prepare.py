@@ -224,18 +224,67 @@ def test_invalid_arguments_are_refused_in_one_line(tmp_path, tokenizer, changes,
 
 def test_modified_prepared_files_are_refused(tmp_path, tokenizer):
     prepare(tmp_path, tokenizer, make_documents(30))
-    blocks, manifest = tmp_path / "out/blocks.arrow", tmp_path / "out/manifest.json"
-    whole = blocks.read_bytes()
+    out = tmp_path / "out"
+    blocks, manifest = out / "blocks.arrow", out / "manifest.json"
+    whole, content = blocks.read_bytes(), json.loads(manifest.read_text())
+    remedy = f"restore it from a copy, or remove {out} and run `realm prepare` again"
     blocks.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes, but its manifest says {len(whole)}"):
-        PreparedCorpus.open(tmp_path / "out")
+    with pytest.raises(UserError, match=f"{blocks} has {len(whole) - 10} bytes, .* says {len(whole)}; {remedy}"):
+        PreparedCorpus.open(out)
     blocks.write_bytes(b"\0" * len(whole))
-    with pytest.raises(UserError, match="is corrupt"):
-        PreparedCorpus.open(tmp_path / "out")
+    with pytest.raises(UserError, match=f"is corrupt .*; {remedy}"):
+        PreparedCorpus.open(out)
     blocks.write_bytes(whole)
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"blocks": 3}))
-    with pytest.raises(UserError, match="rows, but its manifest says 3"):
-        PreparedCorpus.open(tmp_path / "out")
+    manifest.write_text(json.dumps(content | {"blocks": 3}))
+    with pytest.raises(UserError, match=f"manifest.json was modified after it was published; {remedy}"):
+        PreparedCorpus.open(out)
+    del content["manifest_sha256"]  # as earlier versions wrote it
+    manifest.write_text(json.dumps(content | {"blocks": 3}))
+    with pytest.raises(UserError, match=f"rows, but its manifest says 3; {remedy}"):
+        PreparedCorpus.open(out)
+    manifest.unlink()
+    for refused in (lambda: PreparedCorpus.open(out), lambda: prepare(tmp_path, tokenizer)):
+        with pytest.raises(UserError, match=f"manifest.json is missing: {out} was copied only partially; {remedy}"):
+            refused()
+
+
+def test_flipped_bytes_are_found_at_the_first_use_of_their_record_batch(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(realm.corpus.prepare, "CHUNK_DOCUMENTS", 10)
+    whole = prepare(tmp_path, tokenizer, make_documents(30))
+    first_document = [whole.document(row) for row in range(len(whole))]
+    first, second = first_document.index(0), first_document.index(10)
+    blocks = tmp_path / "out/blocks.arrow"
+    content = bytearray(blocks.read_bytes())
+    at = content.index(whole.text(second).encode())
+    assert at > content.index(whole.text(first).encode())
+    content[at : at + 200] = bytes(byte ^ 1 for byte in content[at : at + 200])
+    del whole
+    blocks.write_bytes(content)
+    corpus = PreparedCorpus.open(tmp_path / "out")
+    corpus.text(first)
+    for use in (
+        lambda: corpus.text(second),
+        lambda: corpus.lengths,
+        lambda: corpus.places,
+        lambda: corpus.row_of_id("x"),
+        corpus.check,
+        lambda: prepare(tmp_path, tokenizer),
+    ):
+        with pytest.raises(UserError, match=rf"{blocks} does not match the checksum .*; restore it"):
+            use()
+
+
+def test_a_corpus_of_an_earlier_version_has_no_checksums(tmp_path, tokenizer):
+    texts = [prepare(tmp_path, tokenizer, make_documents(30)).text(row) for row in range(10)]
+    manifest = tmp_path / "out/manifest.json"
+    content = json.loads(manifest.read_text())
+    assert PreparedCorpus.open(tmp_path / "out").has_checksums
+    manifest.write_text(
+        json.dumps({key: content[key] for key in content.keys() - {"files", "batches", "manifest_sha256"}})
+    )
+    corpus = prepare(tmp_path, tokenizer)
+    corpus.check()
+    assert not corpus.has_checksums and [corpus.text(row) for row in range(10)] == texts
 
 
 @pytest.mark.real_data

@@ -66,15 +66,11 @@ def test_resume_after_an_interrupt(tmp_path, tokenizer):
 
 
 def test_resume_after_an_interrupt_before_the_manifest(tmp_path, tokenizer, monkeypatch):
-    write = realm.corpus.prepare.write_json_atomic
-
-    def interrupted(path, value):
-        if path.name == "manifest.json":
-            raise KeyboardInterrupt
-        write(path, value)
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(realm.corpus.prepare, "write_json_atomic", interrupted)
+        patch.setattr(realm.corpus.prepare, "write_manifest", interrupted)
         prepare(tmp_path, tokenizer, make_documents(90), out="killed/out")
     with pytest.raises(UserError, match="not a finished prepared corpus"):
         PreparedCorpus.open(tmp_path / "killed/out")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -185,9 +186,27 @@ def checkpoint(tokenizer, path, vocab=None, dtype=torch.float32, with_head=True)
 def test_a_reader_saved_by_version_0_1_loads(tokenizer, tmp_path):
     reader = build(CONFIG, tokenizer)
     save_reader(reader, tokenizer, tmp_path / "saved")
+    (tmp_path / "saved" / "manifest.json").unlink()
     file = tmp_path / "saved" / "reader.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"context_tokens": 0}))
     assert load_reader(tmp_path / "saved").config == reader.config
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reader.json", "tokenizer.json"])
+def test_a_damaged_file_of_a_saved_reader_is_named(name, tokenizer, tmp_path):
+    save_reader(build(CONFIG, tokenizer), tokenizer, tmp_path)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=rf"{file} has \d+ bytes, but its manifest says .*; restore the model"):
+        load_reader(tmp_path)
+    (tmp_path / "manifest.json").unlink()  # as in folders of earlier versions
+    if name != "tokenizer.json":
+        with pytest.raises(UserError, match=f"{tmp_path}.*; restore the model from a copy"):
+            load_reader(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{tmp_path}") if name != "tokenizer.json" else nullcontext():
+        load_reader(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -207,14 +207,44 @@ def test_more_tokens_than_positions_raise(tokenizer):
         build_retriever(replace(CONFIG, max_passage_tokens=65), tokenizer)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1"], ids=["missing file", "truncated object", "truncated list"])
+@pytest.mark.parametrize("content", ["{", "[1"], ids=["truncated object", "truncated list"])
 def test_a_folder_that_is_not_a_retriever_raises(content, tmp_path):
-    if content is not None:
-        (tmp_path / "retriever.json").write_text(content)
-    with pytest.raises(UserError, match=f"{tmp_path} is not an exported retriever"):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{folder} is not a saved retriever"):
+            load_retriever(folder)
+    (tmp_path / "retriever.json").write_text(content)
+    with pytest.raises(UserError, match=r"retriever\.json is not valid JSON .*; restore the model"):
         load_retriever(tmp_path)
-    with pytest.raises(UserError, match="not an exported retriever"):
-        load_retriever(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("with_manifest", [True, False], ids=["with manifest", "of an earlier version"])
+@pytest.mark.parametrize("shared", [True, False], ids=["one tower", "two towers"])
+def test_a_damaged_file_of_a_saved_retriever_is_named(with_manifest, shared, tokenizer, tmp_path):
+    config = replace(CONFIG, shared_tower=shared, projection="linear")
+    path = save(build(config, tokenizer), config, tokenizer, tmp_path / "exported")
+    if not with_manifest:
+        (path / "manifest.json").unlink()
+    for file in sorted(path.rglob("*.safetensors")) + sorted(path.rglob("config.json")):
+        content = file.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            if file.parent.name.endswith(("Pooling", "Dense")) and file.suffix == ".json" and not with_manifest:
+                continue  # only sentence-transformers reads it
+            with pytest.raises(UserError, match=f"{path}.*; restore the model from a copy"):
+                load_retriever(path)
+        file.write_bytes(content)
+    load_retriever(path)
+
+
+def test_flipped_weights_of_a_saved_retriever_are_found(tokenizer, tmp_path):
+    path = save(build(CONFIG, tokenizer), CONFIG, tokenizer, tmp_path / "exported")
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors does not match the checksum in its manifest; restore"):
+        load_retriever(path)
 
 
 def test_sentence_transformers_loads_every_weight(tokenizer, tmp_path):
