@@ -4,13 +4,19 @@ PYTHON ?= python3
 FAISS ?= cpu
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test fuzz lint docs bench clean
 
 demo: .venv/installed
 	$(BIN)/realm run --config configs/demo.yaml --resume
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# CASES=1000000 SEED=1 runs more cases, or others.
+CASES ?= 100000
+SEED ?= 0
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
