@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.question_record import QuestionRecord, checked_question, question_number
+from realm.corpus.records import BadRecord, BadRecords, Place
 from realm.corpus.text_files import (
-    BadRecord,
-    BadRecords,
-    Place,
     check_file,
     detect_by_key,
     lines,

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realm.corpus.text_files import BadRecord, Place, check_text, json_type, stem
+from realm.corpus.records import BadRecord, Place, check_text, json_type
+from realm.corpus.text_files import stem
 
 UNANSWERABLE = "no answer"
 """Kind of questions that are published without an answer: counted, but not an error."""

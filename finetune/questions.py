@@ -10,7 +10,7 @@ import numpy as np
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from realm.corpus.prepared import PreparedCorpus
-from realm.corpus.text_files import BadRecords
+from realm.corpus.records import BadRecords
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.run.folder import Run

@@ -24,9 +24,9 @@ import pyarrow as pa
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import format_of, source_files
 from realm.corpus.prepared import BLOCKS, FORMAT, MANIFEST, SCHEMA, PreparedCorpus
+from realm.corpus.records import BadRecords
 from realm.corpus.shards import Chunk, ShardMaker, init_worker, make_in_worker, write_batches
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
 from realm.runtime.publish import checksum, write_file_atomic, write_json_atomic
 from realm.runtime.threads import cores

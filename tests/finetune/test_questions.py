@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from finetune.questions import load_questions
-from realm.corpus.text_files import BadRecords
+from realm.corpus.records import BadRecords
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.run.folder import Run

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import count_ignored, format_of, source_files
+from realm.corpus.records import BadRecords
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecords, parse_tsv
+from realm.corpus.text_files import parse_tsv
 from realm.errors import UserError
 
 DOCUMENTS = [
@@ -146,7 +147,7 @@ def test_mapped_title_that_is_in_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'missing field "heading" \(mapped to title\) in all records'):
         read(SourceConfig(str(path), fields={"title": "heading"}))
     (tmp_path / "a.tsv").write_text("id\ttext\ttitle\n1\tOne.\tT\n")
-    with pytest.raises(UserError, match="the header has no column heading; it has id, text, title"):
+    with pytest.raises(UserError, match="the header has no column heading; map its columns .id, text, title."):
         read(SourceConfig(str(tmp_path / "a.tsv"), fields={"title": "heading"}))
 
 

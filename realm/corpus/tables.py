@@ -1,0 +1,42 @@
+"""Rows of Arrow tables, which Parquet files and Hugging Face datasets consist of."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from realm.corpus.records import BadRecord, BadRecords, Place
+from realm.errors import first_line
+
+T = TypeVar("T")
+
+
+def parsed_rows(
+    batches: Iterable[pa.RecordBatch | pa.Table], path: str, report: BadRecords, parse: Callable[[Place, dict], T]
+) -> Iterator[T]:
+    """Yield `parse(place, row)` for every row of a table, as a dict of Python values.
+
+    Rows that cannot be converted, and those for which `parse` raises BadRecord, are added to
+    `report`.
+    """
+    number = 0
+    for batch in batches:
+        names = batch.column_names
+        for values in zip(*batch.columns, strict=True):
+            number += 1
+            place = Place(path, number)
+            try:
+                row = {name: _python_value(name, value) for name, value in zip(names, values, strict=True)}
+                yield parse(place, row)
+            except BadRecord as bad:
+                report.add(place, bad.kind, bad.detail)
+
+
+def _python_value(name: str, value: pa.Scalar) -> Any:
+    """The value of column `name` as a Python object. Raises BadRecord if it has none."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        raise BadRecord("not UTF-8", f' in "{name}"') from None
+    except (ValueError, OverflowError, KeyError, pa.ArrowException) as error:  # such as a date after the year 9999
+        raise BadRecord(f'"{name}" has no Python value', f" ({value.type}: {first_line(error)})") from None
