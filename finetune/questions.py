@@ -1,12 +1,12 @@
 """Questions: read from their source, tokenized, and paired with their passage if it is known."""
 
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.patterns import AnswerPattern
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from realm.corpus.prepared import PreparedCorpus
@@ -48,9 +48,9 @@ class Question:
     """Whether the answer is a regular expression, as in CuratedTREC."""
 
     @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The compiled regular expression; only if `is_pattern`."""
-        return re.compile(self.answers[0], re.IGNORECASE)
+    def pattern(self) -> AnswerPattern:
+        """The regular expression; only if `is_pattern`."""
+        return AnswerPattern(self.answers[0])
 
 
 def load_questions(

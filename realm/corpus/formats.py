@@ -50,17 +50,12 @@ def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
         raise UserError(
             f"`fields` of {source.path} cannot be used: the format {name} has fixed fields; remove `fields`."
         )
-    refuse_dataset_options(source.path, source.name, source.split, name)
-    return FORMATS[name](source, report)
-
-
-def refuse_dataset_options(path: str, name: str | None, split: str | None, kind: str) -> None:
-    """Raise UserError if `name` or `split` of a source is set, but its format is not `datasets`."""
-    for option, value in (("name", name), ("split", split)):
-        if value is not None and kind != "datasets":
+    for option in ("name", "split"):
+        if getattr(source, option) is not None and name != "datasets":
             raise UserError(
-                f"`{option}` of {path} is only for the format datasets, but the format is {kind}; remove it."
+                f"`{option}` of {source.path} is only for the format datasets, but the format is {name}; remove it."
             )
+    return FORMATS[name](source, report)
 
 
 def format_of(source: SourceConfig) -> str:
@@ -208,19 +203,13 @@ def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """
     path = Path(source.path)
     for a, article in enumerate(squad_articles(path)):
-        place = Place(f"{path}, data[{a}]")
-        try:
+        with report.skipping(Place(f"{path}, data[{a}]")):
             title = expect_field(article, "title", str, "the SQuAD article")
             for p, paragraph in enumerate(expect_field(article, "paragraphs", list, "the SQuAD article")):
                 place = Place(f"{path}, data[{a}].paragraphs[{p}]")
-                try:
+                with report.skipping(place):
                     text = expect_field(paragraph, "context", str, "the SQuAD paragraph")
-                except BadRecord as bad:
-                    report.add(place, bad.kind, bad.detail)
-                    continue
-                yield Record(place, {"id": f"{title}/{p}", "title": title.replace("_", " "), "text": text})
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
+                    yield Record(place, {"id": f"{title}/{p}", "title": title.replace("_", " "), "text": text})
 
 
 def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -230,15 +219,12 @@ def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """
     seen: set[str] = set()
     for place, article in timeqa_articles(Path(source.path)):
-        try:
+        with report.skipping(place):
             link, paragraphs = timeqa_document(article)
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
-            continue
-        if link not in seen:  # the file repeats an article for each relation that is asked about
-            seen.add(link)
-            title = link.rsplit("/", 1)[-1].replace("_", " ")
-            yield Record(place, {"id": link, "title": title, "text": TIMEQA_SEPARATOR.join(paragraphs)})
+            if link not in seen:  # the file repeats an article for each relation that is asked about
+                seen.add(link)
+                title = link.rsplit("/", 1)[-1].replace("_", " ")
+                yield Record(place, {"id": link, "title": title, "text": TIMEQA_SEPARATOR.join(paragraphs)})
 
 
 def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:

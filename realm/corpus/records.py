@@ -2,7 +2,8 @@
 cannot be used."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -43,6 +44,14 @@ class BadRecords:
         if len(self.first) < 20:
             self.first.append(shortened(f"{place}: {kind}{detail}", 400))
         self.counts[kind] += 1
+
+    @contextmanager
+    def skipping(self, place: Place) -> Iterator[None]:
+        """Add the record at `place` if the block raises BadRecord."""
+        try:
+            yield
+        except BadRecord as bad:
+            self.add(place, bad.kind, bad.detail)
 
     @property
     def total(self) -> int:

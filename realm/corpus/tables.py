@@ -25,11 +25,9 @@ def parsed_rows(
         for values in zip(*batch.columns, strict=True):
             number += 1
             place = Place(path, number)
-            try:
+            with report.skipping(place):
                 row = {name: _python_value(name, value) for name, value in zip(names, values, strict=True)}
                 yield parse(place, row)
-            except BadRecord as bad:
-                report.add(place, bad.kind, bad.detail)
 
 
 def _python_value(name: str, value: pa.Scalar) -> Any:

@@ -49,10 +49,8 @@ def parsed_lines(path: Path, expected: str, report: BadRecords, parse: Callable[
     """
     check_file(path, expected)
     for place, line in lines(path, report.add):
-        try:
+        with report.skipping(place):
             yield parse(place, line)
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
 
 
 def check_file(path: Path, expected: str) -> None:

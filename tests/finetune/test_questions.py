@@ -153,7 +153,7 @@ def test_timeqa_answer_offsets_are_relative_to_the_whole_article(tmp_path: Path)
 BROKEN = {
     "open.jsonl": [
         ("{", "invalid JSON"),
-        ('{"q": 1, "answer": "x"}', "missing field question"),
+        ('{"q": 1, "answer": "x"}', "missing field \"question\""),
         ('{"question": "a", "answer": 3}', "answers are not a list"),
         ('{"question": " ", "answer": ["x"]}', "empty question"),
         ('{"question": null, "answer": ["x"]}', "question is not a string but null"),
@@ -309,7 +309,7 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
         ),
         ("a.qas", "a\t{[]: 1}", "answers are not a list"),
         ("a.qas", "a\t" + "[" * 5000, "answers are not a list"),
-        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "not a SQuAD article"),
+        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "missing field \"qas\""),
     ],
 )
 def test_unusual_content_raises_user_errors(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
