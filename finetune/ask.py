@@ -4,11 +4,11 @@ import numpy as np
 from rich.markup import escape
 
 from finetune.answer import Answerer
-from finetune.questions import Question
+from finetune.questions import Question, is_truncated
 from finetune.train_reader import Finetuning
 from realm.errors import UserError
 from realm.run.folder import Run
-from realm.runtime.telemetry import console
+from realm.runtime.telemetry import console, log_line
 from realm.text.tokenizer import tokenize
 
 
@@ -16,16 +16,25 @@ def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> Non
     """Print the answer of a stage's models to the question `text`, reading `passages` passages.
 
     Also prints the passage with the answer marked, its p(z|x), and the titles of the other passages
-    read. Raises UserError if the question is empty or the stage has no reader.
+    read. Raises UserError if the question has no wordpieces or the stage has no reader.
     """
     if not text.strip():
         raise UserError(
             'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?".'
         )
+    ids, _ = tokenize(run.tokenizer, [text])[0]
+    if not len(ids):
+        raise UserError("the tokenizer drops all characters of the question; ask with letters or digits.")
     answerer = Answerer(run, stage)
     if answerer.model is None:
         raise UserError(
             f"stage {stage} of run {run.folder} has no reader; train one, or choose a later stage with --stage."
+        )
+    limit = run.config.retriever.max_query_tokens
+    if is_truncated(ids, limit):
+        log_line(
+            f"warning: only the beginning of the question is read: it has {len(ids):,} wordpieces, and "
+            f"retriever.max_query_tokens is {limit}"
         )
     print_answer(answerer, text, passages)
 

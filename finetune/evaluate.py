@@ -54,7 +54,7 @@ def evaluate(
     folder = run.folder / "evaluations"
     _check_same_questions(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)
-    questions = load_questions(source, run.passages, run.tokenizer)
+    questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
     config = run.config.evaluate
     results: dict[str, Figures] = {}
     intervals: dict[str, Intervals] = {}

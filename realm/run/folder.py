@@ -179,6 +179,7 @@ class Run:
         Raises UserError if it was prepared with different settings, as far as this can be checked
         without reading the sources.
         """
+        self._check_prepared(kind)
         corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
         inputs = corpus.manifest["inputs"]
         limits = [source.limit for source in config.limited(sources)]
@@ -194,16 +195,26 @@ class Run:
                 )
         return corpus
 
+    def _check_prepared(self, part: str) -> None:
+        """Raise UserError if this part of the prepared corpus does not exist."""
+        if not (self.prepared / part).exists():
+            elsewhere = (
+                ""
+                if self.prepared.is_absolute()
+                else f", or from the folder that corpus.prepared ({self.prepared}) is relative to"
+            )
+            raise UserError(
+                f"{self.prepared.absolute()} contains no prepared corpus; run `realm prepare` with the same config "
+                f"first{elsewhere}."
+            )
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the corpus was prepared with.
 
         Raises UserError if the corpus is not prepared yet.
         """
-        if not (self.prepared / "tokenizer").exists():
-            raise UserError(
-                f"{self.prepared} contains no prepared corpus; run `realm prepare` with the same config first."
-            )
+        self._check_prepared("tokenizer")
         return load_tokenizer(str(self.prepared / "tokenizer"))
 
     @cached_property

@@ -153,7 +153,7 @@ def test_timeqa_answer_offsets_are_relative_to_the_whole_article(tmp_path: Path)
 BROKEN = {
     "open.jsonl": [
         ("{", "invalid JSON"),
-        ('{"q": 1, "answer": "x"}', "missing field \"question\""),
+        ('{"q": 1, "answer": "x"}', 'missing field "question"'),
         ('{"question": "a", "answer": 3}', "answers are not a list"),
         ('{"question": " ", "answer": ["x"]}', "empty question"),
         ('{"question": null, "answer": ["x"]}', "question is not a string but null"),
@@ -184,9 +184,9 @@ def test_invalid_lines_are_reported_with_file_and_line(
     kind = FILES[name][1]
     number = len((FILES[name][0] + line).splitlines())
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        load_questions(QuestionSource(str(path), kind), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path), kind), run.passages, run.tokenizer, 32)
     assert f"{path}:{number}: " in str(caught.value) and "skip_bad" in str(caught.value)
-    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run.passages, run.tokenizer)
+    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run.passages, run.tokenizer, 32)
     assert len(kept) == len(FILES[name][2])
 
 
@@ -222,7 +222,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_question_gets_the_block_of_its_paragraph_that_contains_the_answer(run: Run) -> None:
     source = run.questions("train")
     assert source is not None
-    questions = load_questions(source, run.passages, run.tokenizer)
+    questions = load_questions(source, run.passages, run.tokenizer, 32)
     assert len(run.passages) > len(TOWNS), "paragraphs are split into several blocks here"
     for question, founder in zip(questions, FOUNDERS, strict=True):
         assert question.passage is not None and founder in run.passages.text(question.passage)
@@ -233,7 +233,7 @@ def test_an_unknown_passage_is_refused(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
     with pytest.raises(UserError, match=r"open.jsonl:1: document 'town-99' is not in the corpus"):
-        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
 
 
 def test_saved_datasets_are_read(tmp_path: Path, run: Run) -> None:
@@ -242,17 +242,17 @@ def test_saved_datasets_are_read(tmp_path: Path, run: Run) -> None:
     rows = [{"id": "1", "question": "who", "context": "none", "answers": {"text": ["Ada"], "answer_start": [0]}}]
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
     source = QuestionSource(str(tmp_path / "saved"), split="validation")
-    (question,) = load_questions(source, run.passages, run.tokenizer)
+    (question,) = load_questions(source, run.passages, run.tokenizer, 32)
     assert question.answers == ("Ada",) and question.passage is None
-    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer)) == 1, (
+    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer, 32)) == 1, (
         "the only split is the default"
     )
     with pytest.raises(UserError, match="no split 'train'; choose one of validation"):
-        load_questions(replace(source, split="train"), run.passages, run.tokenizer)
+        load_questions(replace(source, split="train"), run.passages, run.tokenizer, 32)
     two = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match=r"has several splits \(train, test\); choose one with `split`"):
-        load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer, 32)
 
 
 def test_dpr_tables_of_patterns_need_an_explicit_format(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_unanswerable_questions_do_not_hide_an_invalid_line(tmp_path: Path, run:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
     with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: invalid JSON"):
-        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
         ),
         ("a.qas", "a\t{[]: 1}", "answers are not a list"),
         ("a.qas", "a\t" + "[" * 5000, "answers are not a list"),
-        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "missing field \"qas\""),
+        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', 'missing field "qas"'),
     ],
 )
 def test_unusual_content_raises_user_errors(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
-        load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer, 32)
 
 
 PUBLISHED = {
