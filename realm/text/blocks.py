@@ -23,8 +23,8 @@ _END = re.compile(
     """,
     re.VERBOSE,
 )
-"""Every run of terminators and of white space is tried once, from its beginning, so that the time is
-linear in the length of the text."""
+"""Every run of terminators and of white space is tried once, from its beginning, so that the time
+is linear in the length of the text."""
 _WORD_BEFORE = re.compile(r"(?:[^\W\d_]|\.)+\Z")
 _LETTER = re.compile(r"[^\W_]")
 _NEVER_LAST = re.compile(

@@ -227,10 +227,11 @@ def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedToke
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordPiece":
         raise UserError(f"tokenizer {path} is not a WordPiece tokenizer; use a BERT tokenizer.")
-    if backend.model.max_input_chars_per_word > 10 * MAX_WORD_LENGTH:
+    longest = backend.model.max_input_chars_per_word
+    if longest > 10 * MAX_WORD_LENGTH:
         raise UserError(
-            f"tokenizer {path} splits words of up to {backend.model.max_input_chars_per_word:,} characters, which takes "
-            f"minutes for a long one; set max_input_chars_per_word in its tokenizer.json to {MAX_WORD_LENGTH}, as in BERT."
+            f"tokenizer {path} splits words of up to {longest:,} characters, which takes minutes for a long one; "
+            f"set max_input_chars_per_word in its tokenizer.json to {MAX_WORD_LENGTH}, as in BERT."
         )
     if backend.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise UserError(f"tokenizer {path} has only special tokens: its tokenizer.json or vocab.txt is missing.")

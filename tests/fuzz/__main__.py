@@ -33,7 +33,7 @@ def main() -> int:
         if options.case is not None:
             print(case_of(targets[name], options.seed, options.case))
         started = time.monotonic()
-        report, died = run_in_processes(name, options.seed, numbers)
+        report, died = run_in_processes(targets[name], options.seed, numbers)
         failures = len(report.failures) + len(died)
         print(
             f"{name:<24}{report.cases:>8,}{report.accepted:>10,}{report.refused:>9,}{report.skipped:>9,}{failures:>10,}"
