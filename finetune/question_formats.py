@@ -2,6 +2,7 @@
 
 import ast
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import accumulate
@@ -151,7 +152,10 @@ def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRe
 def _literal_list(text: str) -> object:
     """Parse a Python or JSON literal. Raises BadRecord if it is neither."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # about escapes such as "\\s" in patterns
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:

@@ -111,8 +111,9 @@ def cut_blocks(
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     num_tokens = len(offset_L2)
     edges = [0]
-    for bound in bounds:
-        token = int(np.searchsorted(starts, bound))
+    places = np.fromiter(bounds, np.int64)
+    # One search for all: each would copy the offsets, which are not contiguous.
+    for bound, token in zip(places.tolist(), np.searchsorted(starts, places).tolist(), strict=True):
         if edges[-1] < token < num_tokens and ends[token - 1] <= bound:
             edges.append(token)
     edges.append(num_tokens)

@@ -18,7 +18,7 @@ from realm.corpus.documents import read_documents
 from realm.corpus.formats import count_ignored
 from realm.corpus.records import BadRecords
 from realm.corpus.sources import SourceConfig
-from tests.fuzz.mutate import mutated_bytes, mutated_json, mutated_tree
+from tests.fuzz.mutate import dumped, mutated_bytes, mutated_json, mutated_tree
 from tests.fuzz.targets import Case, Target, register
 
 DOCUMENTS = [
@@ -145,7 +145,7 @@ def dataset_case(rng: Random) -> Case:
     name = rng.choice(sorted(files))
     content = files[name]
     if name.endswith(".json") and rng.random() < 0.7:
-        content = json.dumps(mutated_tree(rng, json.loads(content))).encode("utf-8", "surrogatepass")
+        content = dumped(rng, mutated_tree(rng, json.loads(content)))
     else:
         content = mutated_bytes(rng, content, encodings=False)
     options = {"split": rng.choice((None, "train", "test")), "name": rng.choice((None, None, None, "x"))}

@@ -2,6 +2,7 @@
 reported."""
 
 import multiprocessing
+import os
 import resource
 from importlib import import_module
 from multiprocessing.connection import Connection
@@ -28,7 +29,7 @@ def run_in_processes(target: Target, seed: int, numbers: range) -> tuple[Report,
     while numbers and len(died) < MAX_DEATHS:
         ours, theirs = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("spawn").Process(
-            target=_work, args=(target.generate.__module__, target.name, seed, numbers, theirs)
+            target=_work, args=(target.run.__module__, target.name, seed, numbers, theirs)
         )
         process.start()
         theirs.close()
@@ -58,6 +59,9 @@ def run_in_processes(target: Target, seed: int, numbers: range) -> tuple[Report,
 def _work(module: str, name: str, seed: int, numbers: range, connection: Connection) -> None:
     """Run the cases, and send the number before and the report after each."""
     import_module(module)  # which registers the target
+    with open(os.devnull, "w") as nowhere:  # libraries print warnings about damaged input
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ADDRESS_SPACE, resource.RLIM_INFINITY))
     for number, report in run_target(TARGETS[name], seed, numbers):
