@@ -49,7 +49,8 @@ def load_split(path: str, name: str | None, split: str | None) -> Any:
         try:
             loaded = datasets.load_from_disk(path)
         except Exception as error:  # files with wrong content raise KeyError, TypeError, AttributeError, …
-            raise UserError(f"{path} is not a dataset saved with `save_to_disk` ({first_line(error)}).") from error
+            reason = "it has no rows" if isinstance(error, IndexError) else first_line(error)
+            raise UserError(f"{path} is not a usable dataset saved with `save_to_disk` ({reason}).") from error
         if isinstance(loaded, datasets.Dataset) and split is not None and split != str(loaded.split):
             only = "is not divided into splits" if loaded.split is None else f"contains only the split {loaded.split}"
             raise UserError(f"dataset {path} {only}, but `split` is {split!r}; remove it.")

@@ -202,8 +202,7 @@ def _from_pretrained(location: str, path: str) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        # transformers has no specific exception for inconsistent files.
+    except Exception as error:  # transformers and tokenizers have no specific exception for damaged files
         raise UserError(f"the tokenizer in {path} cannot be loaded ({first_line(error)}).") from error
 
 

@@ -289,7 +289,13 @@ def test_options_without_effect_are_refused(source: dict, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("open.jsonl", {"articles": ("x",)}), ("squad.json", {"fields": {"question": "q"}})]
+    ("name", "option"),
+    [
+        ("open.jsonl", {"articles": ("x",)}),
+        ("open.jsonl", {"split": "x"}),
+        ("open.jsonl", {"name": "x"}),
+        ("squad.json", {"fields": {"question": "q"}}),
+    ],
 )
 def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option: dict) -> None:
     (tmp_path / name).write_text(FILES[name][0])
@@ -336,3 +342,41 @@ def test_published_files_are_read_completely(shared_data: Path, name: str) -> No
     records, report = read(shared_data / name)
     assert format_of(QuestionSource(str(shared_data / name))) == expected_format
     assert len(records) + report.total == count and set(report.counts) <= {UNANSWERABLE}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"context": 5}, "context is not a string but a number"),
+        ({"context": "a\ud800"}, "unpaired surrogate"),
+        ({"qas": 5}, '"qas" is not a list but a number'),
+        ({"qas": [{"id": "a", "question": "b", "answers": {}}]}, '"answers" is not a list but an object'),
+    ],
+)
+def test_values_of_other_types_are_reported(tmp_path: Path, change: dict, reason: str) -> None:
+    paragraph = {"context": "c", "qas": [squad_entry("x")]}
+    tree = {"data": [{"title": "T", "paragraphs": [paragraph | change, paragraph]}]}
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    records, report = read(tmp_path / "a.json", num_folds=1, use_folds=(0,))
+    assert [record.id for record in records] == ["x"] and reason in report.first[0]
+
+
+def test_timeqa_questions_are_checked_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    questions = [["Who?", [{"para": 7, "from": 0, "end": 1, "answer": "A"}]], TIMEQA[0]["questions"][0]]  # type: ignore[index]
+    path.write_text(json.dumps([TIMEQA[0] | {"link": ["x"]}, TIMEQA[0] | {"questions": questions}]))
+    records, report = read(path, num_folds=1, use_folds=(0,))
+    assert [record.text for record in records] == ["Who led Alda?"]
+    assert report.counts == {'"link" is not a string': 1, "the answer is in no paragraph": 1}
+
+
+def test_questions_without_wordpieces_are_bad_records_and_long_ones_are_counted(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "open.jsonl"
+    rows = [{"question": text, "answer": "x"} for text in ("who", "\u200b", "who " * 40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"open.jsonl:2: question without wordpieces"):
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
+    assert len(load_questions(QuestionSource(str(path), skip_bad=True), run.passages, run.tokenizer, 32)) == 2
+    assert "1 truncated to retriever.max_query_tokens (32)" in capsys.readouterr().out
