@@ -25,16 +25,16 @@ def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> Non
     ids, _ = tokenize(run.tokenizer, [text])[0]
     if not len(ids):
         raise UserError("the tokenizer drops all characters of the question; ask with letters or digits.")
-    answerer = Answerer(run, stage)
-    if answerer.model is None:
-        raise UserError(
-            f"stage {stage} of run {run.folder} has no reader; train one, or choose a later stage with --stage."
-        )
     limit = run.config.retriever.max_query_tokens
     if is_truncated(ids, limit):
         log_line(
             f"warning: only the beginning of the question is read: it has {len(ids):,} wordpieces, and "
             f"retriever.max_query_tokens is {limit}"
+        )
+    answerer = Answerer(run, stage)
+    if answerer.model is None:
+        raise UserError(
+            f"stage {stage} of run {run.folder} has no reader; train one, or choose a later stage with --stage."
         )
     print_answer(answerer, text, passages)
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.ask import ask
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from finetune.questions import load_questions
@@ -380,3 +381,13 @@ def test_questions_without_wordpieces_are_bad_records_and_long_ones_are_counted(
         load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
     assert len(load_questions(QuestionSource(str(path), skip_bad=True), run.passages, run.tokenizer, 32)) == 2
     assert "1 truncated to retriever.max_query_tokens (32)" in capsys.readouterr().out
+
+
+def test_ask_refuses_a_question_without_wordpieces_and_warns_about_a_long_one(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="the tokenizer drops all characters of the question"):
+        ask(run, "\u200b", 5)
+    with pytest.raises(UserError, match="has not finished stage finetune"):
+        ask(run, "who " * 40, 5)
+    assert "it has 40 wordpieces, and retriever.max_query_tokens is 32" in capsys.readouterr().out

@@ -228,7 +228,7 @@ def test_errors_in_parquet_squad_and_saved_datasets(tmp_path: Path) -> None:
         read(SourceConfig(str(tmp_path / "squad.json"), "squad"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a dataset saved with `save_to_disk`"):
+    with pytest.raises(UserError, match="is not a usable dataset saved with `save_to_disk`"):
         read(SourceConfig(str(tmp_path / "saved")))
 
 
