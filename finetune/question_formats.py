@@ -213,9 +213,9 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         place = Place(f"{path}, record {number}")
         with report.skipping(place):
             record = expect(entry, dict, "the question")
-            for name in ("qText", "answers"):
-                if name not in record:
-                    raise missing_field(name, record)
+            for field in ("qText", "answers"):
+                if field not in record:
+                    raise missing_field(field, record)
             name = number if record.get("qId") is None else record["qId"]
             yield checked_question(place, name, record["qText"], record["answers"])
 
