@@ -245,8 +245,10 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
 
 
 def _squad_question(place: Place, entry: object, paragraph: dict[str, Any], article: str) -> QuestionRecord:
-    name, text = (expect_field(entry, field, str, "the SQuAD question") for field in ("id", "question"))
+    text = expect_field(entry, "question", str, "the SQuAD question")
     record = expect(entry, dict, "the SQuAD question")
+    if "id" not in record:
+        raise missing_field("id", record)
     answers = [] if record.get("is_impossible") else expect_field(record, "answers", list, "the SQuAD question")
     texts = [expect_field(answer, "text", str, "the answer") for answer in answers]
     starts = tuple(
@@ -254,7 +256,7 @@ def _squad_question(place: Place, entry: object, paragraph: dict[str, Any], arti
     )
     return checked_question(
         place,
-        name,
+        record["id"],
         text,
         texts,
         context=paragraph.get("context"),

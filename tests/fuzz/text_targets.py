@@ -189,8 +189,8 @@ def _load(case: Case, folder: Path) -> int:
     return 0
 
 
-register(Target("text-blocks", _text, _cut))
-register(Target("text-spans", _text, _spans))
-register(Target("text-prepare", _text, _prepare))
-register(Target("tokenizer-train", _text, _train))
-register(Target("tokenizer-load", _tokenizer_case, _load))
+register(Target("text-blocks", _text, _cut, share=0.2))
+register(Target("text-spans", _text, _spans, share=0.5))
+register(Target("text-prepare", _text, _prepare, share=0.05))
+register(Target("tokenizer-train", _text, _train, share=0.05))
+register(Target("tokenizer-load", _tokenizer_case, _load, share=0.1))
