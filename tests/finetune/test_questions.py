@@ -390,4 +390,4 @@ def test_ask_refuses_a_question_without_wordpieces_and_warns_about_a_long_one(
         ask(run, "\u200b", 5)
     with pytest.raises(UserError, match="has not finished stage finetune"):
         ask(run, "who " * 40, 5)
-    assert "it has 40 wordpieces, and retriever.max_query_tokens is 32" in capsys.readouterr().out
+    assert "it has 120 wordpieces, and retriever.max_query_tokens is 32" in capsys.readouterr().out
