@@ -28,7 +28,7 @@ from realm.corpus.text_files import (
 )
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
-from realm.runtime.hub import dataset_batches, load_split
+from realm.runtime.hub import damage_refused, dataset_batches, load_split
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -308,8 +308,9 @@ def _timeqa_answer(answer: object, starts: list[int]) -> tuple[str, int]:
 
 def _read_datasets(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
     """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
-    batches = dataset_batches(load_split(source.path, source.name, source.split), source.path)
-    return parsed_rows(batches, source.path, report, lambda place, row: _from_fields(place, row, source))
+    batches = dataset_batches(load_split(source.path, source.name, source.split))
+    with damage_refused(source.path):
+        yield from parsed_rows(batches, source.path, report, lambda place, row: _from_fields(place, row, source))
 
 
 FORMATS: dict[str, Callable[[QuestionSource, BadRecords], Iterator[QuestionRecord]]] = {

@@ -27,7 +27,7 @@ from realm.corpus.text_files import (
     stem,
 )
 from realm.errors import UserError, first_line, shortened
-from realm.runtime.hub import dataset_batches, load_split
+from realm.runtime.hub import damage_refused, dataset_batches, load_split
 
 _SUFFIXES = {".jsonl": "jsonl", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -247,8 +247,9 @@ def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]
     """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
     dataset = load_split(source.path, source.name, source.split)
     columns = _table_columns(source, dataset.column_names, f"dataset {source.path}")
-    batches = dataset_batches(dataset.select_columns(columns), source.path)
-    yield from parsed_rows(batches, source.path, report, partial(_row, source, count()))
+    with damage_refused(source.path):
+        batches = dataset_batches(dataset.select_columns(columns))
+        yield from parsed_rows(batches, source.path, report, partial(_row, source, count()))
 
 
 FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {

@@ -17,17 +17,26 @@ def parsed_rows(
     """Yield `parse(place, row)` for every row of a table, as a dict of Python values.
 
     Rows that cannot be converted, and those for which `parse` raises BadRecord, are added to
-    `report`.
+    `report`. Raises ArrowInvalid if the table is damaged.
     """
     number = 0
     for batch in batches:
         names = batch.column_names
+        for column in batch.columns:
+            _check_offsets(column)
         for values in zip(*batch.columns, strict=True):
             number += 1
             place = Place(path, number)
             with report.skipping(place):
                 row = {name: _python_value(name, value) for name, value in zip(names, values, strict=True)}
                 yield parse(place, row)
+
+
+def _check_offsets(column: pa.Array | pa.ChunkedArray) -> None:
+    """Raise ArrowInvalid if offsets of a column point outside of it; using one ends the process."""
+    # Strings are checked as bytes: text that is not UTF-8 is an error of its row alone.
+    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+    (column if binary is None else column.cast(binary)).validate(full=True)
 
 
 def _python_value(name: str, value: pa.Scalar) -> Any:

@@ -4,6 +4,7 @@ Availability is checked with one quick request first, because the loaders retry 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,11 +75,18 @@ def load_split(path: str, name: str | None, split: str | None) -> Any:
     return loaded[split or splits[0]]
 
 
-def dataset_batches(dataset: Any, path: str) -> Iterator[Any]:
-    """Yield the rows of a dataset as Arrow tables. Raises UserError if `path` is damaged."""
+def dataset_batches(dataset: Any) -> Iterator[Any]:
+    """The rows of a dataset as Arrow tables of up to 1,000 rows."""
+    batches: Iterator[Any] = dataset.with_format("arrow").iter(1000)
+    return batches
+
+
+@contextmanager
+def damage_refused(path: str) -> Iterator[None]:
+    """Raise UserError if the Arrow files of the dataset `path`, read in the block, are damaged."""
     import pyarrow as pa
 
     try:
-        yield from dataset.with_format("arrow").iter(1000)
+        yield
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"dataset {path} is damaged ({first_line(error)}).") from error

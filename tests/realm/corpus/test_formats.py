@@ -18,6 +18,7 @@ from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import count_ignored, format_of, source_files
 from realm.corpus.records import BadRecords
 from realm.corpus.sources import SourceConfig
+from realm.corpus.tables import parsed_rows
 from realm.corpus.text_files import parse_tsv
 from realm.errors import UserError
 
@@ -351,3 +352,10 @@ def test_timeqa_articles_with_values_of_other_types_are_reported(tmp_path: Path)
     documents = list(read_documents([SourceConfig(str(tmp_path / "a.json"))], True, report))
     assert [document.text for document in documents] == ["One."]
     assert report.counts == {'"link" is not a string': 1, '"paras" is not a list': 1}
+
+
+def test_offsets_outside_of_a_column_are_refused() -> None:
+    offsets = pa.py_buffer(b"\0\0\0\0\0\0\0\x70\5\0\0\0")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abcde")])
+    with pytest.raises(pa.ArrowInvalid, match="[Oo]ffset"):
+        list(parsed_rows([pa.record_batch([column], ["text"])], "a", BadRecords(), lambda place, row: row))
