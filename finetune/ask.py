@@ -3,11 +3,11 @@
 import numpy as np
 
 from finetune.answer import Answer, Answerer
-from finetune.questions import Question
+from finetune.questions import Question, is_truncated
 from finetune.train_reader import Finetuning
 from realm.errors import UserError
 from realm.run.folder import Run
-from realm.runtime.telemetry import console, styled
+from realm.runtime.telemetry import console, log_line, styled
 from realm.text.tokenizer import tokenize
 
 _ANSWER = "bold green"
@@ -18,11 +18,20 @@ def ask(run: Run, text: str, passages: int, stage: str = Finetuning.name) -> Non
     """Print the answer of a stage's models to the question `text`, reading `passages` passages.
 
     Also prints the passage with the answer marked, its p(z|x), and the titles of the other passages
-    read. Raises UserError if the question is empty or the stage has no reader.
+    read. Raises UserError if the question has no wordpieces or the stage has no reader.
     """
     if not text.strip():
         raise UserError(
             'the question is empty; write it in quotes, as in realm ask --run runs/demo "Who discovered radium?".'
+        )
+    ids, _ = tokenize(run.tokenizer, [text])[0]
+    if not len(ids):
+        raise UserError("the tokenizer drops all characters of the question; ask with letters or digits.")
+    limit = run.config.retriever.max_query_tokens
+    if is_truncated(ids, limit):
+        log_line(
+            f"warning: only the beginning of the question is read: it has {len(ids):,} wordpieces, and "
+            f"retriever.max_query_tokens is {limit}"
         )
     answerer = Answerer(run, stage)
     if answerer.model is None:

@@ -60,7 +60,7 @@ class QuestionCollator:
 
     def _matches(self, question: Question, text: str) -> list[tuple[int, int]]:
         """Matches of a question's pattern that are aligned with wordpieces."""
-        spans = [(match.start(), match.end(), "") for match in question.pattern.finditer(text) if match.group().strip()]
+        spans = [(start, end, "") for start, end in question.pattern.spans(text)]
         if not spans:
             return []
         _, offset_L2 = tokenize(self.tokenizer, [text])[0]
@@ -69,7 +69,7 @@ class QuestionCollator:
     def contains_answer(self, question: Question, row: int) -> bool:
         """Whether a passage contains an answer, by whole tokens or by the question's pattern."""
         text = self.passages.text(row)
-        return question.pattern.search(text) is not None if question.is_pattern else has_answer(text, question.answers)
+        return question.pattern.is_in(text) if question.is_pattern else has_answer(text, question.answers)
 
     def substitutes(
         self, questions: Sequence[Question], probability: float, pool: SpanPool, rng: np.random.Generator

@@ -14,7 +14,8 @@ import numpy as np
 from finetune.answer import INITIAL, Answerer
 from finetune.baselines import PassageRetriever, load_baseline
 from finetune.figures import CONVENTIONS, RECALL_DEPTHS, Figures, Intervals, Record, percent, rank_of_first, summarize
-from finetune.metrics import answers_in_corpus, exact_match, f1, has_substring, pattern_match, patterns_in_corpus
+from finetune.metrics import answers_in_corpus, exact_match, f1, has_substring
+from finetune.patterns import patterns_in_corpus
 from finetune.questions import Question, load_questions
 from finetune.train_reader import Finetuning
 from index.frozen import FROZEN
@@ -53,7 +54,7 @@ def evaluate(
     folder = run.folder / "evaluations"
     _check_same_questions(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)
-    questions = load_questions(source, run.passages, run.tokenizer)
+    questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
     config = run.config.evaluate
     results: dict[str, Figures] = {}
     intervals: dict[str, Intervals] = {}
@@ -219,7 +220,7 @@ def _read(
     """Add the answers from the given passages to the records; `prefix`: of the figures' names."""
     for question, answer, record in zip(questions, answerer.read(questions, rows), records, strict=True):
         if question.is_pattern:
-            right = pattern_match(answer.text, question.pattern)
+            right = question.pattern.is_answer(answer.text)
         else:
             right = exact_match(answer.text, question.answers, config.normalize_nfd)
         record[f"{prefix}em"] = right

@@ -3,7 +3,7 @@
 Exact match and F1 use the SQuAD normalization (lower case, no punctuation, no articles, single
 spaces), by default after Unicode NFD so that composed and decomposed spellings match. Answers are
 searched in passages by whole tokens, as in DPR, or as substrings, as in ORQA. Patterns
-(CuratedTREC) must match a whole prediction, and may match anywhere in a passage.
+(`finetune.patterns`) must match a whole prediction, and may match anywhere in a passage.
 """
 
 import re
@@ -32,11 +32,6 @@ def normalize_answer(text: str, nfd: bool = True) -> str:
 def exact_match(prediction: str, answers: Sequence[str], nfd: bool = True) -> bool:
     """Whether the prediction equals any answer after normalization."""
     return any(normalize_answer(prediction, nfd) == normalize_answer(answer, nfd) for answer in answers)
-
-
-def pattern_match(prediction: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the pattern matches the whole stripped prediction, not only a prefix."""
-    return pattern.fullmatch(prediction.strip()) is not None
 
 
 def f1(prediction: str, answers: Sequence[str], nfd: bool = True) -> float:
@@ -105,21 +100,6 @@ def answers_in_corpus(texts: Iterable[str], answers: Sequence[Sequence[str]]) ->
             if not by_first[first]:
                 del by_first[first]
     return found
-
-
-def patterns_in_corpus(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> np.ndarray:
-    """Whether each pattern matches in any of the texts, (patterns,) bool."""
-    parts = [texts[start : start + 1000] for start in range(0, len(texts), 1000)]
-    joined = ["\0\n\0".join(part) for part in parts]
-
-    def matches(pattern: re.Pattern[str]) -> bool:
-        # Searching the joined texts first is faster. A pattern without anchors that matches in a
-        # text also matches in the joined texts, but not the other way round.
-        has_anchors = any(mark in pattern.pattern for mark in ("^", "$", "\\A", "\\Z"))
-        likely = (part for part, whole in zip(parts, joined, strict=True) if has_anchors or pattern.search(whole))
-        return any(pattern.search(text) for part in likely for text in part)
-
-    return np.array([matches(pattern) for pattern in patterns], dtype=bool)
 
 
 def bootstrap_interval(

@@ -2,17 +2,21 @@
 
 import ast
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finetune.patterns import AnswerPattern
 from finetune.question_record import QuestionRecord, checked_question, question_number
+from realm.corpus.qa_files import TIMEQA_SEPARATOR, squad_articles, timeqa_articles, timeqa_document
+from realm.corpus.records import BadRecord, BadRecords, Place, expect, expect_field, missing_field
+from realm.corpus.tables import parsed_rows
 from realm.corpus.text_files import (
-    BadRecord,
-    BadRecords,
-    Place,
     check_file,
+    decoded,
     detect_by_key,
     lines,
     named_format,
@@ -24,7 +28,7 @@ from realm.corpus.text_files import (
 )
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
-from realm.runtime.hub import load_split
+from realm.runtime.hub import damage_refused, dataset_batches, load_split
 
 
 def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -39,6 +43,8 @@ def read_questions(source: QuestionSource, report: BadRecords) -> Iterator[Quest
         ("articles", ("squad",)),
         ("exclude_articles", ("squad",)),
         ("fields", ("jsonl", "datasets")),
+        ("name", ("datasets",)),
+        ("split", ("datasets",)),
     ):
         if getattr(source, field) and name not in formats:
             raise UserError(
@@ -113,21 +119,19 @@ def _from_fields(place: Place, record: dict[str, Any], source: QuestionSource) -
         for key in names:
             if key in record:
                 return record[key]
-        raise BadRecord(
-            f"missing field {' or '.join(names)}", f"; the record has {', '.join(sorted(record)) or 'no fields'}"
-        )
+        raise missing_field(" or ".join(names), record)
 
     answers = get("answers", "answer")
     if isinstance(answers, dict):  # as in SQuAD and TriviaQA on the hub
         answers = answers.get("text", answers.get("aliases", answers))
     identity = [source.fields["id"]] if "id" in source.fields else ["id", "question_id"]
     name = next((record[key] for key in identity if record.get(key) is not None), question_number(place))
-    context = record.get(source.fields.get("context", "context"))
-    context = context if isinstance(context, str) else None
-    passage = record.get(source.fields.get("passage", "passage"))
-    return checked_question(
-        place, name, get("question"), answers, context=context, passage=None if passage is None else str(passage)
-    )
+    context, passage = (record.get(source.fields.get(field, field)) for field in ("context", "passage"))
+    if "context" not in source.fields and not isinstance(context, str):
+        context = None  # another kind of context, such as the paragraphs of HotpotQA
+    if "passage" not in source.fields and not isinstance(passage, str | int):
+        passage = None
+    return checked_question(place, name, get("question"), answers, context=context, passage=passage)
 
 
 def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -148,7 +152,10 @@ def _read_qas(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRe
 def _literal_list(text: str) -> object:
     """Parse a Python or JSON literal. Raises BadRecord if it is neither."""
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # about escapes such as "\\s" in patterns
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
@@ -162,27 +169,20 @@ def _read_trec(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
 
     DPR's variant with a question and a list of regular expressions is also accepted.
     """
-    import re
 
     def parse(place: Place, line: bytes) -> QuestionRecord:
-        try:
-            columns = line.decode("utf-8").rstrip("\r\n").split("\t")
-        except UnicodeDecodeError as error:
-            raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
+        columns = decoded(line).rstrip("\r\n").split("\t")
         if len(columns) not in (2, 4):
             raise BadRecord("expected 4 columns (number, kind, question, pattern)", f", got {len(columns)}")
         question, pattern = columns[-2], columns[-1]
         if len(columns) == 2:
             pattern = _alternatives(pattern)
         try:
-            compiled = re.compile(pattern, re.IGNORECASE)
-        except re.error as error:
+            AnswerPattern(pattern).check()
+        except ValueError as error:
             raise BadRecord("invalid regular expression", f" ({error}): {pattern[:60]!r}") from None
-        if compiled.fullmatch(""):
-            raise BadRecord("regular expression matches the empty string", f": {pattern[:60]!r}")
-        return checked_question(
-            place, columns[0] if len(columns) == 4 else question_number(place), question, [pattern], is_pattern=True
-        )
+        name = columns[0] if len(columns) == 4 else question_number(place)
+        return checked_question(place, name, question, [pattern], is_pattern=True)
 
     return parsed_lines(
         Path(source.path), "tab-separated lines of number, kind, question and regular expression", report, parse
@@ -211,14 +211,13 @@ def _read_webq(source: QuestionSource, report: BadRecords) -> Iterator[QuestionR
         raise UserError(f"{path} is not in WebQuestions format: expected a list of objects with qText and answers.")
     for number, entry in enumerate(entries):
         place = Place(f"{path}, record {number}")
-        try:
-            if not isinstance(entry, dict) or "qText" not in entry or "answers" not in entry:
-                raise BadRecord("missing qText or answers")
-            yield checked_question(
-                place, number if entry.get("qId") is None else entry["qId"], entry["qText"], entry["answers"]
-            )
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
+        with report.skipping(place):
+            record = expect(entry, dict, "the question")
+            for field in ("qText", "answers"):
+                if field not in record:
+                    raise missing_field(field, record)
+            name = number if record.get("qId") is None else record["qId"]
+            yield checked_question(place, name, record["qText"], record["answers"])
 
 
 def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
@@ -227,50 +226,44 @@ def _read_squad(source: QuestionSource, report: BadRecords) -> Iterator[Question
     A paragraph may contain the id of its document in `passage`.
     """
     path = Path(source.path)
-    squad = read_json(path, "SQuAD articles")
-    if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'question file {path} is not in SQuAD format: expected an object with a list under "data".')
-    titles = [_plain(str(article.get("title") or "")) if isinstance(article, dict) else "" for article in squad["data"]]
+    articles = squad_articles(path)
+    titles = [_plain(str(article.get("title") or "")) if isinstance(article, dict) else "" for article in articles]
     wanted, excluded = {_plain(name) for name in source.articles}, {_plain(name) for name in source.exclude_articles}
     if missing := sorted((wanted | excluded) - set(titles)):
         raise UserError(f"question file {path} has no article {missing[0]!r}; check `articles` and `exclude_articles`.")
-    for a, (title, article) in enumerate(zip(titles, squad["data"], strict=True)):
+    for a, (title, article) in enumerate(zip(titles, articles, strict=True)):
         if (wanted and title not in wanted) or title in excluded:
             continue
-        place = Place(f"{path}, data[{a}]")
-        try:
-            for p, paragraph in enumerate(article["paragraphs"]):
+        with report.skipping(Place(f"{path}, data[{a}]")):
+            for p, paragraph in enumerate(expect_field(article, "paragraphs", list, "the SQuAD article")):
                 place = Place(f"{path}, data[{a}].paragraphs[{p}]")
-                context, passage, entries = paragraph.get("context"), paragraph.get("passage"), paragraph["qas"]
-                for q, entry in enumerate(entries):
-                    place = Place(f"{path}, data[{a}].paragraphs[{p}].qas[{q}]")
-                    try:
-                        yield _squad_question(place, entry, context, passage, title)
-                    except BadRecord as bad:
-                        report.add(place, bad.kind, bad.detail)
-        except (KeyError, TypeError, AttributeError) as error:
-            report.add(place, "not a SQuAD article", f" ({error!r})")
+                with report.skipping(place):
+                    for q, entry in enumerate(expect_field(paragraph, "qas", list, "the SQuAD paragraph")):
+                        question_place = Place(f"{place}.qas[{q}]")
+                        with report.skipping(question_place):
+                            yield _squad_question(question_place, entry, paragraph, title)
 
 
-def _squad_question(
-    place: Place, entry: dict[str, Any], context: str | None, passage: str | None, article: str
-) -> QuestionRecord:
-    try:
-        answers = [] if entry.get("is_impossible") else entry["answers"]
-        texts = [answer["text"] for answer in answers]
-        starts = tuple(answer["answer_start"] for answer in answers if isinstance(answer.get("answer_start"), int))
-        return checked_question(
-            place,
-            entry["id"],
-            entry["question"],
-            texts,
-            context=context,
-            passage=passage,
-            starts=starts,
-            article=article,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadRecord("not a SQuAD question", f" ({error!r})") from None
+def _squad_question(place: Place, entry: object, paragraph: dict[str, Any], article: str) -> QuestionRecord:
+    text = expect_field(entry, "question", str, "the SQuAD question")
+    record = expect(entry, dict, "the SQuAD question")
+    if "id" not in record:
+        raise missing_field("id", record)
+    answers = [] if record.get("is_impossible") else expect_field(record, "answers", list, "the SQuAD question")
+    texts = [expect_field(answer, "text", str, "the answer") for answer in answers]
+    starts = tuple(
+        expect(answer["answer_start"], int, "answer_start") for answer in answers if "answer_start" in answer
+    )
+    return checked_question(
+        place,
+        record["id"],
+        text,
+        texts,
+        context=paragraph.get("context"),
+        passage=paragraph.get("passage"),
+        starts=starts,
+        article=article,
+    )
 
 
 def _plain(title: str) -> str:
@@ -283,39 +276,41 @@ def _read_timeqa(source: QuestionSource, report: BadRecords) -> Iterator[Questio
 
     A question is `[question, [{"para", "from", "end", "answer"}, …]]`.
     """
-    path = Path(source.path)
-    articles = read_json(path, "a list of TimeQA articles")
-    for a, article in enumerate(articles if isinstance(articles, list) else [articles]):
-        place = Place(f"{path}, record {a}")
-        try:
-            link, paragraphs, questions = article["link"], article["paras"], article["questions"]
-            offsets = [sum(len(part) + 2 for part in paragraphs[:number]) for number in range(len(paragraphs))]
-            for q, (text, answers) in enumerate(questions):
-                place = Place(f"{path}, record {a}, question {q}")
-                try:
-                    starts = tuple(offsets[answer["para"]] + answer["from"] for answer in answers)
+    for place, article in timeqa_articles(Path(source.path)):
+        with report.skipping(place):
+            link, paragraphs = timeqa_document(article)
+            starts = [0, *accumulate(len(paragraph) + len(TIMEQA_SEPARATOR) for paragraph in paragraphs[:-1])]
+            index = expect_field(article, "index", str, "the TimeQA article")
+            for q, question in enumerate(expect_field(article, "questions", list, "the TimeQA article")):
+                question_place = Place(f"{place}, question {q}")
+                with report.skipping(question_place):
+                    parts = expect(question, list, "the TimeQA question")
+                    if len(parts) != 2:
+                        raise BadRecord("the TimeQA question has not two parts", f" but {len(parts)}")
+                    answers = [_timeqa_answer(answer, starts) for answer in expect(parts[1], list, "answers")]
                     yield checked_question(
-                        place,
-                        f"{article['index']}/{q}",
-                        text,
-                        [answer["answer"] for answer in answers],
+                        question_place,
+                        f"{index}/{q}",
+                        parts[0],
+                        [text for text, _ in answers],
                         passage=link,
-                        starts=starts,
+                        starts=tuple(start for _, start in answers),
                     )
-                except BadRecord as bad:
-                    report.add(place, bad.kind, bad.detail)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            report.add(place, "not a TimeQA article", f" ({error!r})")
+
+
+def _timeqa_answer(answer: object, starts: list[int]) -> tuple[str, int]:
+    """Text of an answer and its offset in the article; `starts`: those of the paragraphs."""
+    number, begin = (expect_field(answer, name, int, "the answer") for name in ("para", "from"))
+    if not 0 <= number < len(starts):
+        raise BadRecord("the answer is in no paragraph", f": para is {number}, of {len(starts)}")
+    return expect_field(answer, "answer", str, "the answer"), starts[number] + begin
 
 
 def _read_datasets(source: QuestionSource, report: BadRecords) -> Iterator[QuestionRecord]:
     """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
-    for number, record in enumerate(load_split(source.path, source.name, source.split)):
-        place = Place(source.path, number + 1)
-        try:
-            yield _from_fields(place, record, source)
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
+    batches = dataset_batches(load_split(source.path, source.name, source.split))
+    with damage_refused(source.path):
+        yield from parsed_rows(batches, source.path, report, lambda place, row: _from_fields(place, row, source))
 
 
 FORMATS: dict[str, Callable[[QuestionSource, BadRecords], Iterator[QuestionRecord]]] = {

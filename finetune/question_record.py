@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from realm.corpus.text_files import BadRecord, Place, check_text, json_type, stem
+from realm.corpus.records import BadRecord, Place, check_text, expect, json_type
+from realm.corpus.text_files import stem
 
 UNANSWERABLE = "no answer"
 """Kind of questions that are published without an answer: counted, but not an error."""
@@ -41,31 +41,45 @@ def checked_question(
     name: object,
     text: object,
     answers: object,
-    **more: Any,
+    *,
+    context: object = None,
+    passage: object = None,
+    starts: tuple[int, ...] = (),
+    article: str | None = None,
+    is_pattern: bool = False,
 ) -> QuestionRecord:
     """Validate the parts of a record and build it.
 
     Raises BadRecord if the question is empty or not a string, the answers are not a list of
-    strings, or no answer is left.
+    strings, no answer is left, `name`, `context` or `passage` has another type than in the record,
+    or a part cannot be encoded.
     """
-    if not isinstance(text, str):
-        raise BadRecord("question is not a string", f" but {json_type(text)}")
+    text = expect(text, str, "question")
     if not text.strip():
         raise BadRecord("empty question")
     if isinstance(answers, str):
         answers = [answers]
     if not isinstance(answers, list | tuple):
         raise BadRecord("answers are not a list of strings", f" but {json_type(answers)}")
-    if (
-        odd := next((answer for answer in answers if not isinstance(answer, str)), None)
-    ) is not None or None in answers:
-        raise BadRecord("answers are not a list of strings", f": the list contains {json_type(odd)}")
-    for part in (str(name), text, *answers):
-        check_text(part)
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise BadRecord("answers are not a list of strings", f": the list contains {json_type(answer)}")
+    name, context = _as_id(name, "id"), None if context is None else expect(context, str, "context")
+    passage = None if passage is None else _as_id(passage, "passage")
+    for part in (name, text, context, passage, article, *answers):
+        if part is not None:
+            check_text(part)
     kept = tuple(dict.fromkeys(answer for answer in answers if answer.strip()))
     if not kept:
         raise BadRecord(UNANSWERABLE)
-    return QuestionRecord(place, str(name), text, kept, **more)
+    return QuestionRecord(place, name, text, kept, is_pattern, context, starts, passage, article)
+
+
+def _as_id(value: object, what: str) -> str:
+    """A string or number as a string. Raises BadRecord for other types."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise BadRecord(f"{what} is not a string or number", f" but {json_type(value)}")
+    return str(value)
 
 
 def question_number(place: Place) -> str:

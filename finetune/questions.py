@@ -1,16 +1,17 @@
 """Questions: read from their source, tokenized, and paired with their passage if it is known."""
 
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.patterns import AnswerPattern
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from realm.corpus.prepared import PreparedCorpus
-from realm.corpus.text_files import BadRecords
+from realm.corpus.records import BadRecords
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.run.folder import Run
@@ -48,32 +49,39 @@ class Question:
     """Whether the answer is a regular expression, as in CuratedTREC."""
 
     @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """The compiled regular expression; only if `is_pattern`."""
-        return re.compile(self.answers[0], re.IGNORECASE)
+    def pattern(self) -> AnswerPattern:
+        """The regular expression; only if `is_pattern`."""
+        return AnswerPattern(self.answers[0])
 
 
 def load_questions(
-    source: QuestionSource, passages: PreparedCorpus, tokenizer: "PreTrainedTokenizerBase", quiet: bool = False
+    source: QuestionSource,
+    passages: PreparedCorpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_query_tokens: int,
+    quiet: bool = False,
 ) -> list[Question]:
     """Read the questions of a source (see `question_formats`) and find their passages.
 
     A passage is found by its id or by the text of the paragraph. Unless `quiet`, prints the number
-    of questions, their format and how many were skipped. Raises UserError if no question is usable,
-    for an unknown passage, and (unless `skip_bad`) for invalid records, with file and line of each.
+    of questions, their format, and how many were skipped or are longer than `max_query_tokens`.
+    Raises UserError if no question is usable, for an unknown passage, and (unless `skip_bad`) for
+    invalid records, with file and line of each.
     """
-    report, records = BadRecords(expected_kinds=(UNANSWERABLE,)), []
-    for record in read_questions(source, report):
-        records.append(record)
-        if len(records) == source.limit:
-            break
+    report = BadRecords(expected_kinds=(UNANSWERABLE,))
+    read = list(islice(read_questions(source, report), source.limit))
+    encoded = [ids for ids, _ in tokenize(tokenizer, [record.text for record in read])]
+    for record, ids in zip(read, encoded, strict=True):
+        if not len(ids):
+            report.add(record.place, "question without wordpieces", ": the tokenizer drops all its characters")
+    records = [record for record, ids in zip(read, encoded, strict=True) if len(ids)]
+    question_ids = [ids for ids in encoded if len(ids)]
     if report.total and not source.skip_bad:
         raise UserError(f"{report}\nFix them, or skip them with skip_bad: true next to the path of these questions.")
     if not records:
         raise UserError(
             f"question file {source.path} contains no usable questions." + (f"\n{report}" if report.total else "")
         )
-    question_ids = [ids for ids, _ in tokenize(tokenizer, [record.text for record in records])]
     answer_ids = [
         () if record.is_pattern else tuple(ids for ids, _ in tokenize(tokenizer, list(record.answers)))
         for record in records
@@ -90,11 +98,18 @@ def load_questions(
         known = sum(question.passage is not None for question in questions)
         how = f"{format_of(source)}{', auto-detected' if source.format == 'auto' else ''}"
         skipped = ", ".join(f"{number:,} x {kind}" for kind, number in (report.expected + report.counts).items())
+        truncated = sum(is_truncated(ids, max_query_tokens) for ids in question_ids)
         console.print(
             f"  {len(questions):,} questions in {source.path} ({how}), {known:,} with a passage in the corpus"
             + (f"; skipped: {skipped}" if skipped else "")
+            + (f"; {truncated:,} truncated to retriever.max_query_tokens ({max_query_tokens})" if truncated else "")
         )
     return questions
+
+
+def is_truncated(question_ids: IntArray, max_query_tokens: int) -> bool:
+    """Whether the models read only the first wordpieces of a question (`Wordpieces.query`)."""
+    return len(question_ids) > max_query_tokens - 2
 
 
 def training_source(run: Run) -> QuestionSource:
@@ -109,7 +124,9 @@ def timing_questions(run: Run) -> list[Question]:
     """Questions to time steps with: training questions with a known passage, or artificial ones."""
     source = run.questions("train")
     if source is not None:
-        questions = load_questions(source, run.passages, run.tokenizer, quiet=True)
+        questions = load_questions(
+            source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens, quiet=True
+        )
         known = [question for question in questions if question.passage is not None]
         if len(known) >= MIN_QUESTIONS:
             return known[:: max(1, len(known) // MAX_QUESTIONS)]

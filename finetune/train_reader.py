@@ -77,7 +77,7 @@ class Finetuning(Stage):
         """
         source = training_source(run)
         path, reader = initial_retriever(run, cls.name, learned=True), initial_reader(run, cls.name, learned=True)
-        questions = load_questions(source, run.passages, run.tokenizer)
+        questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
         index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
         return cls(run, load_retriever(path)[0], reader, index, questions)
 

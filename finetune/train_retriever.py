@@ -58,7 +58,7 @@ class RetrieverFinetuning(Stage):
             raise UserError("finetune_retriever.steps is 0; set it, for example with --finetune_retriever.steps 100.")
         source = training_source(run)
         path = initial_retriever(run, cls.name, learned=True)
-        questions = load_questions(source, run.passages, run.tokenizer)
+        questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
         index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
         miner, _ = load_retriever(path)
         return cls._build(run, index, load_retriever(path)[0], miner, questions)

@@ -67,7 +67,8 @@ class InverseClozeBatches:
         self.rows = np.array(rows, dtype=np.int64)
         if len(self.rows) < 2:
             raise UserError(
-                "the inverse cloze task needs at least two passages with two sentences or more; "
+                "the inverse cloze task needs at least two passages with two sentences or more, but "
+                f"{passages.path} contains {len(self.rows)} such passages, of {len(passages.rows):,}; "
                 "use more passages, or longer ones."
             )
 

@@ -3,11 +3,11 @@
 The accuracy with the null passage shows which facts the reader has memorized.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from pretrain.search import FrozenSearch
 from pretrain.selection import choose_candidates
 from realm.corpus.collate import NULL, Collator
 from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.records import BadRecord, BadRecords, Place, check_text, expect, expect_field
+from realm.corpus.text_files import parse_object, parsed_lines
 from realm.errors import UserError
 from realm.models.modules import read_masked
 from realm.models.objectives import candidate_log_prior
@@ -45,6 +47,16 @@ class MaskedSpanItem:
     """Row of the passage, or None."""
 
 
+class _Statement(NamedTuple):
+    """An annotated statement: its answer is `text[start:end]`."""
+
+    text: str
+    start: int
+    end: int
+    passage: int | None
+    split: object
+
+
 def load_annotated(
     path: Path,
     tokenizer: "PreTrainedTokenizerBase",
@@ -56,43 +68,41 @@ def load_annotated(
 
     A line is `{"text", "answer": {"text", "start"}, "passage": optional id, "split": optional}`.
     Statements whose answer is not aligned with wordpieces or does not fit a query cannot be masked
-    and are skipped. Raises UserError naming file and line for an invalid record or an unknown
-    passage.
+    and are skipped. Raises UserError naming file and line of invalid records and unknown passages.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also splits at U+2028
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); check data.masked_spans, data.unsupported and data.closed_book."
-        ) from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            start, answer = record["answer"]["start"], record["answer"]["text"]
-            aligned = record["text"][start : start + len(answer)] == answer
-            passage = None if record.get("passage") is None else passages.row_of_id(record["passage"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number}: not an annotated statement with a known passage ({error!r}); it needs text, "
-                "answer.text and answer.start."
-            ) from error
-        if not aligned:
-            raise UserError(f"{path}:{number}: the answer {answer!r} is not at answer.start ({start}).")
-        if split is None or record.get("split") == split:
-            records.append((record["text"], start, start + len(answer), passage))
+    report = BadRecords()
+    expected = 'one annotated statement per line, {"text": …, "answer": {"text": …, "start": …}}'
+    annotated = list(parsed_lines(path, expected, report, partial(_annotated_statement, passages)))
+    if report.total:
+        raise UserError(f"{report}\nFix these statements, or remove them.")
+    statements = [statement for statement in annotated if split is None or statement.split == split]
     items = []
-    encoded = tokenize(tokenizer, [text for text, *_ in records])
+    encoded = tokenize(tokenizer, [statement.text for statement in statements])
     longest = max_query_tokens - 2
-    for (_, start, end, passage), (ids, offsets) in zip(records, encoded, strict=True):
+    for (_, start, end, passage, _), (ids, offsets) in zip(statements, encoded, strict=True):
         inside = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= end))
         aligned = len(inside) and offsets[inside[0], 0] == start and offsets[inside[-1], 1] == end
         if aligned and inside[-1] < longest:
             example = MaskedSentence(-1, ids[:longest], int(inside[0]), int(inside[-1]) + 1, 0)
             items.append(MaskedSpanItem(example, passage))
     return items
+
+
+def _annotated_statement(passages: PreparedCorpus, place: Place, line: bytes) -> _Statement:
+    record = parse_object(line)
+    text = expect_field(record, "text", str, "the statement")
+    span = expect_field(record, "answer", dict, "the statement")
+    answer, start = expect_field(span, "text", str, "the answer"), expect_field(span, "start", int, "the answer")
+    check_text(text)
+    if not answer or start < 0 or not text.startswith(answer, start):
+        raise BadRecord("the answer is not in the text at answer.start", f" ({answer!r}, {start})")
+    passage, row = record.get("passage"), None
+    if passage is not None:
+        try:
+            row = passages.row_of_id(expect(passage, str, '"passage"'))
+        except KeyError:
+            raise BadRecord("unknown passage", f": {passage!r} is not the id of a block of the corpus") from None
+    return _Statement(text, start, start + len(answer), row, record.get("split"))
 
 
 def sample_items(run: Run, count: int = 500) -> list[MaskedSpanItem]:

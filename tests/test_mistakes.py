@@ -312,3 +312,41 @@ def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
         PassageIndex(Version(1, 1, 1), manifest, index, index, None, np.zeros(0, np.int64)).search(
             np.eye(4, dtype=np.float32), 5
         )
+
+
+def test_two_prepare_at_once(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    import fcntl
+
+    config = write_config(folder)
+    lock = folder / "prepared" / "prepare.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as file:
+        file.write("process 17 on host")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        message = error_message(capsys, "prepare", "--config", config)
+    assert f"process 17 on host is already preparing {folder / 'prepared'}" in message
+    assert not (folder / "prepared" / "tokenizer").exists()
+    assert main(["prepare", "--config", str(config)]) == 0, "the file of a killed process is no lock"
+    assert not lock.exists()
+
+
+def test_a_relative_prepared_folder_is_named_in_full(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(folder, corpus={"prepared": "here"})
+    monkeypatch.chdir(folder)
+    assert main(["prepare", "--config", str(config)]) == 0
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    message = error_message(capsys, "ict", "--config", config)
+    assert f"{folder / 'elsewhere' / 'here'} contains no prepared corpus" in message
+    assert "the folder that corpus.prepared (here) is relative to" in message
+
+
+def test_a_corpus_of_one_document(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    (folder / "passages.jsonl").write_text(json.dumps({"id": "1", "text": "Alda is old. It lies on the Ister."}) + "\n")
+    config = write_config(folder)
+    assert main(["prepare", "--config", str(config)]) == 0
+    message = error_message(capsys, "ict", "--config", config)
+    assert "at least two passages with two sentences" in message and "contains 1 such passages, of 1" in message

@@ -2,7 +2,7 @@
 
 from finetune.question_formats import read_questions
 from pretrain.masked_span_eval import annotated_items
-from realm.corpus.text_files import BadRecords
+from realm.corpus.records import BadRecords
 from realm.errors import UserError
 from realm.run.folder import Run
 from realm.run.initial import check_init_from

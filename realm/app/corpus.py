@@ -10,9 +10,13 @@ from realm.corpus.documents import read_documents
 from realm.corpus.formats import count_ignored, format_of
 from realm.corpus.growth import grow_corpus
 from realm.corpus.prepare import prepare_corpus
+from realm.corpus.prepared import ADDITIONS
 from realm.corpus.sources import SourceConfig
+from realm.errors import UserError
 from realm.run.config import RealmConfig
 from realm.run.folder import BUILTIN, Run, source_path
+from realm.runtime.lock import locked
+from realm.runtime.publish import MANIFEST
 from realm.runtime.telemetry import log_line, progress
 from realm.spans.tagger import SpanTagger
 from realm.text.tokenizer import load_or_train_tokenizer
@@ -22,11 +26,22 @@ def prepare(config: RealmConfig, skip_bad: bool = False) -> None:
     """Prepare the passages and statements of a config, unless they are prepared already.
 
     `skip_bad`: skip and count records that cannot be used. Raises UserError as `prepare_corpus`
-    does.
+    does, and if another process is preparing the same folder.
     """
     corpus, prepared = config.corpus, Path(config.corpus.prepared)
-    skip_bad = skip_bad or corpus.skip_bad
     groups = {"passages": corpus.passages} | ({} if corpus.statements is None else {"statements": corpus.statements})
+    if all((prepared / kind / MANIFEST).exists() for kind in groups):  # the folder may be read-only
+        _prepare(config, groups, skip_bad or corpus.skip_bad)
+        return
+    if prepared.exists() and not prepared.is_dir():
+        raise UserError(f"{prepared} is a file; choose a folder for the prepared corpus with --corpus.prepared.")
+    with locked(prepared / "prepare.lock", f"preparing {prepared}"):
+        _prepare(config, groups, skip_bad or corpus.skip_bad)
+
+
+def _prepare(config: RealmConfig, groups: dict[str, tuple[SourceConfig, ...]], skip_bad: bool) -> None:
+    """Prepare the sources of each group, `passages` and `statements`."""
+    corpus, prepared = config.corpus, Path(config.corpus.prepared)
     if any(source.path.startswith(BUILTIN) for sources in groups.values() for source in sources):
         from realm.gazetteer import write_gazetteer
 
@@ -80,7 +95,8 @@ def add_documents(
     documents replace those with the same id. Raises UserError as `grow_corpus` does.
     """
     before, config = run.passages, run.config
-    with progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
+    lock = locked(before.path / ADDITIONS / "change.lock", f"changing {before.path}")
+    with lock, progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
         corpus = grow_corpus(
             run.prepared / "passages",
             sources,

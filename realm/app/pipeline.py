@@ -105,7 +105,7 @@ def _print_some_answers(run: Run, count: int = 3) -> None:
     source = run.questions("test")
     assert source is not None
     answerer = Answerer(run)
-    questions = load_questions(source, run.passages, run.tokenizer, quiet=True)
+    questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens, quiet=True)
     console.print("Sample answers to test questions", style="bold")
     numbers = np.random.default_rng(run.config.seed).choice(len(questions), min(count, len(questions)), replace=False)
     for number in numbers.tolist():

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from realm.corpus.formats import read_records
+from realm.corpus.records import BadRecord, BadRecords, Place, check_text, json_type
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecord, BadRecords, Place, check_text, json_type
 from realm.errors import UserError
 
 

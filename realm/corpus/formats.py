@@ -4,28 +4,30 @@ A format parses the records, gives their positions, and maps their fields to `id
 `text`. `realm.corpus.documents` validates the records.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from realm.corpus.qa_files import TIMEQA_SEPARATOR, squad_articles, timeqa_articles, timeqa_document
+from realm.corpus.records import BadRecord, BadRecords, Place, expect_field, missing_field
 from realm.corpus.sources import SourceConfig
+from realm.corpus.tables import parsed_rows
 from realm.corpus.text_files import (
-    BadRecord,
-    BadRecords,
-    Place,
     check_file,
     detect_by_key,
+    files_below,
     lines,
     named_format,
     parse_object,
     parse_tsv,
     parsed_lines,
-    read_json,
     read_text,
     stem,
 )
-from realm.errors import UserError
-from realm.runtime.hub import load_split
+from realm.errors import UserError, first_line, shortened
+from realm.runtime.hub import damage_refused, dataset_batches, load_split
 
 _SUFFIXES = {".jsonl": "jsonl", ".tsv": "tsv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
@@ -48,6 +50,11 @@ def read_records(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
         raise UserError(
             f"`fields` of {source.path} cannot be used: the format {name} has fixed fields; remove `fields`."
         )
+    for option in ("name", "split"):
+        if getattr(source, option) is not None and name != "datasets":
+            raise UserError(
+                f"`{option}` of {source.path} is only for the format datasets, but the format is {name}; remove it."
+            )
     return FORMATS[name](source, report)
 
 
@@ -63,7 +70,7 @@ def format_of(source: SourceConfig) -> str:
         names = {entry.name for entry in path.iterdir()}
         if names & set(_DATASET_FILES):
             return "datasets"
-        kinds = sorted({kind for file in path.rglob("*") if file.is_file() and (kind := _kind(file))})
+        kinds = sorted({kind for file in files_below(path) if (kind := _kind(file))})
         if len(kinds) == 1:
             return kinds[0]
         found = (
@@ -92,9 +99,7 @@ def files_of(source: SourceConfig, kind: str) -> list[Path]:
     Raises UserError if the folder contains none.
     """
     root = Path(source.path)
-    files = (
-        sorted(file for file in root.rglob("*") if file.is_file() and _kind(file) == kind) if root.is_dir() else [root]
-    )
+    files = [file for file in files_below(root) if _kind(file) == kind] if root.is_dir() else [root]
     if not files:
         suffixes = " or ".join(suffix for suffix, name in _SUFFIXES.items() if name == kind)
         raise UserError(f"{root} contains no files ending in {suffixes}; check the path, or set `format`.")
@@ -115,10 +120,7 @@ def _mapped(record: dict[str, Any], source: SourceConfig, number: int) -> dict[s
         elif theirs in record:
             mapped[name] = record[theirs]
         elif name != "title":
-            raise BadRecord(
-                f'missing field "{theirs}" (mapped to {name})',
-                f"; the record has {', '.join(sorted(record)) or 'no fields'}",
-            )
+            raise missing_field(theirs, record, f" (mapped to {name})")
     return mapped
 
 
@@ -140,6 +142,18 @@ def _read_jsonl(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
         report.add(Place(source.path), f'missing field "{title_field}" (mapped to title)', " in all records")
 
 
+def _table_columns(source: SourceConfig, names: list[str], table: str) -> list[str]:
+    """The columns of a table that are read. Raises UserError if one is missing or appears twice."""
+    columns, missing = source.columns(names)
+    if missing:
+        present = shortened(", ".join(names))
+        raise UserError(f"{table} has no column {', '.join(missing)}; map its columns ({present}) with `fields`.")
+    if len(set(columns)) < len(columns):
+        twice = next(name for name in columns if columns.count(name) > 1)
+        raise UserError(f"{table} has two columns {twice}; remove or rename one.")
+    return columns
+
+
 def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """DPR's `psgs_w100.tsv`: a header (id, text, title), then one passage per line."""
     number = 0
@@ -151,10 +165,7 @@ def _read_tsv(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
                 values = parse_tsv(line)
                 if not columns:
                     columns = values
-                    if missing := source.columns(columns)[1]:
-                        raise UserError(
-                            f"{place}: the header has no column {', '.join(missing)}; it has {', '.join(columns[:8])}."
-                        )
+                    _table_columns(source, columns, f"{place}: the header")
                     continue
                 number += 1
                 if len(values) != len(columns):
@@ -169,24 +180,20 @@ def _read_parquet(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    number = 0
+    numbers = count()
     for file in files_of(source, "parquet"):
         check_file(file, "a Parquet table")
         try:
             table = pa.parquet.ParquetFile(file)
-            columns, missing = source.columns(table.schema_arrow.names)
-            if missing:
-                raise UserError(
-                    f"{file} has no column {', '.join(missing)}; "
-                    f"map its columns ({', '.join(table.schema_arrow.names)}) with `fields`."
-                )
-            row = 0
-            for batch in table.iter_batches(1000, columns=columns):
-                for record in batch.to_pylist():
-                    row, number = row + 1, number + 1
-                    yield Record(Place(str(file), row), _mapped(record, source, number - 1))
+            batches = table.iter_batches(1000, columns=_table_columns(source, table.schema_arrow.names, str(file)))
+            yield from parsed_rows(batches, str(file), report, partial(_row, source, numbers))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}).") from error
+            raise UserError(f"{file} is not a readable Parquet file ({first_line(error)}).") from error
+
+
+def _row(source: SourceConfig, numbers: Iterator[int], place: Place, row: dict[str, Any]) -> Record:
+    """The record of a table's row; `numbers` counts the rows of the source."""
+    return Record(place, _mapped(row, source, next(numbers)))
 
 
 def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -195,26 +202,14 @@ def _read_squad(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     Underscores in titles become spaces.
     """
     path = Path(source.path)
-    squad = read_json(path, "SQuAD articles")
-    if not isinstance(squad, dict) or not isinstance(squad.get("data"), list):
-        raise UserError(f'{path} is not in SQuAD format: expected an object with a list under "data".')
-    for a, article in enumerate(squad["data"]):
-        title, paragraphs = (
-            (article.get("title"), article.get("paragraphs")) if isinstance(article, dict) else (None, None)
-        )
-        if not isinstance(title, str) or not isinstance(paragraphs, list):
-            report.add(
-                Place(f"{path}, data[{a}]"), "not a SQuAD article", ": expected a title and a list of paragraphs"
-            )
-            continue
-        for number, paragraph in enumerate(paragraphs):
-            place = Place(f"{path}, {title!r}, paragraph {number}")
-            if not isinstance(paragraph, dict) or "context" not in paragraph:
-                report.add(place, "not a SQuAD paragraph", ": it has no context")
-                continue
-            yield Record(
-                place, {"id": f"{title}/{number}", "title": title.replace("_", " "), "text": paragraph["context"]}
-            )
+    for a, article in enumerate(squad_articles(path)):
+        with report.skipping(Place(f"{path}, data[{a}]")):
+            title = expect_field(article, "title", str, "the SQuAD article")
+            for p, paragraph in enumerate(expect_field(article, "paragraphs", list, "the SQuAD article")):
+                place = Place(f"{path}, data[{a}].paragraphs[{p}]")
+                with report.skipping(place):
+                    text = expect_field(paragraph, "context", str, "the SQuAD paragraph")
+                    yield Record(place, {"id": f"{title}/{p}", "title": title.replace("_", " "), "text": text})
 
 
 def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -222,20 +217,14 @@ def _read_timeqa(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 
     Paragraphs are separated by an empty line.
     """
-    path = Path(source.path)
-    articles = read_json(path, "a list of TimeQA articles")
     seen: set[str] = set()
-    for number, article in enumerate(articles if isinstance(articles, list) else [articles]):
-        place = Place(f"{path}, record {number}")
-        try:
-            link, paragraphs = article["link"], article["paras"]
-            text, title = "\n\n".join(paragraphs), link.rsplit("/", 1)[-1].replace("_", " ")
-        except (KeyError, TypeError, AttributeError) as error:
-            report.add(place, "not a TimeQA article", f" ({error!r})")
-            continue
-        if link not in seen:  # the file repeats an article for each relation that is asked about
-            seen.add(link)
-            yield Record(place, {"id": link, "title": title, "text": text})
+    for place, article in timeqa_articles(Path(source.path)):
+        with report.skipping(place):
+            link, paragraphs = timeqa_document(article)
+            if link not in seen:  # the file repeats an article for each relation that is asked about
+                seen.add(link)
+                title = link.rsplit("/", 1)[-1].replace("_", " ")
+                yield Record(place, {"id": link, "title": title, "text": TIMEQA_SEPARATOR.join(paragraphs)})
 
 
 def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
@@ -257,19 +246,10 @@ def _read_text(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
 def _read_datasets(source: SourceConfig, report: BadRecords) -> Iterator[Record]:
     """A Hugging Face dataset: a folder written by `save_to_disk`, or a name on the hub."""
     dataset = load_split(source.path, source.name, source.split)
-    columns, missing = source.columns(dataset.column_names)
-    if missing:
-        raise UserError(
-            f"dataset {source.path} has no column {', '.join(missing)}; "
-            f"map its columns ({', '.join(dataset.column_names)}) with `fields`."
-        )
-    rows: Iterable[dict] = dataset.select_columns(columns)
-    for number, record in enumerate(rows):
-        place = Place(source.path, number + 1)
-        try:
-            yield Record(place, _mapped(record, source, number))
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
+    columns = _table_columns(source, dataset.column_names, f"dataset {source.path}")
+    with damage_refused(source.path):
+        batches = dataset_batches(dataset.select_columns(columns))
+        yield from parsed_rows(batches, source.path, report, partial(_row, source, count()))
 
 
 FORMATS: dict[str, Callable[[SourceConfig, BadRecords], Iterator[Record]]] = {
@@ -289,14 +269,10 @@ def source_files(source: SourceConfig) -> list[Path]:
     path, kind = Path(source.path), format_of(source)
     if not path.is_dir():
         return [path] if path.exists() else []
-    return (
-        files_of(source, kind)
-        if kind in _SUFFIXES.values()
-        else sorted(file for file in path.rglob("*") if file.is_file())
-    )
+    return files_of(source, kind) if kind in _SUFFIXES.values() else files_below(path)
 
 
 def count_ignored(source: SourceConfig) -> int:
     """Number of files in a source's folder that are skipped because of their format."""
     path = Path(source.path)
-    return sum(file.is_file() for file in path.rglob("*")) - len(source_files(source)) if path.is_dir() else 0
+    return len(files_below(path)) - len(source_files(source)) if path.is_dir() else 0

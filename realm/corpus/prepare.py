@@ -24,9 +24,9 @@ import pyarrow as pa
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import format_of, source_files
 from realm.corpus.prepared import BLOCKS, FORMAT, SCHEMA, SHARDS, PreparedCorpus, batch_checksums, prepare_again
-from realm.corpus.shards import Chunk, ShardMaker, init_worker, make_in_worker, write_batches
+from realm.corpus.records import BadRecords
+from realm.corpus.shards import Chunk, ShardMaker, init_worker, interrupts_left_to_parent, make_in_worker, write_batches
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
 from realm.runtime.publish import (
     MANIFEST,
@@ -269,7 +269,8 @@ def _make_shards(job: _Job, maker: ShardMaker, num_workers: int, num_documents: 
             if maker.path(chunk.number).exists():
                 report(len(chunk.documents))
                 continue
-            waiting.add(pool.submit(make_in_worker, chunk))
+            with interrupts_left_to_parent():  # submitting may start a process
+                waiting.add(pool.submit(make_in_worker, chunk))
             if len(waiting) >= 2 * num_workers:
                 finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in finished:

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -114,15 +115,27 @@ class ShardMaker:
 _maker: ShardMaker
 
 
+@contextmanager
+def interrupts_left_to_parent() -> Iterator[None]:
+    """Processes that are started in the block never receive Ctrl-C; this process does after it.
+
+    Blocked signals are inherited, so that Ctrl-C does not interrupt the imports of a new process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def init_worker(maker: ShardMaker) -> None:
     """Initialize a worker process.
 
-    Tokenizer threads are disabled, Ctrl-C is left to the parent, and the worker exits with it.
+    Tokenizer threads are disabled, and the worker exits with its parent.
     """
     global _maker
     _maker = maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

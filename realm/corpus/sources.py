@@ -54,9 +54,10 @@ class SourceConfig:
 
         A title is optional unless it is mapped.
         """
-        wanted = {self.fields.get(name, name) for name in FIELDS} - {self.id_template}
-        optional = set() if "title" in self.fields else {"title"}
-        return [name for name in available if name in wanted], sorted(wanted - set(available) - optional)
+        names = {name: self.fields.get(name, name) for name in FIELDS}
+        wanted = set(names.values()) - {self.id_template}
+        needed = wanted if "title" in self.fields else {names["id"], names["text"]} & wanted
+        return [name for name in available if name in wanted], sorted(needed - set(available))
 
 
 @dataclass(frozen=True)

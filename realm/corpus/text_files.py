@@ -1,82 +1,26 @@
-"""Plain and compressed text and JSON files, and a report of records that cannot be used."""
+"""Plain and compressed text and JSON files."""
 
 import csv
 import gzip
 import io
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from realm.errors import UserError
+from realm.corpus.records import BadRecord, BadRecords, Place, json_type
+from realm.errors import UserError, first_line, shortened
 
 T = TypeVar("T")
 
 COMPRESSED = ("", ".gz", ".zst")
 """Compression suffixes, which follow the suffix of the format."""
-
-
-class Place(NamedTuple):
-    """Position of a record: its file and line."""
-
-    file: str
-    line: int | None = None
-    """Line number (of tables: row number), starting at 1; None if the whole file is the record."""
-
-    def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
-
-    def relative_to(self, other: "Place") -> str:
-        """Describe this position in a message about `other`: without the file if it is the same."""
-        return f"on line {self.line}" if self.file == other.file and self.line is not None else f"at {self}"
-
-
-@dataclass
-class BadRecords:
-    """Report of records that cannot be used: counts by kind, and the first 20 in detail."""
-
-    expected_kinds: tuple[str, ...] = ()
-    """Kinds that are not errors: counted in `expected`, not listed and not part of the total."""
-    expected: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, place: Place, kind: str, detail: str = "") -> None:
-        if kind in self.expected_kinds:
-            self.expected[kind] += 1
-            return
-        if len(self.first) < 20:
-            self.first.append(f"{place}: {kind}{detail}")
-        self.counts[kind] += 1
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.total} {'record' if self.total == 1 else 'records'} cannot be used:",
-            *("  " + line for line in self.first),
-        ]
-        if (more := self.total - len(self.first)) > 0:
-            lines.append(
-                f"  … and {more} more; by kind: " + ", ".join(f"{n} x {kind}" for kind, n in self.counts.most_common())
-            )
-        return "\n".join(lines)
-
-
-class BadRecord(Exception):
-    """A record that cannot be used; `kind` and `detail` form the message."""
-
-    def __init__(self, kind: str, detail: str = ""):
-        super().__init__(kind + detail)
-        self.kind, self.detail = kind, detail
 
 
 def stem(path: Path) -> tuple[str, str]:
@@ -105,10 +49,8 @@ def parsed_lines(path: Path, expected: str, report: BadRecords, parse: Callable[
     """
     check_file(path, expected)
     for place, line in lines(path, report.add):
-        try:
+        with report.skipping(place):
             yield parse(place, line)
-        except BadRecord as bad:
-            report.add(place, bad.kind, bad.detail)
 
 
 def check_file(path: Path, expected: str) -> None:
@@ -118,6 +60,8 @@ def check_file(path: Path, expected: str) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file with {expected}.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a pipe or device, which cannot be read twice; give a file with {expected}.")
     try:
         with path.open("rb") as file:
             if not file.read(1):
@@ -126,6 +70,35 @@ def check_file(path: Path, expected: str) -> None:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted by path.
+
+    Links to folders are followed, and a folder that is reached in several ways is read once. A link
+    to nothing is included, so that reading it fails; pipes and devices are not. Raises UserError if
+    a folder cannot be read.
+    """
+    files: list[Path] = []
+    folders: list[Path] = [folder]
+    links: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    while folders or links:  # all real folders first, so that files are found under their real path
+        current = folders.pop() if folders else links.pop(0)
+        try:
+            status = current.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(Path(entry) for entry in os.scandir(current))
+        except OSError as error:
+            raise UserError(f"the folder {current} cannot be read: {error.strerror}.") from error
+        for entry in entries:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.is_file() or not entry.exists():
+                files.append(entry)
+    return sorted(files)
 
 
 def lines(path: Path, on_error: Callable[[Place, str, str], object]) -> Iterator[tuple[Place, bytes]]:
@@ -140,7 +113,7 @@ def lines(path: Path, on_error: Callable[[Place, str, str], object]) -> Iterator
             try:
                 line = stream.readline()
             except (EOFError, zlib.error, OSError) as error:
-                on_error(place, "corrupt compressed data", f" ({error}); the rest of the file is not read")
+                on_error(place, "corrupt compressed data", f" ({first_line(error)}); the rest of the file is not read")
                 return
             if not line:
                 return
@@ -175,16 +148,20 @@ def read_json(path: Path, expected: str) -> Any:
     check_file(path, expected)
     try:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
-            return json.loads(stream.read().decode("utf-8-sig"))
+            return _DECODER.decode(stream.read().decode("utf-8-sig"))
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} is truncated, or is not compressed as its suffix indicates ({error}).") from error
+        raise UserError(
+            f"{path} is truncated, or is not compressed as its suffix indicates ({first_line(error)})."
+        ) from error
+    except DuplicateKey as error:
+        raise UserError(f"{path} has an object with {error}; remove one of the values.") from None
     except (ValueError, RecursionError) as error:
         remedy = (
             "set `format: jsonl` if it has one object per line"
             if "Extra data" in str(error)
             else f"expected {expected}"
         )
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+        raise UserError(f"{path} is not valid JSON ({first_line(error)}); {remedy}.") from error
 
 
 def detect_by_key(path: Path, expected: str, formats: Mapping[str, str]) -> str | None:
@@ -206,31 +183,10 @@ def read_text(path: Path) -> str:
         with path.open("rb") as raw, _decompressed(raw, path) as stream:
             content = stream.read()
     except (EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{path} cannot be read, or is not compressed as its suffix indicates ({error}).") from error
+        raise UserError(
+            f"{path} cannot be read, or is not compressed as its suffix indicates ({first_line(error)})."
+        ) from error
     return content.decode("utf-8-sig")
-
-
-def check_text(text: str, where: str = "") -> None:
-    """Raise BadRecord if `text` contains a lone surrogate, which cannot be encoded as UTF-8.
-
-    `where` is appended to the message.
-    """
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise BadRecord("unpaired surrogate", where)
-
-
-def json_type(value: object) -> str:
-    """Name of a JSON value's type for messages."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
@@ -242,17 +198,41 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
     return raw
 
 
+class DuplicateKey(ValueError):
+    """A JSON object has two values for a key, of which Python would silently use the last."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these keys and values."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DuplicateKey(f"two values for {shortened(twice)!r}")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
-    """Parse a line of JSONL. Raises BadRecord if it is not a JSON object."""
+    """Parse a line of JSONL. Raises BadRecord if it is not a JSON object, or has a key twice."""
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
+        record = _DECODER.decode(decoded(line))
+    except DuplicateKey as error:
+        raise BadRecord("duplicate key", f": {error}") from None
     except (ValueError, RecursionError) as error:
-        raise BadRecord("invalid JSON", f" ({error})") from None
+        raise BadRecord("invalid JSON", f" ({first_line(error)})") from None
     if not isinstance(record, dict):
         raise BadRecord("not a JSON object", f" but {json_type(record)}")
     return record
+
+
+def decoded(line: bytes) -> str:
+    """The line as text. Raises BadRecord if it is not UTF-8."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
 
 
 def parse_tsv(line: bytes) -> list[str]:
@@ -260,14 +240,11 @@ def parse_tsv(line: bytes) -> list[str]:
 
     Raises BadRecord if it is not UTF-8 or its quoting is invalid.
     """
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise BadRecord("not UTF-8", f", byte {error.start + 1} of the line") from None
+    text = decoded(line).rstrip("\r\n")
     if '"' not in text:
         return text.split("\t")
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
         return next(csv.reader([text], delimiter="\t", strict=True))
     except csv.Error as error:
-        raise BadRecord("invalid quoting", f" ({error})") from None
+        raise BadRecord("invalid quoting", f" ({first_line(error)})") from None

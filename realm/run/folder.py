@@ -228,6 +228,7 @@ class Run:
         Raises UserError if it was prepared with different settings, as far as this can be checked
         without reading the sources.
         """
+        self._check_prepared(kind)
         corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
         inputs = corpus.manifest["inputs"]
         limits = [source.limit for source in config.limited(sources)]
@@ -243,6 +244,19 @@ class Run:
                 )
         return corpus
 
+    def _check_prepared(self, part: str) -> None:
+        """Raise UserError if this part of the prepared corpus does not exist."""
+        if not (self.prepared / part).exists():
+            elsewhere = (
+                ""
+                if self.prepared.is_absolute()
+                else f", or from the folder that corpus.prepared ({self.prepared}) is relative to"
+            )
+            raise UserError(
+                f"{self.prepared.absolute()} contains no prepared corpus; run `realm prepare` with the same config "
+                f"first{elsewhere}."
+            )
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the corpus was prepared with.
@@ -250,11 +264,8 @@ class Run:
         Raises UserError if the corpus is not prepared yet, and if the tokenizer is damaged or is
         not that of the corpus.
         """
+        self._check_prepared("tokenizer")
         folder = self.prepared / "tokenizer"
-        if not folder.exists():
-            raise UserError(
-                f"{self.prepared} contains no prepared corpus; run `realm prepare` with the same config first."
-            )
         remedy = "restore it from a copy, or prepare the corpus again in a new folder"
         check_folder(folder, remedy)
         tokenizer = load_tokenizer(str(folder))

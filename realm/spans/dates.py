@@ -24,7 +24,8 @@ _PART = r"(?:early|mid|middle|late|later|beginning|end)"
 _SEASON = r"(?:[Ss]pring|[Ss]ummer|[Aa]utumn|[Ff]all|[Ww]inter)"
 _UNIT = r"(?:day|week|weekend|month|year|decade|century|season|summer|winter|spring|autumn|morning|evening|night)"
 _UNITS = r"(?:days?|weeks?|months?|years?|decades?|centuries|century|hours?|minutes?)"
-_COUNT = rf"(?:[Aa]n?|\d[\d,]*|{_NUMBER_WORD}|several|many|(?:a\ )?few|some|a\ couple\ of)"
+_DIGITS = r"\d[\d,]{0,20}"
+_COUNT = rf"(?:[Aa]n?|{_DIGITS}|{_NUMBER_WORD}|several|many|(?:a\ )?few|some|a\ couple\ of)"
 _OF_YEAR = rf"(?:\ ?,\ ?|\ (?:of\ )?){_YEAR}"
 _TH = r"\d{1,2}(?:st|nd|rd|th)"
 
@@ -38,7 +39,7 @@ _DATE = re.compile(
     | (?:{_PART}[-\ ])?{_SEASON}\ (?:of\ )?{_YEAR}
     | (?:{_PART}[-\ ])?(?:to[-\ ]{_PART}[-\ ])?(?:1\d|20)\d0\ ?['\u2019]?s(?!\w)
     | (?:{_PART}[-\ ])?(?:{_TH}|{_ORDINAL_WORD})(?:\ ?-\ ?|\ )[Cc]entur(?:y|ies)(?:\ {_ERA})?
-    | \d[\d,]*(?:\ ?[-\u2013]\ ?\d[\d,]*)?\ {_ERA} | A\.?D\.?\ \d+(?!\w)
+    | {_DIGITS}(?:\ ?[-\u2013]\ ?{_DIGITS})?\ {_ERA} | A\.?D\.?\ \d+(?!\w)
     | {_YEAR} | (?:(?<=\d{{4}}\ [\u2013-]\ )|(?<=\d{{4}}[\u2013-]))\d\d(?!\w)
     | (?:(?<=c\.\ )|(?<=circa\ )|(?<=year\ ))\d{{3}}(?!\w|[.,]\d)
     | (?<=[Ii]n\ )\d{{3}}(?=\ (?:,|[A-Z(]|he\b|she\b|the\b))

@@ -13,18 +13,20 @@ NUM_SPECIAL_TOKENS = 3
 
 _END = re.compile(
     r"""
-    (?: [.!?\u2026\u0964\u061f]+                       # terminator in scripts with spaces
-        (?: ['"\u2019\u201d)\]\u00bb]+ | \s['\u2019]{2} | \s[)\]\u201d\u2019\u00bb] )*   # closing quotes, brackets
+    (?: (?<![.!?\u2026\u0964\u061f]) [.!?\u2026\u0964\u061f]++   # terminator in scripts with spaces
+        (?: ['"\u2019\u201d)\]\u00bb]++ | \s['\u2019]{2} | \s[)\]\u201d\u2019\u00bb] )*   # closing quotes, brackets
         (?: \s? \[ [^\[\]\n]{1,24} \] )*               # note marks: [1], [ citation needed ]
         (?= \s )
-      | [\u3002\uff01\uff1f]+ [\u300d\u300f\uff09\u201d]*   # terminator in scripts without spaces
-      | (?= \s*\n\s*\n )                              # end of a paragraph
-    )\s*
+      | [\u3002\uff01\uff1f]++ [\u300d\u300f\uff09\u201d]*+   # terminator in scripts without spaces
+      | (?<! \s ) (?= \s*\n\s*\n )                    # end of a paragraph
+    )\s*+
     """,
     re.VERBOSE,
 )
+"""Every run of terminators and of white space is tried once, from its beginning, so that the time
+is linear in the length of the text."""
 _WORD_BEFORE = re.compile(r"(?:[^\W\d_]|\.)+\Z")
-_NOT_LETTERS = re.compile(r"[\W_]*")
+_LETTER = re.compile(r"[^\W_]")
 _NEVER_LAST = re.compile(
     "mrs?|ms|messrs|mme|mlle|dr|prof|rev|fr|hon|gov|sen|rep|pres|gen|col|lt|capt|cpt|cmdr|adm|maj|sgt|cpl|pvt|ste?|mt|ft|bros|vs|viz|cf"
 )
@@ -46,20 +48,23 @@ def sentence_bounds(text: str) -> list[int]:
     """
     has_capitals = text != text.lower()
     bounds = [0]
+    letter = 0  # offset of the first letter or digit after the possible end
     for match in _END.finditer(text):
         start = match.end()
-        if bounds[-1] < start < len(text) and not _continues_sentence(text, match, has_capitals):
+        if letter < start:
+            letter = found.start() if (found := _LETTER.search(text, start)) else len(text)
+        if bounds[-1] < start < len(text) and not _continues_sentence(text, match, letter, has_capitals):
             bounds.append(start)
     return bounds
 
 
-def _continues_sentence(text: str, match: re.Match[str], has_capitals: bool) -> bool:
-    """Whether the sentence continues after the possible end `match`."""
+def _continues_sentence(text: str, match: re.Match[str], letter: int, has_capitals: bool) -> bool:
+    """Whether the sentence continues after the possible end `match`; the next letter or digit is at
+    offset `letter`."""
     mark = match.group().strip()
     if not mark or mark[0] in "\u3002\uff01\uff1f":
         return False
-    letters = _NOT_LETTERS.match(text, match.end())
-    following = text[letters.end() : letters.end() + 1] if letters else ""
+    following = text[letter : letter + 1]
     if not following or (has_capitals and following.islower()) or text[match.end()] in ".,;:!?":
         return True
     if mark != ".":
@@ -106,8 +111,9 @@ def cut_blocks(
     starts, ends = offset_L2[:, 0], offset_L2[:, 1]
     num_tokens = len(offset_L2)
     edges = [0]
-    for bound in bounds:
-        token = int(np.searchsorted(starts, bound))
+    places = np.fromiter(bounds, np.int64)
+    # One search for all: each would copy the offsets, which are not contiguous.
+    for bound, token in zip(places.tolist(), np.searchsorted(starts, places).tolist(), strict=True):
         if edges[-1] < token < num_tokens and ends[token - 1] <= bound:
             edges.append(token)
     edges.append(num_tokens)

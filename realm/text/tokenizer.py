@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from realm.errors import UserError
+from realm.errors import UserError, first_line
 from realm.runtime.hub import require_on_hub
 from realm.runtime.publish import check_folder, published, read_json, write_json_atomic, write_manifest
 from realm.runtime.section import PathText, Section
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_VOCAB_SIZE = 100
+MAX_WORD_LENGTH = 100
+"""Words of more characters are encoded as `[UNK]`, as in BERT."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SETTINGS = "tokenizer_settings.json"
 
@@ -78,6 +80,8 @@ def load_or_train_tokenizer(
 def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTrainedTokenizerBase":
     """Train a BERT tokenizer with at most `config.vocab_size` wordpieces.
 
+    Words of more than `MAX_WORD_LENGTH` characters are not used.
+
     `texts` is read twice, so an iterator is kept in memory. The `tokenizers` library numbers the
     characters in the order of a randomly seeded hash table and breaks ties between merges by these
     numbers. With the characters given in advance in a fixed order, the same texts produce the same
@@ -85,7 +89,7 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     tokenizer is saved. Raises UserError if `vocab_size` is too small or the texts contain no
     visible character.
     """
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
     if config.vocab_size < MIN_VOCAB_SIZE:
@@ -94,7 +98,9 @@ def train_wordpiece(texts: Iterable[str], config: TokenizerConfig) -> "PreTraine
     model = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
     model.normalizer = normalizer
-    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer's time grows with the square of a word's length.
+    too_long = pre_tokenizers.Split(Regex(rf"(?m:.{{{MAX_WORD_LENGTH + 1},}})"), behavior="removed")
+    model.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), too_long])
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(normalizer.normalize_str(text))
@@ -198,9 +204,8 @@ def _from_pretrained(location: str, path: str) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError) as error:
-        # transformers has no specific exception for inconsistent files.
-        raise UserError(f"the tokenizer in {path} cannot be loaded ({_first_line(error)}).") from error
+    except Exception as error:  # transformers and tokenizers have no specific exception for damaged files
+        raise UserError(f"the tokenizer in {path} cannot be loaded ({first_line(error)}).") from error
 
 
 def _from_hub(name: str) -> "PreTrainedTokenizerBase":
@@ -214,10 +219,6 @@ def _from_hub(name: str) -> "PreTrainedTokenizerBase":
     return _from_pretrained(name, name)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
-
-
 def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedTokenizerBase":
     """Return the tokenizer if it is a WordPiece tokenizer with BERT's special tokens.
 
@@ -227,6 +228,12 @@ def _checked(tokenizer: "PreTrainedTokenizerBase", path: str) -> "PreTrainedToke
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.model).__name__ != "WordPiece":
         raise UserError(f"tokenizer {path} is not a WordPiece tokenizer; use a BERT tokenizer.")
+    longest = backend.model.max_input_chars_per_word
+    if longest > 10 * MAX_WORD_LENGTH:
+        raise UserError(
+            f"tokenizer {path} splits words of up to {longest:,} characters, which takes minutes for a long one; "
+            f"set max_input_chars_per_word in its tokenizer.json to {MAX_WORD_LENGTH}, as in BERT."
+        )
     if backend.get_vocab_size() <= len(SPECIAL_TOKENS):
         raise UserError(f"tokenizer {path} has only special tokens: its tokenizer.json or vocab.txt is missing.")
     names = ("pad", "cls", "sep", "mask")

@@ -39,7 +39,7 @@ def test_a_question_id_that_is_not_unicode_is_a_bad_record(run: Run, tmp_path: P
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "\\ud800", "question": "who", "answer": ["x"]}\n')
     with pytest.raises(UserError, match=r"q\.jsonl:1: unpaired surrogate"):
-        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
 
 
 def test_predictions_are_complete_or_absent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

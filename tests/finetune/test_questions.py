@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune.ask import ask
 from finetune.question_formats import format_of, read_questions
 from finetune.question_record import UNANSWERABLE, QuestionRecord
 from finetune.questions import load_questions
-from realm.corpus.text_files import BadRecords
+from realm.corpus.records import BadRecords
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
 from realm.run.folder import Run
@@ -153,7 +154,7 @@ def test_timeqa_answer_offsets_are_relative_to_the_whole_article(tmp_path: Path)
 BROKEN = {
     "open.jsonl": [
         ("{", "invalid JSON"),
-        ('{"q": 1, "answer": "x"}', "missing field question"),
+        ('{"q": 1, "answer": "x"}', 'missing field "question"'),
         ('{"question": "a", "answer": 3}', "answers are not a list"),
         ('{"question": " ", "answer": ["x"]}', "empty question"),
         ('{"question": null, "answer": ["x"]}', "question is not a string but null"),
@@ -184,9 +185,9 @@ def test_invalid_lines_are_reported_with_file_and_line(
     kind = FILES[name][1]
     number = len((FILES[name][0] + line).splitlines())
     with pytest.raises(UserError, match=re.escape(reason)) as caught:
-        load_questions(QuestionSource(str(path), kind), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path), kind), run.passages, run.tokenizer, 32)
     assert f"{path}:{number}: " in str(caught.value) and "skip_bad" in str(caught.value)
-    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run.passages, run.tokenizer)
+    kept = load_questions(QuestionSource(str(path), kind, skip_bad=True), run.passages, run.tokenizer, 32)
     assert len(kept) == len(FILES[name][2])
 
 
@@ -222,7 +223,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_question_gets_the_block_of_its_paragraph_that_contains_the_answer(run: Run) -> None:
     source = run.questions("train")
     assert source is not None
-    questions = load_questions(source, run.passages, run.tokenizer)
+    questions = load_questions(source, run.passages, run.tokenizer, 32)
     assert len(run.passages) > len(TOWNS), "paragraphs are split into several blocks here"
     for question, founder in zip(questions, FOUNDERS, strict=True):
         assert question.passage is not None and founder in run.passages.text(question.passage)
@@ -233,7 +234,7 @@ def test_an_unknown_passage_is_refused(tmp_path: Path, run: Run) -> None:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "who", "answer": ["x"], "passage": "town-99"}\n')
     with pytest.raises(UserError, match=r"open.jsonl:1: document 'town-99' is not in the corpus"):
-        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
 
 
 def test_saved_datasets_are_read(tmp_path: Path, run: Run) -> None:
@@ -242,17 +243,17 @@ def test_saved_datasets_are_read(tmp_path: Path, run: Run) -> None:
     rows = [{"id": "1", "question": "who", "context": "none", "answers": {"text": ["Ada"], "answer_start": [0]}}]
     datasets.DatasetDict({"validation": datasets.Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "saved"))
     source = QuestionSource(str(tmp_path / "saved"), split="validation")
-    (question,) = load_questions(source, run.passages, run.tokenizer)
+    (question,) = load_questions(source, run.passages, run.tokenizer, 32)
     assert question.answers == ("Ada",) and question.passage is None
-    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer)) == 1, (
+    assert len(load_questions(QuestionSource(str(tmp_path / "saved")), run.passages, run.tokenizer, 32)) == 1, (
         "the only split is the default"
     )
     with pytest.raises(UserError, match="no split 'train'; choose one of validation"):
-        load_questions(replace(source, split="train"), run.passages, run.tokenizer)
+        load_questions(replace(source, split="train"), run.passages, run.tokenizer, 32)
     two = {name: datasets.Dataset.from_list(rows) for name in ("train", "test")}
     datasets.DatasetDict(two).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(UserError, match=r"has several splits \(train, test\); choose one with `split`"):
-        load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(tmp_path / "two")), run.passages, run.tokenizer, 32)
 
 
 def test_dpr_tables_of_patterns_need_an_explicit_format(tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_unanswerable_questions_do_not_hide_an_invalid_line(tmp_path: Path, run:
     path = tmp_path / "open.jsonl"
     path.write_text('{"question": "a", "answer": []}\n' * 30 + "{broken\n")
     with pytest.raises(UserError, match=r"1 record cannot be used:\n.*open.jsonl:31: invalid JSON"):
-        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,13 @@ def test_options_without_effect_are_refused(source: dict, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("open.jsonl", {"articles": ("x",)}), ("squad.json", {"fields": {"question": "q"}})]
+    ("name", "option"),
+    [
+        ("open.jsonl", {"articles": ("x",)}),
+        ("open.jsonl", {"split": "x"}),
+        ("open.jsonl", {"name": "x"}),
+        ("squad.json", {"fields": {"question": "q"}}),
+    ],
 )
 def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option: dict) -> None:
     (tmp_path / name).write_text(FILES[name][0])
@@ -309,13 +316,13 @@ def test_options_of_another_format_are_refused(tmp_path: Path, name: str, option
         ),
         ("a.qas", "a\t{[]: 1}", "answers are not a list"),
         ("a.qas", "a\t" + "[" * 5000, "answers are not a list"),
-        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', "not a SQuAD article"),
+        ("a.json", '{"data": [{"title": null, "paragraphs": [{"context": "c"}]}]}', 'missing field "qas"'),
     ],
 )
 def test_unusual_content_raises_user_errors(tmp_path: Path, run: Run, name: str, content: str, reason: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=reason):
-        load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer)
+        load_questions(QuestionSource(str(tmp_path / name)), run.passages, run.tokenizer, 32)
 
 
 PUBLISHED = {
@@ -336,3 +343,51 @@ def test_published_files_are_read_completely(shared_data: Path, name: str) -> No
     records, report = read(shared_data / name)
     assert format_of(QuestionSource(str(shared_data / name))) == expected_format
     assert len(records) + report.total == count and set(report.counts) <= {UNANSWERABLE}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"context": 5}, "context is not a string but a number"),
+        ({"context": "a\ud800"}, "unpaired surrogate"),
+        ({"qas": 5}, '"qas" is not a list but a number'),
+        ({"qas": [{"id": "a", "question": "b", "answers": {}}]}, '"answers" is not a list but an object'),
+    ],
+)
+def test_values_of_other_types_are_reported(tmp_path: Path, change: dict, reason: str) -> None:
+    paragraph = {"context": "c", "qas": [squad_entry("x")]}
+    tree = {"data": [{"title": "T", "paragraphs": [paragraph | change, paragraph]}]}
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    records, report = read(tmp_path / "a.json", num_folds=1, use_folds=(0,))
+    assert [record.id for record in records] == ["x"] and reason in report.first[0]
+
+
+def test_timeqa_questions_are_checked_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    questions = [["Who?", [{"para": 7, "from": 0, "end": 1, "answer": "A"}]], TIMEQA[0]["questions"][0]]  # type: ignore[index]
+    path.write_text(json.dumps([TIMEQA[0] | {"link": ["x"]}, TIMEQA[0] | {"questions": questions}]))
+    records, report = read(path, num_folds=1, use_folds=(0,))
+    assert [record.text for record in records] == ["Who led Alda?"]
+    assert report.counts == {'"link" is not a string': 1, "the answer is in no paragraph": 1}
+
+
+def test_questions_without_wordpieces_are_bad_records_and_long_ones_are_counted(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "open.jsonl"
+    rows = [{"question": text, "answer": "x"} for text in ("who", "\u200b", "who " * 40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"open.jsonl:2: question without wordpieces"):
+        load_questions(QuestionSource(str(path)), run.passages, run.tokenizer, 32)
+    assert len(load_questions(QuestionSource(str(path), skip_bad=True), run.passages, run.tokenizer, 32)) == 2
+    assert "1 truncated to retriever.max_query_tokens (32)" in capsys.readouterr().out
+
+
+def test_ask_refuses_a_question_without_wordpieces_and_warns_about_a_long_one(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="the tokenizer drops all characters of the question"):
+        ask(run, "\u200b", 5)
+    with pytest.raises(UserError, match="has not finished stage finetune"):
+        ask(run, "who " * 40, 5)
+    assert "it has 120 wordpieces, and retriever.max_query_tokens is 32" in capsys.readouterr().out

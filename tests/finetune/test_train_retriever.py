@@ -44,7 +44,7 @@ def make(run: Run) -> Callable[..., RetrieverBatches]:
 def questions(run: Run) -> list[Question]:
     source = run.questions("train")
     assert source is not None
-    return load_questions(source, run.passages, run.tokenizer, quiet=True)
+    return load_questions(source, run.passages, run.tokenizer, 32, quiet=True)
 
 
 def rows_of(run: Run, batch) -> list[int]:

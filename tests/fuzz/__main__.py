@@ -5,6 +5,7 @@ interrupted is reported, too. `--target NAME --seed SEED --case NUMBER` repeats 
 """
 
 import argparse
+import math
 import sys
 import time
 
@@ -25,15 +26,16 @@ def main() -> int:
     if unknown := set(options.target or ()) - set(targets):
         parser.error(f"unknown target {', '.join(sorted(unknown))}; choose from {', '.join(targets)}")
     names = options.target or list(targets)
-    numbers = range(-(-options.cases // len(names))) if options.case is None else range(options.case, options.case + 1)
-    print(f"seed {options.seed}, {len(numbers) * len(names):,} cases")
+    per_share = options.cases / sum(targets[name].share for name in names)
     print(f"{'target':<24}{'cases':>8}{'accepted':>10}{'refused':>9}{'skipped':>9}{'failures':>10}  slowest")
     failed = False
     for name in names:
+        numbers = range(math.ceil(per_share * targets[name].share))
         if options.case is not None:
+            numbers = range(options.case, options.case + 1)
             print(case_of(targets[name], options.seed, options.case))
         started = time.monotonic()
-        report, died = run_in_processes(name, options.seed, numbers)
+        report, died = run_in_processes(targets[name], options.seed, numbers)
         failures = len(report.failures) + len(died)
         print(
             f"{name:<24}{report.cases:>8,}{report.accepted:>10,}{report.refused:>9,}{report.skipped:>9,}{failures:>10,}"

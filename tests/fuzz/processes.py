@@ -2,12 +2,14 @@
 reported."""
 
 import multiprocessing
+import os
 import resource
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tests.fuzz.runner import Report, run_target
-from tests.fuzz.targets import load_targets
+from tests.fuzz.targets import TARGETS, Target
 
 STUCK_S = 60.0
 """A process whose case does not end within this time is killed."""
@@ -16,20 +18,22 @@ ADDRESS_SPACE = 4 << 30
 MAX_DEATHS = 10
 
 
-def run_in_processes(name: str, seed: int, numbers: range) -> tuple[Report, list[tuple[int, str]]]:
+def run_in_processes(target: Target, seed: int, numbers: range) -> tuple[Report, list[tuple[int, str]]]:
     """Run the cases of a target in a process, and those after a case that ended it in another one.
 
     Returns the report and, for each case that ended a process, its number and the reason. Stops
     after `MAX_DEATHS`.
     """
-    total = Report(name)
+    total = Report(target.name)
     died: list[tuple[int, str]] = []
     while numbers and len(died) < MAX_DEATHS:
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=(name, seed, numbers, theirs))
+        process = multiprocessing.get_context("spawn").Process(
+            target=_work, args=(target.run.__module__, target.name, seed, numbers, theirs)
+        )
         process.start()
         theirs.close()
-        number, report, why = numbers.start, Report(name), None
+        number, report, why = numbers.start, Report(target.name), None
         try:
             while number >= 0:
                 if not ours.poll(STUCK_S):
@@ -52,10 +56,13 @@ def run_in_processes(name: str, seed: int, numbers: range) -> tuple[Report, list
     return total, died
 
 
-def _work(name: str, seed: int, numbers: range, connection: Connection) -> None:
+def _work(module: str, name: str, seed: int, numbers: range, connection: Connection) -> None:
     """Run the cases, and send the number before and the report after each."""
-    target = load_targets()[name]
+    import_module(module)  # which registers the target
+    with open(os.devnull, "w") as nowhere:  # libraries print warnings about damaged input
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ADDRESS_SPACE, resource.RLIM_INFINITY))
-    for number, report in run_target(target, seed, numbers):
+    for number, report in run_target(TARGETS[name], seed, numbers):
         connection.send((number, report))

@@ -46,6 +46,8 @@ class Target:
     """Read the case; files go to the given empty folder. Returns the number of records that were
     skipped and counted. Raises UserError if the input is refused, AssertionError if a property does
     not hold; every exception but UserError is a failure."""
+    share: float = 1.0
+    """Number of cases in relation to other targets; less for slow ones."""
 
 
 TARGETS: dict[str, Target] = {}

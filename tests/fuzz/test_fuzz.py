@@ -1,15 +1,16 @@
-"""A few hundred cases of every fuzz target; `make fuzz` runs 100,000."""
+"""Up to 150 cases of every fuzz target; `make fuzz` runs 100,000."""
 
 import pytest
 
 from tests.fuzz.runner import run_target
 from tests.fuzz.targets import TARGETS, load_targets
 
-CASES = 200
+CASES = 150
 
 
 @pytest.mark.parametrize("name", load_targets())
 def test_damaged_input_is_refused_or_skipped(name: str) -> None:
-    *_, (_, report) = run_target(TARGETS[name], seed=0, numbers=range(CASES), shrink=False)
+    cases = round(CASES * TARGETS[name].share)
+    *_, (_, report) = run_target(TARGETS[name], seed=0, numbers=range(cases), shrink=False)
     assert not report.failures, report.failures[0]
-    assert report.cases == CASES and report.refused + report.accepted == CASES
+    assert report.refused + report.accepted == report.cases == cases

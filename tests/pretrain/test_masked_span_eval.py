@@ -15,6 +15,7 @@ from pretrain.masked_span_eval import (
     sample_items,
 )
 from realm.app.corpus import prepare
+from realm.errors import UserError
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from tests.tiny import write_config, write_sources
@@ -76,3 +77,22 @@ def test_statements_are_separated_by_newlines_only(run: Run, tmp_path: Path) -> 
     record = {"text": "Alda was founded\u2028in 1100.", "answer": {"text": "1100", "start": 20}, "passage": "town-0"}
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n\n")
     assert [item.passage for item in load_annotated(path, run.tokenizer, run.passages, 32)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty; expected one annotated statement per line"),
+        (b'{"text": "caf\xe9"}\n', "a.jsonl:1: not UTF-8"),
+        (b'{"text": "A."', "a.jsonl:1: invalid JSON"),
+        (b'{"text": "A.", "answer": {"text": "B", "start": 0}}', "a.jsonl:1: the answer is not in the text"),
+        (b'{"text": "A.", "answer": {"text": "A", "start": -2}}', "a.jsonl:1: the answer is not in the text"),
+        (b'{"text": "A.", "answer": {"text": "A", "start": 0}, "passage": "x"}', "a.jsonl:1: unknown passage: 'x'"),
+        (b'{"text": "A\\ud800", "answer": {"text": "A", "start": 0}}', "a.jsonl:1: unpaired surrogate"),
+    ],
+)
+def test_unusual_files_of_statements_raise_user_errors(tmp_path, run, content: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=reason):
+        load_annotated(path, run.tokenizer, run.passages, 32)

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import count_ignored, format_of, source_files
+from realm.corpus.records import BadRecords
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecords, parse_tsv
+from realm.corpus.tables import parsed_rows
+from realm.corpus.text_files import parse_tsv
 from realm.errors import UserError
 
 DOCUMENTS = [
@@ -146,7 +148,7 @@ def test_mapped_title_that_is_in_no_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'missing field "heading" \(mapped to title\) in all records'):
         read(SourceConfig(str(path), fields={"title": "heading"}))
     (tmp_path / "a.tsv").write_text("id\ttext\ttitle\n1\tOne.\tT\n")
-    with pytest.raises(UserError, match="the header has no column heading; it has id, text, title"):
+    with pytest.raises(UserError, match=r"the header has no column heading; map its columns .id, text, title."):
         read(SourceConfig(str(tmp_path / "a.tsv"), fields={"title": "heading"}))
 
 
@@ -227,7 +229,7 @@ def test_errors_in_parquet_squad_and_saved_datasets(tmp_path: Path) -> None:
         read(SourceConfig(str(tmp_path / "squad.json"), "squad"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")
-    with pytest.raises(UserError, match="is not a dataset saved with `save_to_disk`"):
+    with pytest.raises(UserError, match="is not a usable dataset saved with `save_to_disk`"):
         read(SourceConfig(str(tmp_path / "saved")))
 
 
@@ -262,3 +264,98 @@ def test_hub_name_without_network_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_table_lines_written_by_csv_are_parsed(values: list[str]) -> None:
     assert parse_tsv(tsv([values]).encode()) == values or values == [""]
+
+
+def test_rows_of_tables_without_a_python_value_are_skipped_and_counted(tmp_path: Path) -> None:
+    latin = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0\6\0\0\0"), pa.py_buffer(b"caf\xe9ab")]
+    )
+    pa.parquet.write_table(pa.table({"id": ["1", "2"], "text": latin}), tmp_path / "a.parquet")
+    times = pa.array([2**62, 1], pa.timestamp("us"))
+    pa.parquet.write_table(pa.table({"id": ["1", "2"], "text": times}), tmp_path / "b.parquet")
+    report = BadRecords()
+    documents = list(read_documents([SourceConfig(str(tmp_path / "a.parquet"))], True, report))
+    assert [document.id for document in documents] == ["2"]
+    assert report.first == [f'{tmp_path / "a.parquet"}:1: not UTF-8 in "text"']
+    with pytest.raises(UserError, match=r'b.parquet:1: "text" has no Python value[^\n]*\n.*"text" is not a string'):
+        read(SourceConfig(str(tmp_path / "b.parquet")))
+
+
+def test_missing_and_repeated_columns_are_refused(tmp_path: Path) -> None:
+    pa.parquet.write_table(pa.table({"id": ["1"], "text": ["One."]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"has no column title; map its columns \(id, text\)"):
+        read(SourceConfig(str(tmp_path / "a.parquet"), fields={"text": "title"}))
+    (tmp_path / "a.tsv").write_text("id\ttext\ttext\n1\tOne.\tTwo.\n")
+    with pytest.raises(UserError, match=r"a.tsv:1: the header has two columns text"):
+        read(SourceConfig(str(tmp_path / "a.tsv")))
+
+
+@pytest.mark.parametrize("damage", ["no rows", "[]", '{"_data_files": 5}', "null"])
+def test_damaged_saved_datasets_are_refused(tmp_path: Path, damage: str) -> None:
+    import datasets
+
+    saved = tmp_path / "saved"
+    rows = [] if damage == "no rows" else ["One."]
+    datasets.Dataset.from_dict({"id": [str(n) for n in range(len(rows))], "text": rows}).save_to_disk(str(saved))
+    if rows:
+        (saved / "state.json").write_text(damage)
+    with pytest.raises(UserError, match="it has no rows" if not rows else "is not a usable dataset"):
+        read(SourceConfig(str(saved)))
+
+
+def test_a_split_or_name_that_has_no_effect_is_refused(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"id": ["1"], "text": ["One."]}).save_to_disk(str(tmp_path / "saved"))
+    for options, reason in (
+        ({"split": "x"}, "is not divided into splits, but `split` is 'x'"),
+        ({"name": "en"}, "`name`"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read(SourceConfig(str(tmp_path / "saved"), **options))
+        (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "One."}\n')
+        with pytest.raises(UserError, match=f"`{next(iter(options))}` of .* is only for the format datasets"):
+            read(SourceConfig(str(tmp_path / "a.jsonl"), **options))
+
+
+def test_duplicate_keys_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "One.", "text": "Two."}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1: duplicate key: two values for 'text'"):
+        read(SourceConfig(str(tmp_path / "a.jsonl")))
+    (tmp_path / "a.json").write_text('{"data": [{"title": "a", "title": "b", "paragraphs": []}]}')
+    with pytest.raises(UserError, match=r"a.json has an object with two values for 'title'; remove one"):
+        read(SourceConfig(str(tmp_path / "a.json")))
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for path, text in ((folder / "sub" / "a.txt", "One."), (other / "b.txt", "Two."), (other / "c.pdf", "x")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name, target in (("linked", other), ("again", other), ("sub/loop", folder), ("sub2", folder / "sub")):
+        (folder / name).symlink_to(target)
+    source = SourceConfig(str(folder))
+    assert [(document.id, document.text) for document in read(source)] == [
+        ("again/b.txt", "Two."),
+        ("sub/a.txt", "One."),
+    ]
+    assert count_ignored(source) == 1
+    (folder / "d.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"d.txt cannot be read"):
+        read(source)
+
+
+def test_timeqa_articles_with_values_of_other_types_are_reported(tmp_path: Path) -> None:
+    good = {"link": "/wiki/A", "paras": ["One."]}
+    (tmp_path / "a.json").write_text(json.dumps([{"link": ["x"], "paras": []}, {"link": "x", "paras": "abc"}, good]))
+    report = BadRecords()
+    documents = list(read_documents([SourceConfig(str(tmp_path / "a.json"))], True, report))
+    assert [document.text for document in documents] == ["One."]
+    assert report.counts == {'"link" is not a string': 1, '"paras" is not a list': 1}
+
+
+def test_offsets_outside_of_a_column_are_refused() -> None:
+    offsets = pa.py_buffer(b"\0\0\0\0\0\0\0\x70\5\0\0\0")
+    column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abcde")])
+    with pytest.raises(pa.ArrowInvalid, match=r"[Oo]ffset"):
+        list(parsed_rows([pa.record_batch([column], ["text"])], "a", BadRecords(), lambda place, row: row))

@@ -4,6 +4,8 @@ import gzip
 import json
 import multiprocessing
 import re
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 import realm.corpus.prepare
 from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.shards import interrupts_left_to_parent
 from realm.errors import UserError
 from realm.spans.rules import SPAN_TYPES, SalientSpan
 from realm.text.blocks import text_hash
@@ -301,3 +304,12 @@ def test_blocks_of_real_passages_are_complete(shared_data, tmp_path):
     assert texts == [document["text"] for document in documents]
     alone = tokenize(tokenizer, [corpus.text(row) for row in range(len(corpus))])
     assert all(np.array_equal(ids, corpus.text_ids(row)) for row, (ids, _) in enumerate(alone))
+
+
+def test_ctrl_c_is_left_to_the_parent_from_the_start_of_a_worker() -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with interrupts_left_to_parent():
+            future = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+        assert signal.SIGINT in future.result()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -10,8 +10,8 @@ import pytest
 from realm.corpus.documents import Document
 from realm.corpus.documents import read_documents as read_sources
 from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.records import BadRecords
 from realm.corpus.sources import SourceConfig
-from realm.corpus.text_files import BadRecords
 from realm.errors import UserError
 
 RECORDS = [

@@ -1,10 +1,13 @@
 """Splitting documents into blocks at sentence boundaries, and aligning spans with wordpieces."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from realm.spans.rules import builtin_spans
 from realm.text.blocks import align_spans, cut_blocks, sentence_bounds, text_hash
 from realm.text.tokenizer import tokenize
 from tests.realm.corpus.rivers import river_tokenizer
@@ -138,3 +141,21 @@ def test_spans_that_split_a_wordpiece_or_cross_a_sentence_are_dropped():
 def test_text_hash_ignores_only_case_and_white_space():
     assert text_hash("The  Danube\nflows ") == text_hash("the danube flows")
     assert text_hash("the danube flows") != text_hash("the danube flow s")
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\t", "\n x", "!", "!'", "! ''", " .", "A. ", "1,", "\u3002"])
+def test_the_time_is_linear_in_the_text(unit: str) -> None:
+    text = unit * (200_000 // len(unit))
+    started = time.process_time()
+    sentence_bounds(text)
+    builtin_spans(text)
+    assert time.process_time() - started < 5  # with quadratic time: minutes
+
+
+def test_many_sentences_are_placed_in_linear_time() -> None:
+    count = 60_000
+    starts = np.arange(count, dtype=np.int32)
+    offset_L2 = np.stack([starts, starts + 1], 1)
+    started = time.process_time()
+    assert len(cut_blocks(count, offset_L2, np.ones(count, bool), range(count), 30)) == count // 30
+    assert time.process_time() - started < 2  # with a copy of the offsets per sentence: 4 s

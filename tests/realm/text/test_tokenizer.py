@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +242,24 @@ def test_too_small_vocabulary_is_refused(vocab_size):
 def test_training_without_text_is_refused():
     with pytest.raises(UserError, match="no visible characters"):
         train_wordpiece([" ", ""], TokenizerConfig())
+
+
+def test_long_words_are_not_used_in_training_and_unknown_in_encoding() -> None:
+    texts = ["the river runs through the old town"] * 3
+    config = TokenizerConfig(vocab_size=200, lowercase=True)
+    letters = "".join("0123456789abcdef"[n * n % 16] for n in range(1_000_000))
+    tokenizer = train_wordpiece([*texts, letters, "a" * 1_000_000], config)
+    words = set(tokenizer.get_vocab())
+    assert "river" in words and not {"aaaa", "##aaaa"} & words
+    ids, offsets = tokenize(tokenizer, ["the " + "a" * 101])[0]
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["the", "[UNK]"] and offsets[-1].tolist() == [4, 105]
+
+
+def test_a_tokenizer_that_splits_words_of_any_length_is_refused(tmp_path: Path) -> None:
+    backend = train_wordpiece(["a b c"], TokenizerConfig(vocab_size=100)).backend_tokenizer
+    backend.model.max_input_chars_per_word = 10**9
+    names = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "sep_token", "unk_token")}
+    special = names | {"cls_token": "[CLS]", "mask_token": "[MASK]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="splits words of up to 1,000,000,000 characters"):
+        load_tokenizer(str(tmp_path))
