@@ -67,7 +67,8 @@ def list_versions(run: Path) -> list[VersionInfo]:
     """All index versions of a run, by store, oldest first. Raises UserError if there are none."""
     found = []
     for store in index_stores(run):
-        lineage, referenced = Lineage.load(store), referenced_by_checkpoints(store)
+        lineage = Lineage.load(store)
+        referenced = {reference.index for reference in referenced_by_checkpoints(store)}
         usable = newest(store / "indexes", lineage, lineage.current) if lineage.current is not None else []
         for version in versions_in(store / "indexes"):
             folder = store / "indexes" / version.name
@@ -82,7 +83,7 @@ def list_versions(run: Path) -> list[VersionInfo]:
                     manifest,
                     sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
                     tuple(pinning_processes(store, version)),
-                    version.name in referenced,
+                    version in referenced,
                     version not in usable,
                     bool(usable) and version == usable[0],
                 )
@@ -138,14 +139,11 @@ def collect_garbage(
     """
     removed: list[Path] = []
     for store in index_stores(run):
-        lineage = Lineage.load(store)
         with Lease(store / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
             _acquire_lease(lease, store, config, log)
             removed += [] if dry_run else remove_leftovers(store)
             collector = GarbageCollector(store, config.keep_last, float("inf") if dry_run else grace_s)
-            if lineage.current is None:
-                continue
-            collected = collector.collect(lineage, lineage.current)
+            collected = collector.collect()
             waiting = collector.in_grace_period()
             if dry_run:
                 removed += [store / "indexes" / version.name for version in waiting]
@@ -154,7 +152,7 @@ def collect_garbage(
                 log(f"removing {len(waiting)} versions unless a process pins them within {grace_s:g} s")
                 time.sleep(grace_s)
                 lease.check()
-                collected += collector.collect(lineage, lineage.current)
+                collected += collector.collect()
             removed += [
                 store / ("encoders" if version.epoch is None else "indexes") / version.name for version in collected
             ]

@@ -6,7 +6,6 @@ that only one refresher writes.
 """
 
 import errno
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from index.encode import SINGLE_PROCESS, Encoder, NonFiniteEmbeddings, load_encoder
 from index.lease import Lease
 from index.replay import requested_exports
-from index.retention import GarbageCollector, process_name, remove_leftovers
+from index.retention import GarbageCollector, process_name, remove_leftovers, remove_path
 from index.version_build import Stopped, Superseded, VersionBuild, matches_config
 from index.workers import WorkerGroup
 from realm.errors import UserError
@@ -242,16 +241,14 @@ class _Refresher:
             raise Superseded(f"{latest} is newer")
 
     def _collect(self) -> None:
-        lineage = Lineage.load(self.run)
-        if lineage.current is not None:
-            for version in self.collector.collect(lineage, lineage.current):
-                self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
+        for version in self.collector.collect():
+            self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
 
     def _remove_shards(self, except_for: Version | None) -> None:
         """Remove the shards of all versions but one."""
         for version in versions_in(self.run / "refresher"):
             if version != except_for:
-                shutil.rmtree(self.run / "refresher" / version.name)
+                remove_path(self.run / "refresher" / version.name)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from fake_refresher import CONFIG, FakeCorpus, export, load
 from index.admin import collect_garbage, find_version, list_versions, verify
 from index.lease import Lease
 from index.refresh import refresh
-from index.retention import VersionPin, remove_leftovers
+from index.retention import VersionPin
 from realm.app.cli import main
 from realm.errors import UserError
 from realm.runtime.versions import Version, start_attempt, versions_in
@@ -117,17 +117,6 @@ def test_gc_refuses_while_a_refresher_runs_and_takes_over_from_a_dead_one(store:
         lease._stop.set()  # no more heartbeats
         collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
     assert steps(store) == [700, 800]
-
-
-def test_a_pinned_version_moved_aside_by_a_killed_collector_is_moved_back(store: Path) -> None:
-    pinned, unpinned = (info.version for info in list_versions(store)[:2])
-    for version in (pinned, unpinned):
-        path = store / "indexes" / version.name
-        path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
-    (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
-    VersionPin(store, pinned)
-    assert [path.name for path in remove_leftovers(store)] != []
-    assert steps(store) == [pinned.step, 800]
 
 
 def test_an_encoder_that_may_still_be_indexed_is_kept(store: Path, corpus: FakeCorpus) -> None:

@@ -101,6 +101,10 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         help="number of bit flips and truncations in the files of a version (default: 1000)",
     )
     faults.add_argument("--seed", type=int, default=0)
+    faults.add_argument("--seeds", type=int, default=1, metavar="N", help="use N consecutive seeds (default: 1)")
+    faults.add_argument(
+        "--load", type=int, default=0, metavar="N", help="N processes that compute at the same time (default: 0)"
+    )
     faults.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     faults.set_defaults(command=_faults, takes_overrides=False)
 
@@ -158,6 +162,7 @@ def _swaps(options: argparse.Namespace) -> None:
 def _faults(options: argparse.Namespace) -> None:
     from index.bench.faults import bench_faults
 
-    report = bench_faults(options.kills, options.flips, options.seed, options.json)
-    if report.violations:
-        raise UserError(f"{len(report.violations)} violations of the guarantees of the index store, listed above.")
+    reports = bench_faults(options.kills, options.flips, options.seed, options.seeds, options.load, options.json)
+    num_violations = sum(len(report.violations) for report in reports)
+    if num_violations:
+        raise UserError(f"{num_violations} violations of the guarantees of the index store, listed above.")
