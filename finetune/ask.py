@@ -1,11 +1,11 @@
 """`realm ask`: answer one question, and show the answer in its passage."""
 
-import numpy as np
 from rich.markup import escape
 
 from finetune.answer import Answerer
 from finetune.questions import Question
 from finetune.train_reader import Finetuning
+from realm.corpus.collate import filled
 from realm.errors import UserError
 from realm.run.folder import Run
 from realm.runtime.telemetry import console
@@ -55,6 +55,6 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     console.print(
         f"  from {escape(corpus.title(answer.passage))} \\[{escape(corpus.ids[answer.passage])}]: {marked.strip()}"
     )
-    others = [int(row) for row in np.asarray(rows[0]) if row != answer.passage]
+    others = [row for row in filled(rows[0]) if row != answer.passage]
     if others:
         console.print(f"  also read: {'; '.join(escape(corpus.title(row)) for row in others)}")

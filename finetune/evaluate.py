@@ -18,6 +18,7 @@ from finetune.metrics import answers_in_corpus, exact_match, f1, has_substring, 
 from finetune.questions import Question, load_questions
 from finetune.train_reader import Finetuning
 from index.frozen import FROZEN
+from realm.corpus.collate import filled
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
@@ -181,7 +182,7 @@ def answer_all(
 def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Record:
     """A question's record with the retrieved passages and the ranks of the first hits."""
     passages = answerer.run.passages
-    found = [int(row) for row in rows if row >= 0]
+    found = filled(rows)
     hits = [answerer.collator.contains_answer(question, row) for row in found]
     substrings = hits if question.is_pattern else [has_substring(passages.text(row), question.answers) for row in found]
     record: Record = {
