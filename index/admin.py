@@ -1,9 +1,11 @@
 """Inspect and clean the index stores of a run: list versions, verify them, collect garbage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from index.build import IndexManifest
 from index.lease import Lease
@@ -16,7 +18,7 @@ from index.retention import (
 )
 from index.search import IndexRefused, PassageIndex
 from realm.errors import UserError
-from realm.runtime.publish import PublishError
+from realm.runtime.publish import MANIFEST, PublishError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.refresh_section import RefreshConfig
 
@@ -81,7 +83,7 @@ def list_versions(run: Path) -> list[VersionInfo]:
                     store,
                     version,
                     manifest,
-                    sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                    _num_bytes(folder),
                     tuple(pinning_processes(store, version)),
                     version in referenced,
                     version not in usable,
@@ -93,6 +95,15 @@ def list_versions(run: Path) -> list[VersionInfo]:
             f"run {run} has no index yet; the refresher builds one from the first encoder that training exports."
         )
     return found
+
+
+def _num_bytes(folder: Path) -> int:
+    """Size of the files in a folder; a collector may be removing it."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def find_version(run: Path, name: str) -> VersionInfo:
@@ -109,6 +120,12 @@ def find_version(run: Path, name: str) -> VersionInfo:
     raise UserError(f"{name!r} {problem}; choose one of: {listed}.")
 
 
+def unlisted_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the files in a published folder that its manifest does not list."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return sorted(names - {MANIFEST, *manifest["files"]})
+
+
 def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """Check every byte of a version against its manifest and map it into memory.
 
@@ -116,13 +133,15 @@ def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """
     start = time.monotonic()
     try:
-        manifest = IndexManifest.read(info.path)[0]
+        manifest, raw_manifest = IndexManifest.read(info.path)
         encoder = info.store / "encoders" / manifest.encoder
         index = PassageIndex.open(info.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None)
-    except (PublishError, IndexRefused) as error:
+    except (PublishError, IndexRefused, OSError) as error:
         log(f"{info.path}: REFUSED: {error}")
         return str(error)
     index.close()
+    for name in unlisted_files(info.path, raw_manifest):
+        log(f"{info.path / name}: not in the manifest, ignored")
     note = "" if encoder.is_dir() else "; encoder removed, its checksum was not compared"
     seconds = time.monotonic() - start
     log(f"{info.path}: valid, {manifest.count:,} passages, {info.bytes / 2**20:,.1f} MiB read in {seconds:.1f} s{note}")
