@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
             continue
         console.print(f"[bold]{name}[/bold]")
         train_stage(run, name, _open_stage(name), resume)
-        stage_times[name] = float((run.model(name) / "seconds.txt").read_text())
+        with suppress(OSError, ValueError):  # a damaged time is left out of the summary
+            stage_times[name] = float((run.model(name) / "seconds.txt").read_text())
         if name in _MASKED_SPAN_STAGES:
             masked_spans[name] = _cached(run, f"masked-spans-{name}", partial(evaluate_stage_masked_spans, run, name))
     questions: dict[str, float] = {}
