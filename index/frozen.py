@@ -129,10 +129,10 @@ def _find(
     if lineage.current is None:
         return None
     for version in newest(store / "indexes", lineage, lineage.current):
-        pin = _pin(store, version, log)  # before reading: a running refresher may collect the version
+        folder, pin = store / "indexes" / version.name, None
         try:
-            folder = store / "indexes" / version.name
             if IndexManifest.read(folder)[0].encoder_checksum == retriever_checksum:
+                pin = _pin(store, version, log)  # before opening it: a running refresher may collect the version
                 index = PassageIndex.open(folder, passages.fingerprint, search_on=config.search_on)
                 if pin is not None:
                     index.attach_pin(pin)
