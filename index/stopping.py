@@ -25,7 +25,8 @@ def stopping(stop: threading.Event, release: Callable[[], object]) -> Iterator[N
     ends.
 
     If the block does not end within `GRACE_S` seconds after that, calls `release` and exits the
-    process with status 130. No effect outside the main thread, which alone receives signals.
+    process with status 128 + signal. No effect outside the main thread, which alone receives
+    signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -37,17 +38,20 @@ def stopping(stop: threading.Event, release: Callable[[], object]) -> Iterator[N
     sources = [woken] if parent is None else [woken, int(parent)]
 
     def watch() -> None:
+        number: int = signal.SIGTERM  # if the parent ended
         ready = select.select(sources, [], [])[0]
-        while ready == [woken] and os.read(woken, 1)[0] not in _SIGNALS:
+        while ready == [woken] and (number := os.read(woken, 1)[0]) not in _SIGNALS:
             if ended.is_set():
                 return
             ready = select.select(sources, [], [])[0]
         stop.set()
+        if ready == [woken] and wake_before != -1:
+            os.write(wake_before, bytes([number]))  # a watch of the whole command learns of it too
         if not ended.wait(GRACE_S):
             with suppress(OSError):
                 os.write(2, b"realm: interrupted\n")
                 release()
-            os._exit(130)
+            os._exit(128 + number)
 
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in _SIGNALS}
     wake_before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
