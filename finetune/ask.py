@@ -1,10 +1,9 @@
 """`realm ask`: answer one question, and show the answer in its passage."""
 
-import numpy as np
-
 from finetune.answer import Answer, Answerer
 from finetune.questions import Question, is_truncated
 from finetune.train_reader import Finetuning
+from realm.corpus.collate import filled
 from realm.errors import UserError
 from realm.run.folder import Run
 from realm.runtime.telemetry import console, log_line, styled
@@ -57,7 +56,7 @@ def print_answer(answerer: Answerer, text: str, passages: int) -> None:
     console.print(styled("  ", (answer.text, _ANSWER), f"   (p(z|x) = {answer.probability:.2f})"))
     source = f"  from {corpus.title(answer.passage)} [{corpus.ids[answer.passage]}]: "
     console.print(styled(source, *_marked(corpus.text(answer.passage), answer)))
-    others = [int(row) for row in np.asarray(rows[0]) if row != answer.passage]
+    others = [row for row in filled(rows[0]) if row != answer.passage]
     if others:
         console.print(f"  also read: {'; '.join(corpus.title(row) for row in others)}")
 

@@ -19,6 +19,7 @@ from finetune.patterns import patterns_in_corpus
 from finetune.questions import Question, load_questions
 from finetune.train_reader import Finetuning
 from index.frozen import FROZEN
+from realm.corpus.collate import filled
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.run.data_config import QuestionSource
@@ -182,7 +183,7 @@ def answer_all(
 def _retrieval(answerer: Answerer, question: Question, rows: np.ndarray) -> Record:
     """A question's record with the retrieved passages and the ranks of the first hits."""
     passages = answerer.run.passages
-    found = [int(row) for row in rows if row >= 0]
+    found = filled(rows)
     hits = [answerer.collator.contains_answer(question, row) for row in found]
     substrings = hits if question.is_pattern else [has_substring(passages.text(row), question.answers) for row in found]
     record: Record = {

@@ -15,6 +15,7 @@ from finetune.collate import QuestionCollator
 from finetune.questions import Question, load_questions, timing_questions, training_source
 from index.frozen import frozen_index
 from index.interface import Index
+from realm.corpus.collate import filled
 from realm.errors import UserError
 from realm.models.batches import PairBatch
 from realm.models.modules import DualEncoderModel
@@ -143,8 +144,7 @@ class RetrieverBatches:
         """The question with a passage to find, or None."""
         if question.passage is not None:
             return question
-        rows = (int(row) for row in retrieved if row >= 0)
-        row = next((row for row in rows if self.collator.contains_answer(question, row)), None)
+        row = next((row for row in filled(retrieved) if self.collator.contains_answer(question, row)), None)
         return None if row is None else replace(question, passage=row, document=self.collator.passages.document(row))
 
     def __call__(self, step: int, size: int) -> PairBatch:
@@ -155,8 +155,7 @@ class RetrieverBatches:
         rng = step_generator(self.seed, StepStream.HARD_NEGATIVES, step)
         rows = [int(question.passage) for question in questions]  # type: ignore[arg-type]
         for question, place in zip(questions, places, strict=True):
-            retrieved = [int(row) for row in self.retrieved[int(place)] if row >= 0]
-            negatives = [row for row in retrieved if self._is_negative(question, row)]
+            negatives = [row for row in filled(self.retrieved[int(place)]) if self._is_negative(question, row)]
             if negatives:
                 count = min(self.config.negatives, len(negatives))
                 rows += rng.choice(negatives, count, replace=False).tolist()

@@ -1,9 +1,11 @@
 """Inspect and clean the index stores of a run: list versions, verify them, collect garbage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from index.build import IndexManifest
 from index.lease import Lease
@@ -16,7 +18,7 @@ from index.retention import (
 )
 from index.search import IndexRefused, PassageIndex
 from realm.errors import UserError
-from realm.runtime.publish import PublishError
+from realm.runtime.publish import MANIFEST, PublishError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.refresh_section import RefreshConfig
 
@@ -67,7 +69,8 @@ def list_versions(run: Path) -> list[VersionInfo]:
     """All index versions of a run, by store, oldest first. Raises UserError if there are none."""
     found = []
     for store in index_stores(run):
-        lineage, referenced = Lineage.load(store), referenced_by_checkpoints(store)
+        lineage = Lineage.load(store)
+        referenced = {reference.index for reference in referenced_by_checkpoints(store)}
         usable = newest(store / "indexes", lineage, lineage.current) if lineage.current is not None else []
         for version in versions_in(store / "indexes"):
             folder = store / "indexes" / version.name
@@ -80,9 +83,9 @@ def list_versions(run: Path) -> list[VersionInfo]:
                     store,
                     version,
                     manifest,
-                    sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+                    _num_bytes(folder),
                     tuple(pinning_processes(store, version)),
-                    version.name in referenced,
+                    version in referenced,
                     version not in usable,
                     bool(usable) and version == usable[0],
                 )
@@ -92,6 +95,15 @@ def list_versions(run: Path) -> list[VersionInfo]:
             f"run {run} has no index yet; the refresher builds one from the first encoder that training exports."
         )
     return found
+
+
+def _num_bytes(folder: Path) -> int:
+    """Size of the files in a folder; a collector may be removing it."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def find_version(run: Path, name: str) -> VersionInfo:
@@ -108,6 +120,12 @@ def find_version(run: Path, name: str) -> VersionInfo:
     raise UserError(f"{name!r} {problem}; choose one of: {listed}.")
 
 
+def unlisted_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the files in a published folder that its manifest does not list."""
+    names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    return sorted(names - {MANIFEST, *manifest["files"]})
+
+
 def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """Check every byte of a version against its manifest and map it into memory.
 
@@ -115,13 +133,15 @@ def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     """
     start = time.monotonic()
     try:
-        manifest = IndexManifest.read(info.path)[0]
+        manifest, raw_manifest = IndexManifest.read(info.path)
         encoder = info.store / "encoders" / manifest.encoder
         index = PassageIndex.open(info.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None)
-    except (PublishError, IndexRefused) as error:
+    except (PublishError, IndexRefused, OSError) as error:
         log(f"{info.path}: REFUSED: {error}")
         return str(error)
     index.close()
+    for name in unlisted_files(info.path, raw_manifest):
+        log(f"{info.path / name}: not in the manifest, ignored")
     note = "" if encoder.is_dir() else "; encoder removed, its checksum was not compared"
     seconds = time.monotonic() - start
     log(f"{info.path}: valid, {manifest.count:,} passages, {info.bytes / 2**20:,.1f} MiB read in {seconds:.1f} s{note}")
@@ -138,14 +158,11 @@ def collect_garbage(
     """
     removed: list[Path] = []
     for store in index_stores(run):
-        lineage = Lineage.load(store)
         with Lease(store / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
             _acquire_lease(lease, store, config, log)
             removed += [] if dry_run else remove_leftovers(store)
             collector = GarbageCollector(store, config.keep_last, float("inf") if dry_run else grace_s)
-            if lineage.current is None:
-                continue
-            collected = collector.collect(lineage, lineage.current)
+            collected = collector.collect()
             waiting = collector.in_grace_period()
             if dry_run:
                 removed += [store / "indexes" / version.name for version in waiting]
@@ -154,7 +171,7 @@ def collect_garbage(
                 log(f"removing {len(waiting)} versions unless a process pins them within {grace_s:g} s")
                 time.sleep(grace_s)
                 lease.check()
-                collected += collector.collect(lineage, lineage.current)
+                collected += collector.collect()
             removed += [
                 store / ("encoders" if version.epoch is None else "indexes") / version.name for version in collected
             ]

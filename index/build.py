@@ -61,7 +61,10 @@ class IndexManifest:
         manifest = read_manifest(folder)
         if manifest.get("format") != 1:
             raise PublishError(f"{folder} has index format {manifest.get('format')!r}, expected 1; rebuild the index")
-        return cls(**{item.name: manifest[item.name] for item in fields(cls) if item.name in manifest}), manifest
+        try:
+            return cls(**{item.name: manifest[item.name] for item in fields(cls) if item.name in manifest}), manifest
+        except TypeError as error:
+            raise PublishError(f"{folder} is not an index: its manifest lacks fields; rebuild the index") from error
 
 
 def empty_index(dim: int, factory: str) -> faiss.Index:
@@ -171,20 +174,18 @@ def write_version(
     version: Version,
     index: faiss.Index,
     manifest: IndexManifest,
-    before_publish: Callable[[], None] | None = None,
+    before_publish: Callable[[], object] = lambda: None,
     arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Publish `index`, and `arrays` by file name, as `indexes/<version>`; returns that folder.
 
-    `before_publish` is called after all files are written, just before the version becomes visible.
-    If it raises, nothing is published and the files are removed.
+    `before_publish` is called when all files are flushed to disk, just before the version becomes
+    visible. If it raises, nothing is published and the files are removed.
     """
     final = indexes / version.name
-    with published(final) as folder:
+    with published(final, before_publish) as folder:
         faiss.write_index(index, str(folder / INDEX_FILE))
         for name, array in (arrays or {}).items():
             np.save(folder / name, array, allow_pickle=False)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
-        if before_publish is not None:
-            before_publish()
     return final

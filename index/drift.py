@@ -14,6 +14,7 @@ from torch import nn
 
 from index.encode import Encoder
 from index.search import PassageIndex
+from realm.corpus.collate import EMPTY, filled
 from realm.models.precision import Precision
 from realm.models.retriever import embed_no_grad
 from realm.text.inputs import Wordpieces, pad_batch, token_budget_batches
@@ -40,15 +41,13 @@ def cosine_change(before_PD: np.ndarray, now_PD: np.ndarray) -> float:
 
 
 def overlap(stale_PK: np.ndarray, fresh_PK: np.ndarray) -> float:
-    """Fraction of the fresh index's results that the stale index also finds."""
-    return float(
-        np.mean(
-            [
-                len(set(stale) & set(fresh)) / len(set(fresh))
-                for stale, fresh in zip(stale_PK.tolist(), fresh_PK.tolist(), strict=True)
-            ]
-        )
-    )
+    """Fraction of the fresh index's results that the stale index also finds.
+
+    Queries without a result in the fresh index do not count; NaN if there are no others.
+    """
+    found = [(set(filled(stale)), set(filled(fresh))) for stale, fresh in zip(stale_PK, fresh_PK, strict=True)]
+    fractions = [len(stale & fresh) / len(fresh) for stale, fresh in found if fresh]
+    return float(np.mean(fractions)) if fractions else float("nan")
 
 
 def measure_drift(
@@ -75,6 +74,7 @@ def measure_drift(
         query_emb_PD = encoder.retriever.embed_queries(ids_PL.to(device), mask_PL.to(device)).float().cpu().numpy()
     k = min(OVERLAP_AT, len(corpus))
     stale_PK, fresh_PK = stale.search(query_emb_PD, k)[1], fresh.search(query_emb_PD, k)[1]
+    fresh_PK[np.isin(fresh_PK, list(corpus.deleted))] = EMPTY
     return {
         "against": stale.version.name,
         "cosine_change": cosine_change(stale_reference_PD, reference_PD),

@@ -144,6 +144,23 @@ def encode_passages(
     return embeddings_RD
 
 
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it does not exist or is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file exists and is an array of numbers, complete to its last row."""
+    try:
+        np.load(path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return True
+
+
 def encode_in_shards(
     work: Path,
     rows: range,
@@ -167,12 +184,12 @@ def encode_in_shards(
 
     def find_missing() -> list[int]:
         plan_file = work / "plan.json"
-        if not plan_file.exists() or json.loads(plan_file.read_bytes()) != plan:
+        if _read_json(plan_file) != plan:
             if work.exists():
                 shutil.rmtree(work)
             work.mkdir(parents=True)
             write_json_atomic(plan_file, plan)
-        return [number for number in range(num_shards) if not path[number].exists()]
+        return [number for number in range(num_shards) if not _is_array(path[number])]
 
     def encode_shard(number: int) -> None:
         part = rows[number * shard_rows : (number + 1) * shard_rows]

@@ -5,28 +5,33 @@ Reader pretraining, masked-span evaluation, finetuning and evaluation all search
 passages are encoded once per retriever.
 """
 
+import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from index.build import DELETED_FILE, INDEX_FILE, IndexManifest
-from index.drift import DRIFT_FILE
+from index.build import IndexManifest
 from index.refresh import refresh
 from index.retention import VersionPin
 from index.search import IndexRefused, PassageIndex
 from realm.corpus.prepared import PreparedCorpus
+from realm.errors import UserError
 from realm.runtime.distributed import on_rank_zero
 from realm.runtime.publish import PublishError, checksum, published, write_manifest
+from realm.runtime.signals import Interrupted
 from realm.runtime.threads import cpu_threads
 from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
 from realm.training.refresh_section import RefreshConfig
 
 FROZEN = "frozen"
 """Folder of a run with the stores of frozen indexes, one per retriever."""
+_UNPINNED: set[Path] = set()
+"""Stores for which this process has said that it cannot pin their versions."""
 
 
 def frozen_index(
@@ -36,10 +41,12 @@ def frozen_index(
     run has not published one.
 
     A build that was killed resumes from its finished shards. Raises UserError if the index cannot
-    be built as configured.
+    be built as configured or is damaged, and Interrupted on Ctrl-C and SIGTERM during the build.
     """
     retriever_checksum = checksum(retriever)
     store = _store_folder(run, retriever_checksum)
+    stop = threading.Event()
+    remedy = f"remove {store} and rerun the command, which builds the index again"
 
     def find() -> PassageIndex | None:
         return _find(run, retriever_checksum, passages, config, log) or _find(
@@ -49,17 +56,40 @@ def frozen_index(
     def build() -> None:
         if find() is not None:
             return
-        store.mkdir(parents=True, exist_ok=True)
-        if not versions_in(store / "encoders"):
-            with published(store / "encoders" / Version(start_attempt(store), 0).name) as temporary:
-                shutil.copytree(retriever, temporary, dirs_exist_ok=True)
-        with cpu_threads(0):
-            refresh(store, replace(config, threads=torch.get_num_threads()), passages, once=True, log=log)
+        try:
+            encoder = _copy_encoder(store, retriever)
+            if checksum(encoder) != retriever_checksum:
+                raise UserError(f"{encoder} is not a copy of {retriever}; {remedy}.")
+            with cpu_threads(0):
+                threads = torch.get_num_threads()
+                refresh(store, replace(config, threads=threads), passages, once=True, log=log, stop=stop)
+        except OSError as error:
+            raise UserError(
+                f"the index of {retriever} cannot be built in {store}: {error}; fix this and rerun the command."
+            ) from error
+        if stop.is_set():
+            raise Interrupted(
+                f"encoding the passages for {store} was interrupted; finished shards are kept; "
+                "rerun the command to continue."
+            )
 
     on_rank_zero(build)
     index = find()
-    assert index is not None, "the refresher returned without building the index"
+    if index is None:
+        raise UserError(f"{store} contains no valid index of {retriever}; {remedy}.")
     return index
+
+
+def _copy_encoder(store: Path, retriever: Path) -> Path:
+    """The encoder in `store`, which is a copy of `retriever`; copied if there is none."""
+    existing = versions_in(store / "encoders")
+    if existing:
+        return store / "encoders" / existing[-1].name
+    store.mkdir(parents=True, exist_ok=True)
+    encoder = store / "encoders" / Version(start_attempt(store), 0).name
+    with published(encoder) as temporary:
+        shutil.copytree(retriever, temporary, dirs_exist_ok=True)
+    return encoder
 
 
 def publish_frozen(
@@ -76,14 +106,13 @@ def publish_frozen(
     index = _find(store, retriever_checksum, passages, config, lambda line: None)
     if index is None:
         return False
-    source = store / "indexes" / index.version.name
     manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
     with published(run / "indexes" / encoder.with_epoch(0).name) as folder:
-        for file in (name for name in (INDEX_FILE, DRIFT_FILE, DELETED_FILE) if (source / name).exists()):
+        for name, file in index.files.items():
             try:
-                os.link(source / file, folder / file)  # published files never change, so a hard link is safe
+                os.link(file, folder / name)  # published files never change, so a hard link is safe
             except OSError:
-                shutil.copyfile(source / file, folder / file)
+                shutil.copyfile(file, folder / name)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
     return True
 
@@ -100,14 +129,32 @@ def _find(
     if lineage.current is None:
         return None
     for version in newest(store / "indexes", lineage, lineage.current):
-        pin = VersionPin(store, version)  # before reading: a running refresher may collect the version
+        folder, pin = store / "indexes" / version.name, None
         try:
-            folder = store / "indexes" / version.name
             if IndexManifest.read(folder)[0].encoder_checksum == retriever_checksum:
+                pin = _pin(store, version, log)  # before opening it: a running refresher may collect the version
                 index = PassageIndex.open(folder, passages.fingerprint, search_on=config.search_on)
-                index.attach_pin(pin)
+                if pin is not None:
+                    index.attach_pin(pin)
                 return index
         except (IndexRefused, PublishError) as error:
             log(str(error))
-        pin.release()
+        if pin is not None:
+            pin.release()
     return None
+
+
+def _pin(store: Path, version: Version, log: Callable[[str], None]) -> VersionPin | None:
+    """Pin a version; None if nothing can be written there, because reading must work anyway."""
+    try:
+        return VersionPin(store, version)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
+            raise
+        if store not in _UNPINNED:
+            _UNPINNED.add(store)
+            log(
+                f"{store} cannot be written ({error.strerror}), so its index is not protected from "
+                "`realm index gc` on other machines while it is read"
+            )
+        return None

@@ -13,7 +13,8 @@ class Index(Protocol):
         """Number of passages."""
 
     def search(self, query_emb_BD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the top k passages per query, (B, k), best first; -1: no result."""
+        """Scores and rows of the top k passages per query, (B, k), best first; -1: no result
+        (see `realm.corpus.collate.filled`)."""
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings of the passages in `rows`, (len(rows), D) float32."""

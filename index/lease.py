@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from realm.errors import UserError
+
 _BEATS_PER_EXPIRY = 6
 
 
-class LeaseLost(Exception):
+class LeaseLost(UserError):
     """Another process took over the lease; nothing may be published under the old epoch."""
 
 
@@ -62,7 +64,7 @@ class Lease:
         self.epoch = latest + 1
         try:
             (self._path() / "holder").write_text(self.holder + "\n")
-            self._write_heartbeat(0)
+            _write_heartbeat(self._path(), 0)
         except OSError:  # such as a full disk: the epoch has no holder and expires like that of a dead one
             self.epoch = 0
             raise
@@ -74,8 +76,8 @@ class Lease:
     def current_holder(self) -> str:
         """The process that holds or last held the lease, for messages."""
         try:
-            return (self._path(self._latest_epoch()) / "holder").read_text().strip()
-        except FileNotFoundError:
+            return (self._path(self._latest_epoch()) / "holder").read_text(errors="replace").strip()
+        except OSError:
             return "an unnamed process"
 
     def is_held(self) -> bool:
@@ -85,16 +87,20 @@ class Lease:
     def check(self) -> None:
         """Raise LeaseLost unless the lease is still held."""
         if not self.is_held():
-            raise LeaseLost(f"the lease of epoch {self.epoch} was taken over by {self.current_holder()}")
+            raise LeaseLost(
+                f"the lease of epoch {self.epoch} in {self.folder} was taken over by {self.current_holder()}, because "
+                f"this process was suspended or could not write for {self.expiry_s:g} s; that process continues the "
+                "work, or rerun the command."
+            )
 
     def release(self) -> None:
         """Stop the heartbeat and release the lease; no effect if it is not held or was lost."""
         self._stop.set()
         if self._heartbeat_thread is not None:
             self._heartbeat_thread.join()
-        if self.is_held():
-            (self._path() / "released").touch()
-        self.epoch = 0
+        epoch, self.epoch = self.epoch, 0
+        if epoch and self._latest_epoch() == epoch:
+            (self._path(epoch) / "released").touch()
 
     def __enter__(self) -> "Lease":
         return self
@@ -108,7 +114,8 @@ class Lease:
         return self.folder / f"epoch-{self.epoch if epoch is None else epoch:06d}"
 
     def _latest_epoch(self) -> int:
-        return max((int(entry.name.removeprefix("epoch-")) for entry in self.folder.glob("epoch-*")), default=0)
+        names = (entry.name.removeprefix("epoch-") for entry in self.folder.glob("epoch-*"))
+        return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def _read_heartbeat(self, epoch: int) -> bytes | None:
         try:
@@ -116,22 +123,23 @@ class Lease:
         except FileNotFoundError:
             return None
 
-    def _write_heartbeat(self, count: int) -> None:
-        # Overwritten in place with constant length: it needs no space on a full disk, and a reader
-        # that sees a partial write still sees a change.
-        descriptor = os.open(self._path() / "heartbeat", os.O_WRONLY | os.O_CREAT, 0o666)
-        try:
-            os.pwrite(descriptor, b"%020d\n" % count, 0)
-        finally:
-            os.close(descriptor)
-
     def _heartbeat_loop(self) -> None:
-        count = 0
+        path, count = self._path(), 0
         while not self._stop.wait(self.expiry_s / _BEATS_PER_EXPIRY):
             count += 1
             try:
-                self._write_heartbeat(count)
+                _write_heartbeat(path, count)
             except OSError:
                 # A failed write is a missed heartbeat. If the failure lasts, other processes take
                 # over the lease, and `check` raises.
                 continue
+
+
+def _write_heartbeat(epoch: Path, count: int) -> None:
+    # Overwritten in place with constant length: it needs no space on a full disk, and a reader that
+    # sees a partial write still sees a change.
+    descriptor = os.open(epoch / "heartbeat", os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, b"%020d\n" % count, 0)
+    finally:
+        os.close(descriptor)

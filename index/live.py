@@ -1,7 +1,6 @@
 """The trainer's side of the asynchronous index: exports, swaps between steps, the staleness policy,
 and an optional refresher process."""
 
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from index.refresh import TRAINING_ENDED
-from index.refresher_process import start_refresher
+from index.refresher_process import start_refresher, stop_refresher
 from index.replay import clear_requested_exports, request_exports
+from index.retention import remove_path
 from index.search import PassageIndex
 from index.swap import IndexSlot
 from index.watcher import IndexWatcher
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def remove_export_leftovers(folder: Path) -> None:
     """Remove exports that a killed trainer left incomplete; only the run's trainer may call it."""
     for path in (folder / "encoders").glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+        remove_path(path)
 
 
 class LiveIndex:
@@ -194,8 +194,7 @@ class LiveIndex:
         self.watcher.stop()
         self._slot.close()
         if self.refresher is not None and self.refresher.poll() is None:
-            self.refresher.terminate()
-            self.refresher.wait(30)
+            stop_refresher(self.refresher)
 
     def __enter__(self) -> Self:
         return self

@@ -6,11 +6,8 @@ that only one refresher writes.
 """
 
 import errno
-import shutil
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +17,8 @@ import torch
 from index.encode import SINGLE_PROCESS, Encoder, NonFiniteEmbeddings, load_encoder
 from index.lease import Lease
 from index.replay import requested_exports
-from index.retention import GarbageCollector, process_name, remove_leftovers
+from index.retention import GarbageCollector, process_name, remove_leftovers, remove_path
+from index.stopping import stopping
 from index.version_build import Stopped, Superseded, VersionBuild, matches_config
 from index.workers import WorkerGroup
 from realm.errors import UserError
@@ -59,8 +57,9 @@ def refresh(
     """Build an index for the newest exported encoder, repeatedly, until training has ended and no
     work is left.
 
-    `once`: return as soon as no work is left. `stop`: set it to return early; SIGTERM and SIGINT do
-    the same if called from the main thread. Waits while another refresher holds the lease.
+    `once`: return as soon as no work is left. `stop`: set it to return early; SIGTERM and SIGINT
+    set it if this function is called from the main thread (see `index.stopping`). Waits while
+    another refresher holds the lease.
     `workers`: the group of processes that encode together; all call this function with the same
     arguments, and the first of them holds the lease, builds and publishes.
 
@@ -72,7 +71,8 @@ def refresh(
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
     refresher = _Refresher(run, config, corpus, log if workers.is_first else _discard, load, stop, workers)
-    with _stop_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
+    lease = Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s)
+    with stopping(stop, lease.release), lease:
         if workers.run_on_first(lambda: refresher.acquire(lease, once)):
             refresher.run_loop(lease, once)
 
@@ -118,8 +118,11 @@ class _Refresher:
                     f"or for {self.config.lease_expiry_s:g} s without a heartbeat"
                 )
             self.stop.wait(min(self.config.poll_s, self.config.lease_expiry_s / 4))
-        for path in remove_leftovers(self.run):
-            self.log(f"removed {path.name}, left over from a crash")
+        try:
+            for path in remove_leftovers(self.run):
+                self.log(f"removed {path.name}, left over from a crash")
+        except OSError as error:
+            self.log(f"cannot remove what a crash left over: {error}")
         return True
 
     def _try_acquire(self, lease: Lease, once: bool) -> bool:
@@ -138,7 +141,11 @@ class _Refresher:
     def run_loop(self, lease: Lease, once: bool) -> None:
         """Build versions until no work is left; the first worker decides for all workers."""
         while True:
-            running, version = self.workers.run_on_first(lambda: self._wait_for_work(lease, once))
+            try:
+                running, version = self.workers.run_on_first(lambda: self._wait_for_work(lease, once))
+            except OSError as error:
+                self._retry_after(error, f"read and clean the index store {self.run}", once)
+                continue
             if not running:
                 return
             if version is not None:
@@ -207,16 +214,20 @@ class _Refresher:
                 raise
             self.skipped.add(version)
             self.log(f"skipped encoder {version}: {error}")
-        except OSError as error:  # such as a full disk: finished shards are kept, the rest is retried
-            if once:
-                raise UserError(
-                    f"cannot build the index of {version}: {error}; fix this and rerun the command "
-                    "(finished shards are kept)."
-                ) from error
-            if str(error) != self.last_error:
-                self.last_error = str(error)
-                self.log(f"cannot build the index of {version}, retrying every {_RETRY_S:g} s: {error}")
-            self.workers.run_on_first(lambda: self.stop.wait(_RETRY_S))
+        except OSError as error:
+            self._retry_after(error, f"build the index of {version}", once)
+
+    def _retry_after(self, error: OSError, what: str, once: bool) -> None:
+        """Log an error of the file system, such as a full disk, and wait before the next attempt;
+        with `once`, raises UserError."""
+        if once:
+            raise UserError(
+                f"cannot {what}: {error}; fix this and rerun the command (finished shards are kept)."
+            ) from error
+        if str(error) != self.last_error:
+            self.last_error = str(error)
+            self.log(f"cannot {what}, retrying every {_RETRY_S:g} s: {error}")
+        self.workers.run_on_first(lambda: self.stop.wait(_RETRY_S))
 
     def _check_superseded(self, version: Version, fraction_done: float) -> None:
         """Raise Superseded if a newer export should be built instead.
@@ -243,27 +254,11 @@ class _Refresher:
             raise Superseded(f"{latest} is newer")
 
     def _collect(self) -> None:
-        lineage = Lineage.load(self.run)
-        if lineage.current is not None:
-            for version in self.collector.collect(lineage, lineage.current):
-                self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
+        for version in self.collector.collect():
+            self.log(f"{'encoder' if version.epoch is None else 'index'} {version} deleted")
 
     def _remove_shards(self, except_for: Version | None) -> None:
         """Remove the shards of all versions but one."""
         for version in versions_in(self.run / "refresher"):
             if version != except_for:
-                shutil.rmtree(self.run / "refresher" / version.name)
-
-
-@contextmanager
-def _stop_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM and SIGINT; no effect outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                remove_path(self.run / "refresher" / version.name)

@@ -9,7 +9,6 @@ builds those before newer ones and does not collect them.
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from realm.errors import UserError
@@ -39,9 +38,16 @@ def request_exports(run: Path, replay: Mapping[int, int], step: int) -> None:
 
 def requested_exports(run: Path) -> list[int]:
     """Steps of the exports that a replay still needs, ascending; empty without a replay."""
-    with suppress(FileNotFoundError):
-        return list(json.loads((run / "refresher" / _REQUESTS_FILE).read_text()))
-    return []
+    path = run / "refresher" / _REQUESTS_FILE
+    try:
+        steps = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        steps = None
+    if not isinstance(steps, list) or not all(isinstance(step, int) for step in steps):
+        raise UserError(f"{path} is not a list of steps; remove it, and restart the replay.")
+    return steps
 
 
 def clear_requested_exports(run: Path) -> None:

@@ -4,7 +4,7 @@ Shape legend: B queries, K results per query, D embedding dimension.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import faiss
@@ -31,6 +31,7 @@ class PassageIndex:
         self,
         version: Version,
         manifest: IndexManifest,
+        files: Mapping[str, Path],
         index: faiss.Index,
         searcher: Searcher,
         threads: int | None,
@@ -38,6 +39,8 @@ class PassageIndex:
     ) -> None:
         self.version = version
         self.manifest = manifest
+        self.files = files
+        """Verified files by name; a file that the manifest does not list is ignored."""
         self._index = index
         self._searcher = searcher
         self._threads = threads
@@ -98,17 +101,14 @@ class PassageIndex:
             expected = f"{manifest.count} vectors of {manifest.dim} dimensions with inner product"
             raise IndexRefused(f"{folder} does not contain the {expected} stated in its manifest; {remedy}")
         set_search_parameters(index, manifest.search_parameters)
-        deleted = (
-            np.load(folder / DELETED_FILE, allow_pickle=False)
-            if (folder / DELETED_FILE).exists()
-            else np.zeros(0, np.int64)
-        )
+        files = {name: folder / name for name in raw_manifest["files"]}
+        deleted = np.load(files[DELETED_FILE], allow_pickle=False) if DELETED_FILE in files else np.zeros(0, np.int64)
         searcher: Searcher = index
         if search_on == "gpu":
             searcher = move_to_gpu(index)
         elif threads is None and is_flat(index):
             searcher = TiledExactSearch(torch.from_numpy(flat_vectors(index)))
-        return cls(version, manifest, index, searcher, threads, deleted)
+        return cls(version, manifest, files, index, searcher, threads, deleted)
 
     @property
     def step(self) -> int:

@@ -99,14 +99,10 @@ class VersionBuild:
             with suppress(PublishError, IndexRefused):
                 manifest = IndexManifest.read(folder)[0]
                 same_build = (manifest.encoder_checksum, manifest.factory) == (encoder_checksum, self.config.factory)
-                if (
-                    older.encoder == self.version
-                    and same_build
-                    and manifest.corpus in self.corpus.ancestors
-                    and (folder / DRIFT_FILE).exists()
-                ):
-                    PassageIndex.open(folder, manifest.corpus)  # verify before building on it
-                    return folder, manifest.count
+                if older.encoder == self.version and same_build and manifest.corpus in self.corpus.ancestors:
+                    index = PassageIndex.open(folder, manifest.corpus)  # verify before building on it
+                    if DRIFT_FILE in index.files:
+                        return folder, manifest.count
         return None
 
     def _build_and_publish(
@@ -161,14 +157,12 @@ class VersionBuild:
         assert lineage.current is not None
         for older in newest(self.run / "indexes", lineage, lineage.current):
             folder = self.run / "indexes" / older.name
-            if (
-                older.step < self.version.step
-                and matches_config(folder, self.corpus, self.config)
-                and (folder / DRIFT_FILE).exists()
-            ):
+            if older.step < self.version.step and matches_config(folder, self.corpus, self.config):
                 with suppress(IndexRefused):
                     stale = PassageIndex.open(folder, self.corpus.fingerprint, dim=fresh.d, threads=self.config.threads)
-                    stale_reference_PD = np.load(folder / DRIFT_FILE, allow_pickle=False)
+                    if DRIFT_FILE not in stale.files:
+                        continue
+                    stale_reference_PD = np.load(stale.files[DRIFT_FILE], allow_pickle=False)
                     if stale_reference_PD.shape == reference_PD.shape:
                         return measure_drift(stale, stale_reference_PD, fresh, reference_PD, encoder, self.corpus)
         return {}

@@ -101,7 +101,7 @@ class Candidates:
         count, inputs = self.config.candidates - 1, self.collator.inputs
         _, retrieved = index.search(query_emb_BD, min(count + self.config.extra_retrieved, len(index)))
         chosen = [
-            choose_candidates(rows[rows >= 0], example, count, inputs.contexts, self.statements, inputs.wordpieces)
+            choose_candidates(rows, example, count, inputs.contexts, self.statements, inputs.wordpieces)
             for example, rows in zip(examples, retrieved, strict=True)
         ]
         return np.array(chosen, dtype=np.int64)

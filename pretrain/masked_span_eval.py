@@ -16,7 +16,7 @@ from pretrain.collate import MaskedCollator
 from pretrain.masking import MaskedSentence, SpanSampler
 from pretrain.search import FrozenSearch
 from pretrain.selection import choose_candidates
-from realm.corpus.collate import NULL, Collator
+from realm.corpus.collate import EMPTY, NULL, Collator, filled
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.records import BadRecord, BadRecords, Place, check_text, expect, expect_field
 from realm.corpus.text_files import parse_object, parsed_lines
@@ -202,7 +202,8 @@ def _without_trivial(run: Run, example: MaskedSentence, rows: np.ndarray) -> lis
     """The best retrieved passages, without trivial ones for the run's own statements."""
     count = max(DEPTHS)
     if example.row < 0:
-        return rows[:count].tolist()
+        kept = filled(rows)[:count]
+        return kept + [EMPTY] * (count - len(kept))
     return choose_candidates(rows, example, count, run.contexts, run.statements, run.wordpieces)
 
 

@@ -34,7 +34,7 @@ class FrozenSearch:
     def __call__(self, examples: Sequence[MaskedSentence], k: int) -> np.ndarray:
         """Rows of the `k` best passages per masked sentence, (len(examples), k), best first.
 
-        Returns all passages if there are fewer than `k`.
+        Returns all passages if there are fewer than `k`; negative rows are empty slots.
         """
         embeddings = embed_masked(self.retriever.query_tower, examples, self.collator, self.precision)
         return self.index.search(embeddings, min(k, len(self.index)))[1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pretrain.masking import MaskedSentence
-from realm.corpus.collate import EMPTY, Collator
+from realm.corpus.collate import EMPTY, Collator, filled
 from realm.corpus.context import Contexts
 from realm.corpus.prepared import PreparedCorpus
 from realm.text.inputs import Wordpieces
@@ -31,7 +31,7 @@ def choose_candidates(
     own_document = statements.document(example.row) if same_corpus and contexts.context_tokens else None
     chosen: list[int] = []
     seen = {statements.text_hash(example.row)}
-    for row in map(int, retrieved_rows):
+    for row in filled(retrieved_rows):
         text_hash = passages.text_hash(row)
         own_block = same_corpus and row == example.row
         own = own_block or (own_document is not None and passages.document(row) == own_document)
@@ -54,7 +54,7 @@ def find_supporting_passage(
     passages, but a passage that contains both spans probably states the same fact. For a sentence
     without other spans, the first passage that contains the span.
     """
-    for row in map(int, retrieved):
+    for row in filled(retrieved):
         parts = collator.in_context(row)
         if not collator.contains(parts, example.span_ids):
             continue

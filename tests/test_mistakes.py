@@ -309,7 +309,7 @@ def test_k_larger_than_the_corpus(tmp_path: Path) -> None:
     index.add(np.eye(4, dtype=np.float32))
     manifest = IndexManifest("a01-step-000001", "", "", "", 4, 4, "Flat", {}, "")
     with pytest.raises(UserError, match=r"k = 5 .* only 4"):
-        PassageIndex(Version(1, 1, 1), manifest, index, index, None, np.zeros(0, np.int64)).search(
+        PassageIndex(Version(1, 1, 1), manifest, {}, index, index, None, np.zeros(0, np.int64)).search(
             np.eye(4, dtype=np.float32), 5
         )
 

@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from index import version_build
 from index.live import remove_export_leftovers
 from index.refresh import refresh
-from index.retention import GarbageCollector
+from index.retention import GarbageCollector, Reference, referenced_by_checkpoints
 from index.search import PassageIndex
 from index.watcher import IndexWatcher
 from realm.corpus.prepare import prepare_corpus
@@ -26,11 +28,12 @@ from realm.corpus.sources import SourceConfig
 from realm.models.bert import BertSource
 from realm.models.retriever import Retriever, RetrieverConfig, build_retriever, embed_no_grad
 from realm.models.retriever_files import save_retriever
-from realm.runtime.publish import published
-from realm.runtime.versions import Lineage, Version, newest, start_attempt
+from realm.runtime.publish import TEMPORARY, published
+from realm.runtime.versions import Lineage, Version, start_attempt
 from realm.spans.tagger import SpanConfig, SpanTagger
 from realm.text.inputs import Wordpieces, pad_batch
 from realm.text.tokenizer import TokenizerConfig, train_wordpiece
+from realm.training.checkpoints import checkpoint_folder, checkpoints, read_state, write_state
 from realm.training.refresh_section import RefreshConfig
 
 PHASES = {"refresher": ("encode", "build", "publish", "collect"), "trainer": ("export", "open", "swap")}
@@ -43,6 +46,8 @@ CONFIG = RefreshConfig(
 )
 NUM_PASSAGES = 200
 _MAX_TOKENS = 32
+_STAGE = "pretrain"
+_KEEP_CHECKPOINTS = 3
 
 
 @dataclass
@@ -125,8 +130,9 @@ def _with_phase(
 
 
 def run_refresher(setup: FaultSetup, config: RefreshConfig = CONFIG, once: bool = False) -> None:
-    """Run a refresher that reports its phases and records each shard that it starts."""
-    encode_in_shards = version_build.encode_in_shards
+    """Run a refresher that reports its phases and records each shard that it starts, and each
+    version before it is published."""
+    encode_in_shards, write_version = version_build.encode_in_shards, version_build.write_version
 
     def encode_in_shards_recorded(
         work: Path, rows: range, shard_rows: int, plan: Any, encode: Any, before_round: Any, workers: Any
@@ -145,10 +151,14 @@ def run_refresher(setup: FaultSetup, config: RefreshConfig = CONFIG, once: bool 
             workers,
         )
 
+    def write_version_recorded(indexes: Path, version: Version, *arguments: Any) -> Path:
+        setup.record("shards", f"{version.encoder.name}/published")
+        return write_version(indexes, version, *arguments)
+
     # Patched in this process only: the tested program is the one that is shipped.
     version_build.encode_in_shards = encode_in_shards_recorded  # type: ignore[assignment]
     version_build.build_index = _with_phase(setup, "refresher", "build", version_build.build_index)
-    version_build.write_version = _with_phase(setup, "refresher", "publish", version_build.write_version)
+    version_build.write_version = _with_phase(setup, "refresher", "publish", write_version_recorded)
     GarbageCollector.collect = _with_phase(setup, "refresher", "collect", GarbageCollector.collect, 0.001)  # type: ignore[method-assign]
     try:
         refresh(setup.run, config, setup.corpus, once=once, log=lambda line: setup.record("log", line))
@@ -158,15 +168,11 @@ def run_refresher(setup: FaultSetup, config: RefreshConfig = CONFIG, once: bool 
 
 
 def run_trainer(setup: FaultSetup, seed: int) -> None:
-    """Resume from a recent export, keep exporting, and check every index that the watcher opens."""
-    rng = random.Random(seed)
+    """Resume from a recent checkpoint, keep exporting and writing checkpoints, and check every
+    index that the watcher opens."""
     remove_export_leftovers(setup.run)
-    lineage = Lineage.load(setup.run)
-    exported = [] if lineage.current is None else newest(setup.run / "encoders", lineage, lineage.current)
-    step, parent = 0, lineage.current
-    if exported and parent is not None:
-        step = rng.choice(exported[:3]).step  # resuming from an older export abandons the newer ones
-    attempt = start_attempt(setup.run, parent if exported else None, step if exported else None)
+    reference, attempt = _resume(setup, random.Random(seed))
+    step = 0 if reference is None else reference.step
     export_in_phase = _with_phase(setup, "trainer", "export", export)
     IndexWatcher._open = _with_phase(setup, "trainer", "open", IndexWatcher._open)  # type: ignore[method-assign]
     current: PassageIndex | None = None
@@ -180,23 +186,58 @@ def run_trainer(setup: FaultSetup, seed: int) -> None:
                 taken = watcher.take()
                 if taken is not None:
                     setup.phase["trainer"].value = PHASE_NUMBERS["swap"]
-                    check_served(setup, taken, attempt)
+                    check_served(setup, taken, attempt, reference)
                     if current is not None:
                         current.close()
                     current = taken
                     setup.phase["trainer"].value = 0
                 time.sleep(0.01)
+            if current is not None:
+                _write_checkpoint(setup.run, attempt, step, current.version)
 
 
-def check_served(setup: FaultSetup, index: PassageIndex, attempt: int) -> None:
-    """Record a violation unless a served index contains its encoder's embeddings and belongs to the
-    lineage of `attempt`."""
+def _resume(setup: FaultSetup, rng: random.Random) -> tuple[Reference | None, int]:
+    """Start the attempt that continues one of the newest checkpoints, without those after it, which
+    abandons newer exports; returns what the checkpoint references, and the attempt's number."""
+    stage = setup.run / _STAGE
+    kept = checkpoints(stage)
+    if not kept:
+        return None, start_attempt(setup.run)
+    chosen = rng.choice(kept)
+    for newer in kept[kept.index(chosen) + 1 :]:
+        _remove_checkpoint(newer)
+    state = read_state(chosen)
+    (reference,) = (found for found in referenced_by_checkpoints(setup.run) if found.step == state["step"])
+    return reference, start_attempt(setup.run, state["attempt"], state["step"])
+
+
+def _write_checkpoint(run: Path, attempt: int, step: int, index: Version) -> None:
+    """Write the part of a checkpoint that concerns the index, and remove old checkpoints."""
+    with published(checkpoint_folder(run / _STAGE, step)) as folder:
+        write_state(folder, {"attempt": attempt, "step": step})
+        (folder / "index_version").write_text(index.name + "\n")
+    for old in checkpoints(run / _STAGE)[:-_KEEP_CHECKPOINTS]:
+        _remove_checkpoint(old)
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint as a whole: the next trainer reads those that it finds."""
+    aside = folder.with_name(f"{TEMPORARY}{folder.name}-{uuid.uuid4().hex}")
+    folder.rename(aside)
+    shutil.rmtree(aside)
+
+
+def check_served(setup: FaultSetup, index: PassageIndex, attempt: int, reference: Reference | None) -> None:
+    """Record a violation unless a served index contains its encoder's embeddings, belongs to the
+    lineage of `attempt`, and is not older than the index of the checkpoint that it resumed from."""
     expected = np.load(setup.expected_embeddings(index.version))
     found = index.embeddings(np.arange(len(expected)))
     if not np.allclose(found, expected, rtol=1e-4, atol=1e-5):
         setup.record("violations", f"{index.version} was served with embeddings that differ from its encoder's")
     if not Lineage.load(setup.run).allows(index.version, attempt):
         setup.record("violations", f"{index.version} was served to attempt {attempt}, which abandoned it")
+    if reference is not None and index.step < reference.index.step:
+        setup.record("violations", f"{index.version} was served after a checkpoint that used {reference.index}")
     setup.record("served", index.version)
 
 

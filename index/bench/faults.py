@@ -2,8 +2,9 @@
 encoder, refresher and watcher.
 
 A trainer exports and follows the index, a refresher builds it; both are repeatedly killed with
-SIGKILL during a chosen phase. After each kill, every version on disk must be valid, no published
-version may be lost, and every served index must contain its encoder's embeddings. Then files are
+SIGKILL during a chosen phase. After each kill, every version on disk must be valid, neither the
+newest version nor one that a checkpoint references may be lost, and every served index must contain
+its encoder's embeddings. Then files are
 corrupted by flipped bits and truncation, a lease holder is suspended and resumed, two refreshers
 start at once, and the disk fills up.
 """
@@ -32,12 +33,12 @@ from index.bench.fault_processes import (
     export,
     run_refresher,
 )
-from index.bench.fault_supervisor import Report, Supervisor
+from index.bench.fault_supervisor import Report, Supervisor, busy_processes
 from index.live import remove_export_leftovers
 from index.refresh import TRAINING_ENDED
 from index.search import IndexRefused, PassageIndex
 from realm.runtime.telemetry import console, print_table, progress
-from realm.runtime.versions import Version, start_attempt, versions_in
+from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
 
 
 def kill_at_random(supervisor: Supervisor, kills: int) -> None:
@@ -60,6 +61,9 @@ def check_recovery(supervisor: Supervisor) -> None:
     refresher_kills = sum(count for name, count in report.kills.items() if name.startswith("refresher"))
     (run / TRAINING_ENDED).touch()
     remove_export_leftovers(run)
+    lineage = Lineage.load(run)
+    if lineage.current is None or not newest(run / "encoders", lineage, lineage.current):
+        export(supervisor.setup, Version(start_attempt(run), 1))  # the last trainer was killed before its export
     last = supervisor.start("refresher")
     last.join(60)
     if last.exitcode != 0:
@@ -70,18 +74,36 @@ def check_recovery(supervisor: Supervisor) -> None:
     ]
     report.violations += [f"left over: {path}" for path in leftovers]
     supervisor.check_store()
-    shards = Counter(supervisor.setup.recorded("shards"))
-    redone = sum(count - 1 for count in shards.values())
+    num_encoded, redone = count_shards(supervisor.setup.recorded("shards"))
     if redone > refresher_kills:
         report.violations.append(f"{redone} shards were encoded again after {refresher_kills} kills of the refresher")
     report.figures |= {
         "versions committed": len(supervisor.seen),
         "indexes served and compared": len(supervisor.setup.recorded("served")),
-        "shards encoded": sum(shards.values()),
+        "shards encoded": num_encoded,
         "shards encoded again": redone,
         "kills of the refresher": refresher_kills,
         "left over after collection": len(leftovers),
     }
+
+
+def count_shards(records: list[str]) -> tuple[int, int]:
+    """Number of shards encoded, and of those that had been encoded before for the same build.
+
+    A version that was published, replaced, collected and needed once more after a resume from an
+    earlier checkpoint is another build.
+    """
+    encoded: dict[str, Counter[str]] = {}
+    num_encoded = num_redone = 0
+    for record in records:
+        encoder, shard = record.split("/")
+        if shard == "published":
+            encoded.pop(encoder, None)
+            continue
+        counts = encoded.setdefault(encoder, Counter())
+        num_encoded, num_redone = num_encoded + 1, num_redone + (counts[shard] > 0)
+        counts[shard] += 1
+    return num_encoded, num_redone
 
 
 def corrupt_files(supervisor: Supervisor, num_corruptions: int) -> None:
@@ -224,9 +246,32 @@ def fill_disk(supervisor: Supervisor) -> None:
         subprocess.run(["umount", "-l", str(small)], capture_output=True)
 
 
-def bench_faults(kills: int, flips: int, seed: int, json_file: Path | None) -> Report:
-    """Inject all faults and print one table; writes the report to `json_file` too."""
+def bench_faults(kills: int, flips: int, seed: int, num_seeds: int, load: int, json_file: Path | None) -> list[Report]:
+    """Inject all faults, once per seed from `seed` on, and print a table of each.
+
+    `load`: number of processes that compute at the same time. Writes the reports to `json_file`
+    too.
+    """
     torch.set_num_threads(1)
+    reports = []
+    with busy_processes(load):
+        for number in range(seed, seed + num_seeds):
+            reports.append(inject_faults(kills, flips, number))
+            _print_report(reports[-1], number)
+    if num_seeds > 1:
+        rows: list[list[object]] = [
+            [seed + number, sum(report.kills.values()), len(report.violations)] for number, report in enumerate(reports)
+        ]
+        rows.append(["all", *(sum(int(str(row[column])) for row in rows) for column in (1, 2))])
+        print_table(f"Faults, {load} processes beside", ["seed", "kills", "violations"], rows)
+    if json_file is not None:
+        runs = [{"seed": seed + number, **vars(report)} for number, report in enumerate(reports)]
+        json_file.write_text(json.dumps({"load": load, "runs": runs}, indent=1) + "\n")
+    return reports
+
+
+def inject_faults(kills: int, flips: int, seed: int) -> Report:
+    """Inject all faults into a new run."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="realm-faults-") as folder:
         setup = FaultSetup.build(Path(folder))
@@ -241,17 +286,12 @@ def bench_faults(kills: int, flips: int, seed: int, json_file: Path | None) -> R
         report = supervisor.report
         report.violations += setup.recorded("violations")
     report.figures["seconds"] = round(time.monotonic() - start, 1)
+    return report
+
+
+def _print_report(report: Report, seed: int) -> None:
     rows: list[list[object]] = [[f"kill -9: {name}", count] for name, count in sorted(report.kills.items())]
     rows += [["kill -9, total", sum(report.kills.values())], *([name, value] for name, value in report.figures.items())]
-    print_table("Faults", ["event", "count"], [*rows, ["violations", len(report.violations)]])
+    print_table(f"Faults, seed {seed}", ["event", "count"], [*rows, ["violations", len(report.violations)]])
     for line in report.violations:
         console.print(f"  VIOLATION: {line}")
-    if json_file is not None:
-        content = {
-            "kills": dict(report.kills),
-            "figures": report.figures,
-            "violations": report.violations,
-            "seed": seed,
-        }
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
-    return report

@@ -23,6 +23,15 @@ Parts: TypeAlias = tuple[IntArray, IntArray]
 """Wordpieces of a title and of a text."""
 
 
+def filled(rows: Sequence[int] | np.ndarray) -> list[int]:
+    """The rows that hold a passage, in order.
+
+    A search that finds fewer passages than it was asked for fills up with negative rows: after
+    documents were deleted, or with inverted lists.
+    """
+    return [row for row in map(int, rows) if row >= 0]
+
+
 @dataclass(frozen=True)
 class InputLimits:
     """Longest inputs in wordpieces, special tokens included."""

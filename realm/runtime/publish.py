@@ -37,10 +37,11 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def published(final: Path) -> Iterator[Path]:
+def published(final: Path, before_rename: Callable[[], object] = lambda: None) -> Iterator[Path]:
     """Yield an empty temporary directory that is renamed to `final` when the block ends.
 
-    If the block raises, the temporary directory is removed. Raises PublishError if `final` exists:
+    `before_rename` is called just before that, when all files are flushed to disk. If it or the
+    block raises, the temporary directory is removed. Raises PublishError if `final` exists:
     published directories never change.
     """
     if final.exists():
@@ -56,6 +57,7 @@ def published(final: Path) -> Iterator[Path]:
             for file in files:
                 _sync(Path(folder, file))
             _sync(Path(folder))
+        before_rename()
         try:
             temporary.rename(final)
         except OSError as error:

@@ -69,6 +69,12 @@ class Attempt:
     parent: int | None = None
     parent_step: int | None = None
 
+    def check(self, number: int) -> None:
+        """Raise ValueError unless this is a valid entry number `number`, from 1, of a lineage."""
+        resumed = self.parent in range(1, number) and isinstance(self.parent_step, int) and self.parent_step >= 0
+        if self.attempt != number or not (resumed or (self.parent, self.parent_step) == (None, None)):
+            raise ValueError(f"entry {number} is {self}")
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -84,13 +90,16 @@ class Lineage:
         """
         path = run / "lineage.json"
         try:
-            return cls(tuple(Attempt(**attempt) for attempt in json.loads(path.read_bytes())))
+            lineage = cls(tuple(Attempt(**attempt) for attempt in json.loads(path.read_bytes())))
+            for number, entry in enumerate(lineage.attempts, 1):
+                entry.check(number)
         except FileNotFoundError:
             return cls()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, IsADirectoryError) as error:
             raise PublishError(
                 f"{path} is not a valid list of attempts ({error}); restore it from a backup of the run"
             ) from None
+        return lineage
 
     @property
     def current(self) -> int | None:

@@ -1,5 +1,6 @@
 """A tiny corpus and encoder for tests, and a program that runs a refresher on them:
-fake_refresher.py RUN SECONDS_PER_BATCH."""
+fake_refresher.py RUN SECONDS_PER_BATCH, or `fake_refresher.py RUN blocked`, whose build of an index
+takes ten minutes, in which the main thread does not look at anything else."""
 
 import hashlib
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from index import version_build
 from index.encode import Encoder, encode_passages
 from index.refresh import refresh
 from index.search import PassageIndex
@@ -125,6 +127,14 @@ def assert_equals_direct_encoding(run: Path, name: str, corpus: FakeCorpus) -> N
     )
 
 
+def block(*arguments: object, **options: object) -> None:
+    """Stand for a long call of FAISS; creates the file `blocked`."""
+    Path(sys.argv[1], "blocked").touch()
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+
+
 def program(run: Path, seconds_per_batch: float) -> None:
     """Refresh until training ends; each worker writes its number of encoded batches to
     `batches-RANK`."""
@@ -140,4 +150,6 @@ def program(run: Path, seconds_per_batch: float) -> None:
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]), float(sys.argv[2]))
+    if sys.argv[2] == "blocked":
+        version_build.build_index = block  # type: ignore[assignment]
+    program(Path(sys.argv[1]), 0.0 if sys.argv[2] == "blocked" else float(sys.argv[2]))

@@ -5,13 +5,15 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fake_refresher import CONFIG, FakeCorpus, export, load
 
 from index.admin import collect_garbage, find_version, list_versions, verify
 from index.lease import Lease
 from index.refresh import refresh
-from index.retention import VersionPin, remove_leftovers
+from index.retention import VersionPin
+from index.search import PassageIndex
 from realm.app.cli import main
 from realm.errors import UserError
 from realm.runtime.versions import Version, start_attempt, versions_in
@@ -119,17 +121,6 @@ def test_gc_refuses_while_a_refresher_runs_and_takes_over_from_a_dead_one(store:
     assert steps(store) == [700, 800]
 
 
-def test_a_pinned_version_moved_aside_by_a_killed_collector_is_moved_back(store: Path) -> None:
-    pinned, unpinned = (info.version for info in list_versions(store)[:2])
-    for version in (pinned, unpinned):
-        path = store / "indexes" / version.name
-        path.rename(path.parent / f".tmp-{version.name}-{'0' * 32}")
-    (store / "indexes" / ".tmp-a01-step-000900-e1-0000").mkdir()
-    VersionPin(store, pinned)
-    assert [path.name for path in remove_leftovers(store)] != []
-    assert steps(store) == [pinned.step, 800]
-
-
 def test_an_encoder_that_may_still_be_indexed_is_kept(store: Path, corpus: FakeCorpus) -> None:
     export(store, 1, 900)
     refresh(store, replace(CONFIG, keep_last=1), corpus, once=True, log=lambda line: None, load=load)  # type: ignore[arg-type]
@@ -141,6 +132,35 @@ def test_an_encoder_that_may_still_be_indexed_is_kept(store: Path, corpus: FakeC
     assert [version.name for version in versions_in(store / "encoders")] == ["a01-step-000900", "a02-step-000930"], (
         "step 950 was abandoned by the resume"
     )
+
+
+def test_a_file_that_the_manifest_does_not_list_is_ignored_and_reported(store: Path, corpus: FakeCorpus) -> None:
+    info = list_versions(store)[0]
+    np.save(info.path / "deleted.npy", np.arange(60))
+    lines: list[str] = []
+    assert verify(info, lines.append) is None
+    assert "deleted.npy: not in the manifest, ignored" in lines[0]
+    index = PassageIndex.open(info.path, corpus.fingerprint)
+    assert (index.search(np.ones((1, 8), np.float32), 5)[1] >= 0).all()
+
+
+def test_gc_removes_a_symbolic_link_and_keeps_its_target(store: Path) -> None:
+    version = list_versions(store)[0].version.name
+    target = (store / "indexes" / version).rename(store / "elsewhere")
+    (store / "indexes" / version).symlink_to(target)
+    removed = collect_garbage(store, CONFIG, 0.0, False, lambda line: None)
+    assert store / "indexes" / version in removed and (target / "passages.index").exists()
+    assert steps(store) == [700, 800]
+
+
+def test_gc_that_loses_the_lease_says_who_took_it(store: Path) -> None:
+    def take_over(line: str) -> None:
+        (store / "refresher" / "lease" / "epoch-000099").mkdir()
+        (store / "refresher" / "lease" / "epoch-000099" / "holder").write_text("other.7")
+
+    with pytest.raises(UserError, match=r"taken over by other\.7.*rerun the command"):
+        collect_garbage(store, CONFIG, 0.01, False, take_over)
+    assert steps(store) == [600, 700, 800]
 
 
 def test_commands(tmp_path: Path, corpus: FakeCorpus, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,6 +77,8 @@ def test_reference_embeddings_are_exact_in_a_compressed_index_and_their_rows_det
 
 def test_overlap_and_rows_from_shards() -> None:
     assert overlap(np.array([[1, 2], [3, 4]]), np.array([[2, 1], [4, 5]])) == pytest.approx(0.75)
+    assert overlap(np.array([[1, -1], [-1, -1]]), np.array([[1, -1], [-1, -1]])) == 1.0, "empty slots are not results"
+    assert math.isnan(overlap(np.array([[-1]]), np.array([[-1]])))
     matrix = np.arange(30, dtype=np.float32).reshape(10, 3)
     rows = np.array([0, 3, 4, 9])
     assert np.array_equal(gather_rows([matrix[:1], matrix[1:4], matrix[4:]], rows), matrix[rows])

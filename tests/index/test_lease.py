@@ -85,6 +85,26 @@ def test_check_raises_after_the_lease_is_lost(tmp_path: Path) -> None:
             lease.check()
 
 
+def test_files_of_other_names_are_not_epochs(tmp_path: Path) -> None:
+    for name in ("epoch-", "epoch-x", "epoch--3", ".epoch-9"):
+        (tmp_path / name).touch()
+    with Lease(tmp_path, "me", EXPIRY_S) as lease:
+        assert lease.try_acquire() and lease.epoch == 1
+        (tmp_path / "epoch-000001" / "holder").write_bytes(b"\xff")
+        assert lease.current_holder()
+        (tmp_path / "epoch-000001" / "holder").unlink()
+        (tmp_path / "epoch-000001" / "holder").mkdir()
+        assert lease.current_holder() == "an unnamed process"
+
+
+def test_a_released_lease_can_be_released_again(tmp_path: Path) -> None:
+    lease = Lease(tmp_path, "me", EXPIRY_S)
+    assert lease.try_acquire()
+    lease.release()
+    lease.release()
+    assert not lease.is_held() and [path.name for path in tmp_path.iterdir()] == ["epoch-000001"]
+
+
 def test_one_of_many_concurrent_threads_acquires_the_lease(tmp_path: Path) -> None:
     leases = [Lease(tmp_path, f"thread {i}", EXPIRY_S) for i in range(16)]
     start, granted = threading.Barrier(len(leases)), []

@@ -120,6 +120,22 @@ def test_old_versions_are_removed_unless_referenced(run: Path, corpus: FakeCorpu
     assert indexes(run) == ["a01-step-000500-e1", "a01-step-001500-e3", "a01-step-002000-e4"]
 
 
+def test_a_resume_gets_an_index_no_staler_than_its_checkpoint_allows(run: Path, corpus: FakeCorpus) -> None:
+    """A trainer that bounds staleness would otherwise wait for an index that nobody can build: its
+    own next export comes later."""
+    refresh_once(run, corpus)
+    checkpoint = run / "pretrain" / "checkpoints" / "step-001100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "index_version").write_text(indexes(run)[0])
+    for step in (1000, 1500, 2000, 2500):
+        export(run, 1, step)
+        refresh_once(run, corpus)
+    assert [name[:15] for name in indexes(run)] == ["a01-step-000500", "a01-step-002000", "a01-step-002500"]
+    start_attempt(run, parent=1, parent_step=1100)
+    refresh_once(run, corpus)
+    assert indexes(run)[-1].startswith("a01-step-001000"), "the index of the newest export before the checkpoint"
+
+
 @pytest.mark.parametrize(("factory", "words"), [("Flut", "Flut"), ("IVF5000,Flat", "clusters")])
 def test_an_invalid_factory_stops_it_with_the_reason(run: Path, corpus: FakeCorpus, factory: str, words: str) -> None:
     with pytest.raises(UserError, match=words):

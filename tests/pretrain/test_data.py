@@ -102,6 +102,13 @@ def test_candidates_are_the_first_ones_in_order(run: Run) -> None:
     assert choose_candidates([2, 0, 1], example, 2, Contexts(passages, 0), Statements(), run.wordpieces) == [2, 0]  # type: ignore[arg-type]
 
 
+def test_slots_in_which_a_search_found_nothing_are_not_passages(run: Run, collator: MaskedCollator) -> None:
+    example = SpanSampler(run.passages, 10, 30).draw(3, np.random.default_rng(0))
+    chosen = choose_candidates([-1, 1, -1], example, 2, run.contexts, run.passages, run.wordpieces)
+    assert chosen == [1, EMPTY]
+    assert find_supporting_passage(np.array([-1, -1]), example, run.passages, collator.inputs) is None
+
+
 def test_substitution_changes_target_and_passage(run: Run) -> None:
     pool = span_pool([run.statements, run.passages], 10)
     sampler = SpanSampler(run.statements, 10, 30)

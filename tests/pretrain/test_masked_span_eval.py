@@ -1,6 +1,7 @@
 """Masked-span evaluation: recall, trivial passages, and annotated statements."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 
 import pretrain.masked_span_eval
 from pretrain.masked_span_eval import (
+    DEPTHS,
     MaskedSpanItem,
+    _without_trivial,
     evaluate_masked_spans,
     load_annotated,
     retrieval_recall,
     sample_items,
 )
 from realm.app.corpus import prepare
+from realm.corpus.collate import EMPTY
 from realm.errors import UserError
 from realm.run.config_file import load_config
 from realm.run.folder import Run
@@ -44,6 +48,13 @@ class OwnPassageFirst:
     def __call__(self, examples, k):
         every = range(len(self.run.passages))
         return np.array([[example.row, *(row for row in every if row != example.row)][:k] for example in examples])
+
+
+def test_slots_in_which_a_search_found_nothing_are_empty(run: Run) -> None:
+    (item, *_) = sample_items(run)
+    unknown = replace(item.example, row=-1)
+    rows = _without_trivial(run, unknown, np.array([3, 1, *[-1] * 30]))
+    assert rows == [3, 1, *[EMPTY] * (max(DEPTHS) - 2)], "-1 would be read as the null passage"
 
 
 def test_the_own_passage_of_a_sentence_does_not_count(

@@ -114,6 +114,10 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         help="number of bit flips and truncations in the files of a version (default: 1000)",
     )
     faults.add_argument("--seed", type=whole(0), default=0)
+    faults.add_argument("--seeds", type=whole(1), default=1, metavar="N", help="use N consecutive seeds (default: 1)")
+    faults.add_argument(
+        "--load", type=whole(0), default=0, metavar="N", help="N processes that compute at the same time (default: 0)"
+    )
     faults.add_argument("--json", type=path_option, metavar="FILE", help="also write the figures to FILE")
     faults.set_defaults(command=_faults)
 
@@ -171,6 +175,7 @@ def _swaps(options: argparse.Namespace) -> None:
 def _faults(options: argparse.Namespace) -> None:
     from index.bench.faults import bench_faults
 
-    report = bench_faults(options.kills, options.flips, options.seed, options.json)
-    if report.violations:
-        raise UserError(f"{len(report.violations)} violations of the guarantees of the index store, listed above.")
+    reports = bench_faults(options.kills, options.flips, options.seed, options.seeds, options.load, options.json)
+    num_violations = sum(len(report.violations) for report in reports)
+    if num_violations:
+        raise UserError(f"{num_violations} violations of the guarantees of the index store, listed above.")

@@ -98,8 +98,29 @@ def test_versions_of_abandoned_steps_are_excluded(tmp_path: Path) -> None:
     assert versions_in(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("text", ["", "{}x", "[1]", '[{"attempt": 1, "mother": 2}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}x",
+        "[1]",
+        "7",
+        "\xff",
+        '[{"attempt": 1, "mother": 2}]',
+        '[{"attempt": "1"}]',
+        '[{"attempt": 2}]',
+        '[{"attempt": 1}, {"attempt": 2, "parent": 2, "parent_step": 5}]',
+        '[{"attempt": 1}, {"attempt": 2, "parent": 1}]',
+        '[{"attempt": 1}, {"attempt": 2, "parent": 1, "parent_step": "5"}]',
+    ],
+)
 def test_corrupt_lineage_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "lineage.json").write_text(text)
+    (tmp_path / "lineage.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(PublishError, match=r"lineage\.json"):
+        Lineage.load(tmp_path)
+
+
+def test_a_folder_in_place_of_the_lineage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lineage.json").mkdir()
     with pytest.raises(PublishError, match=r"lineage\.json"):
         Lineage.load(tmp_path)
