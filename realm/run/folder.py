@@ -7,10 +7,12 @@ runs/NAME/
   STAGE/model/retriever, reader   its models, written last: a stage with `model` is finished
   encoders/ indexes/ refresher/ lineage.json   see `realm.runtime.versions` and `index`
   frozen/                         indexes of frozen retrievers
+  locks/                          of processes that write, see `realm.runtime.lock`
   metrics.jsonl tensorboard/ evaluations/ summary.json curves.png
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,7 @@ from realm.run.changes import changed_fields, is_used
 from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
+from realm.runtime.lock import locked
 from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
@@ -132,6 +135,15 @@ class Run:
                 "or choose another folder with --run."
             )
         return True
+
+    def train_lock(self) -> AbstractContextManager[None]:
+        """Lock the run for training: stages start from each other's models, so only one is trained
+        at a time. Raises UserError if another process holds the lock."""
+        return locked(self.folder / "locks" / "training", f"training run {self.folder}")
+
+    def evaluation_lock(self, name: str) -> AbstractContextManager[None]:
+        """Lock the evaluation `name`. Raises UserError if another process holds the lock."""
+        return locked(self.folder / "locks" / f"evaluation-{name}", f"writing evaluation {name} of run {self.folder}")
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one.

@@ -22,17 +22,18 @@ def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume:
     """Train the stage `name`, opened by `open_stage(run)`, and publish its models.
 
     They are published in `NAME/model`. A finished stage is not changed. Raises UserError if the
-    stage was already started, unless `resume`. Raises Interrupted after Ctrl-C, once a checkpoint
-    is written.
+    stage was already started, unless `resume`, and if another process is training the run. Raises
+    Interrupted after Ctrl-C, once a checkpoint is written.
     """
-    if not run.begin(name, resume):
-        return
-    torch.manual_seed(run_seed(run.config.seed, RunStream[name.upper()]))
-    config = replace(run.config.engine, threads=run.config.threads(name))
-    with cpu_threads(config.threads), open_stage(run) as stage:
-        seconds = train(stage, run.folder, config, run.config.seed)
-        _publish_models(run, stage, seconds)
-        stage.finish()
+    with run.train_lock():
+        if not run.begin(name, resume):
+            return
+        torch.manual_seed(run_seed(run.config.seed, RunStream[name.upper()]))
+        config = replace(run.config.engine, threads=run.config.threads(name))
+        with cpu_threads(config.threads), open_stage(run) as stage:
+            seconds = train(stage, run.folder, config, run.config.seed)
+            _publish_models(run, stage, seconds)
+            stage.finish()
 
 
 def _publish_models(run: Run, stage: Stage, seconds: float) -> None:
