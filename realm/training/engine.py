@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from realm.attention import count_update
 from realm.errors import UserError
 from realm.runtime.distributed import (
-    barrier,
     is_rank_zero,
     local_device,
+    on_all_ranks,
     on_rank_zero,
     world_size,
 )
@@ -88,7 +88,8 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
         }
         if config.precision == "bf16":
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # Without the list, ZeRO sums the gradients of linear layers over the ranks in bf16.
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
             if is_rank_zero() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print(
                     "  warning: this CPU has no bf16 arithmetic and emulates it, which is many times slower; "
@@ -172,11 +173,9 @@ class Engine:
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self.deepspeed.save_checkpoint(str(temporary), tag=_DEEPSPEED_TAG)
-            if is_rank_zero():
-                write_state(temporary, state)
-            write_extra(temporary)
-            barrier()
-        barrier()
+            on_all_ranks(lambda: write_extra(temporary))
+            on_rank_zero(lambda: write_state(temporary, state))
+            on_rank_zero(context.close)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load weights, optimizer and schedule from a checkpoint; returns its state.
