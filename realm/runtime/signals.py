@@ -1,28 +1,139 @@
-"""Interrupting long work at a point from which it can be resumed."""
+"""Ctrl-C and SIGTERM: training stops where it can be resumed, other work at once.
 
+Python calls the handler of a signal between two of its own instructions, so not during a long call
+of a library, and libraries may catch the exception that a handler raises. Therefore, a thread also
+watches for signals, and ends the process if it does not end by itself.
+"""
+
+import os
+import select
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+GRACE_S = 4.0
+"""Seconds that a process has to end after a signal, or after the checkpoint that it still writes."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the message says how to resume."""
 
 
+class SignalWatch:
+    """The signals that this process received, from the start of a command."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """Number of the first signal."""
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._previous_descriptor = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._interrupt) for number in _SIGNALS}
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+
+    def _interrupt(self, number: int, _: object) -> None:
+        self.received = self.received or number
+        raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Restore the previous handlers."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        os.close(self._write_end)
+        self._thread.join()
+        os.close(self._read_end)
+
+    def _watch(self) -> None:
+        """End the process `GRACE_S` seconds after a signal that is not deferred, or a second one."""
+        count, deadline = 0, float("inf")
+        while time.monotonic() < deadline:
+            ready, *_ = select.select([self._read_end], [], [], None if count == 0 else 0.1)
+            numbers = os.read(self._read_end, 100) if ready else b""
+            if ready and not numbers:  # `stop` was called
+                return
+            signals = [number for number in numbers if number in _SIGNALS]
+            count += len(signals)
+            self.received = self.received or next(iter(signals), None)
+            if count > 1 or (count == 1 and not _deferring):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        assert self.received is not None
+        _end_process(self.received)
+
+
+_deferring: list[threading.Event] = []
+"""The event of `stop_signals`, while it waits for the end of a step."""
+
+_last_acts: list[Callable[[], object]] = []
+
+
+@contextmanager
+def watched_signals() -> Iterator[SignalWatch]:
+    """Raise KeyboardInterrupt in the main thread on SIGINT and SIGTERM.
+
+    If the process still runs `GRACE_S` seconds later, it is ended with status 128 + signal; its
+    child processes get SIGTERM. Must be called from the main thread, around a whole command.
+    """
+    watch = SignalWatch()
+    try:
+        yield watch
+    finally:
+        if watch.received is None:  # otherwise the process is about to end
+            watch.stop()
+
+
+@contextmanager
+def at_forced_end(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` if the process is ended during the block because it ignored a signal."""
+    _last_acts.append(act)
+    try:
+        yield
+    finally:
+        _last_acts.remove(act)
+
+
+def _end_process(number: int) -> None:
+    for act in reversed(_last_acts):
+        with suppress(Exception):
+            act()
+    with suppress(Exception):
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            child.terminate()
+    with suppress(Exception):
+        print("realm: interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set, instead of raising in the middle of a step.
 
-    Only the main thread receives signals; in other threads, the event is never set.
+    A second signal raises KeyboardInterrupt. Only the main thread receives signals; in other
+    threads, the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    previous = {number: signal.signal(number, lambda *_: event.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(*_: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, stop) for number in _SIGNALS}
+    _deferring.append(event)
     try:
         yield event
     finally:
+        _deferring.remove(event)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -202,10 +202,10 @@ def start_processes() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())  # DeepSpeed does so only after tensors are placed
+    # DeepSpeed would compile shared-memory collectives for the CPU at the first start, for up to a
+    # minute, and a start that is killed meanwhile leaves a lock for which all later ones wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        # A single process needs no shared-memory collectives, so DeepSpeed does not have to compile
-        # them.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -14,7 +14,7 @@ from realm.app.cli.index import add_index_commands
 from realm.app.cli.questions import add_question_commands
 from realm.app.cli.train import add_training_commands
 from realm.errors import UserError
-from realm.runtime.signals import Interrupted
+from realm.runtime.signals import Interrupted, SignalWatch, watched_signals
 
 _DESCRIPTION = (
     "Retrieval-augmented pretraining: retriever and reader are trained end to end while an index is refreshed "
@@ -25,8 +25,15 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0, 2 after a user error, 130 after an interrupt.
+    Returns the exit status: 0, 2 after a user error, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    with watched_signals() as signals:
+        status = _run(arguments, signals)
+        return status if signals.received is None else 128 + signals.received
+
+
+def _run(arguments: Sequence[str] | None, signals: SignalWatch) -> int:
+    """Run one command; returns its exit status, unless a signal interrupts it."""
     rest, overrides = _split_overrides(list(sys.argv[1:] if arguments is None else arguments))
     options, others = _parser().parse_known_args(rest)
     overrides += others
@@ -45,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except KeyboardInterrupt:
         print("realm: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if signals.received is None:
+            raise
+        print(f"realm: interrupted ({type(error).__name__}: {error})", file=sys.stderr)
         return 130
     return 0
 
