@@ -67,7 +67,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             result = work()
         except BaseException as error:
             failure = error
-    outcome = [result, _description(failure)]
+    outcome: list[Any] = [result, _description(failure)]
     dist.broadcast_object_list(outcome, src=0, group=_group())
     _raise_failure(failure, [outcome[1]])
     return cast(T, outcome[0])

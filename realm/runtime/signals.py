@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 GRACE_S = 4.0
-"""Seconds that a process has to end after a signal, or after the checkpoint that it still writes."""
+"""Seconds that a process has to end after a signal; writing a checkpoint does not count."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -30,6 +31,7 @@ class SignalWatch:
     def __init__(self) -> None:
         self.received: int | None = None
         """Number of the first signal."""
+        _handled.clear()
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._previous_descriptor = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -39,7 +41,10 @@ class SignalWatch:
 
     def _interrupt(self, number: int, _: object) -> None:
         self.received = self.received or number
-        raise KeyboardInterrupt
+        first = not _handled
+        _handled.add(number)
+        if first:  # others would interrupt what this one has started: cleaning up
+            raise KeyboardInterrupt
 
     def stop(self) -> None:
         """Restore the previous handlers."""
@@ -51,26 +56,30 @@ class SignalWatch:
         os.close(self._read_end)
 
     def _watch(self) -> None:
-        """End the process `GRACE_S` seconds after a signal that is not deferred, or a second one."""
-        count, deadline = 0, float("inf")
+        """End the process in time after a signal that is not deferred, or is repeated."""
+        counts, deadline = Counter[int](), float("inf")
         while time.monotonic() < deadline:
-            ready, *_ = select.select([self._read_end], [], [], None if count == 0 else 0.1)
+            ready, *_ = select.select([self._read_end], [], [], 0.1 if counts else None)
             numbers = os.read(self._read_end, 100) if ready else b""
             if ready and not numbers:  # `stop` was called
                 return
-            signals = [number for number in numbers if number in _SIGNALS]
-            count += len(signals)
-            self.received = self.received or next(iter(signals), None)
-            if count > 1 or (count == 1 and not _deferring):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
+            counts.update(number for number in numbers if number in _SIGNALS)
+            if counts:
+                self.received = self.received or next(iter(counts))
+                if not _deferring or max(counts.values()) > 1:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
         assert self.received is not None
         _end_process(self.received)
 
+
+_handled: set[int] = set()
+"""Numbers of the signals whose handlers were called."""
 
 _deferring: list[threading.Event] = []
 """The event of `stop_signals`, while it waits for the end of a step."""
 
 _last_acts: list[Callable[[], object]] = []
+"""What a forced end still does, last first."""
 
 
 @contextmanager
@@ -116,19 +125,22 @@ def _end_process(number: int) -> None:
 def stop_signals() -> Iterator[threading.Event]:
     """Yield an event that SIGINT and SIGTERM set, instead of raising in the middle of a step.
 
-    A second signal raises KeyboardInterrupt. Only the main thread receives signals; in other
-    threads, the event is never set.
+    The second signal of a kind raises KeyboardInterrupt; launchers add a SIGTERM to Ctrl-C. Only
+    the main thread receives signals; in other threads, the event is never set.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
-    def stop(*_: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
+    def stop(number: int, _: object) -> None:
+        repeated = number in _handled
+        _handled.add(number)
         event.set()
+        if repeated:
+            raise KeyboardInterrupt
 
+    _handled.clear()
     previous = {number: signal.signal(number, stop) for number in _SIGNALS}
     _deferring.append(event)
     try:
