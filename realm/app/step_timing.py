@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from index.build import build_index, index_bytes
+from index.build import build_index
 from index.encode import encode_passages, encoding_tower
+from realm.app.index_timing import BuildRate, time_build
 from realm.app.stages import STAGE_FACTORIES
 from realm.errors import UserError
 from realm.models.retriever import build_retriever
@@ -161,19 +162,14 @@ def _peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class EncodingRate:
-    """How fast passages are encoded and indexed, and how large the index grows."""
+    """How fast passages are encoded and indexed."""
 
     start_s: float
     """Seconds before the first passage, for compiling if it is configured."""
     encoded_per_s: float
     """Passages per second with the refresher's threads."""
-    added_per_s: float
-    """Passages per second that are added to the index."""
+    build: BuildRate
     dim: int
-    fixed_bytes: int
-    """Size of the index without vectors: centroids, codebooks."""
-    vector_bytes: float
-    """Size per vector."""
 
 
 def time_encoding(run: Run) -> EncodingRate:
@@ -191,17 +187,8 @@ def time_encoding(run: Run) -> EncodingRate:
             count = min(2 * count, SAMPLE_ROWS, len(run.passages))
             encode(count)
             embeddings_ND, seconds = encode(count)
-    if refresh.factory != "Flat":  # training needs enough vectors; their values hardly affect size and time
-        embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
-        embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)
-    began = time.monotonic()
-    index = build_index(embeddings_ND, refresh.factory)
-    added_per_s = len(embeddings_ND) / max(time.monotonic() - began, 1e-6)
-    once = index_bytes(index)
-    index.add(embeddings_ND)
-    vector_bytes = (index_bytes(index) - once) / len(embeddings_ND)
-    fixed_bytes = int(once - vector_bytes * len(embeddings_ND))
-    return EncodingRate(start_s, count / max(seconds, 1e-6), added_per_s, dim, fixed_bytes, vector_bytes)
+        build = time_build(embeddings_ND, refresh.factory)
+    return EncodingRate(start_s, count / max(seconds, 1e-6), build, dim)
 
 
 def _encoder(run: Run) -> tuple[Callable[[int], tuple[np.ndarray, float]], int]:
