@@ -55,7 +55,6 @@ def copy_of(*missing: str) -> Callable[[Path, Path], None]:
             shutil.rmtree(folder / "run" / name, ignore_errors=True)
         if "metrics.jsonl" in missing:
             (folder / "run" / "metrics.jsonl").unlink()
-        (folder / "ids.txt").write_text("town-3\n")
         more = {"id": "new", "title": "Norvik", "text": "Norvik is a town on the Moss. It was founded in 1777."}
         (folder / "more.jsonl").write_text(json.dumps(more) + "\n")
 
@@ -92,7 +91,7 @@ def same_corpus(finished: Path, folder: Path) -> None:
 
 
 def has_index(finished: Path, folder: Path) -> None:
-    assert any(path.name.startswith("a01-step-000008-e") for path in (folder / "run" / "indexes").iterdir())
+    assert any(path.name.rpartition("-")[0].endswith("step-000008") for path in (folder / "run" / "indexes").iterdir())
 
 
 def has_new_document(finished: Path, folder: Path) -> None:
@@ -125,9 +124,7 @@ COMMANDS = {
     "evaluate": Command(("evaluate", *RUN), copy_of("evaluations", "frozen"), same_predictions),
     "ask": Command(("ask", *RUN, "Who founded Alda?"), copy_of("frozen")),
     "plan": Command(("plan", *CONFIG), copy_of()),
-    "index add": Command(
-        ("index", "add", *RUN, "more.jsonl", "--delete", "ids.txt", "--replace"), copy_of(), has_new_document
-    ),
+    "index add": Command(("index", "add", *RUN, "more.jsonl", "--replace"), copy_of(), has_new_document),
     "index verify": Command(("index", "verify", *RUN), copy_of()),
     "index gc": Command(("index", "gc", *RUN), copy_of()),
     "index ls": Command(("index", "ls", *RUN), copy_of()),

@@ -60,7 +60,9 @@ def time_build(embeddings_ND: np.ndarray, factory: str) -> BuildRate:
         vectors_ND = _vectors(embeddings_ND, rows)[:, : inverted.d]
         with clustering_on_gpu(index):
             began = time.monotonic()
-            inverted.train_q1(rows, faiss.swig_ptr(np.ascontiguousarray(vectors_ND)), False, inverted.metric_type)
+            inverted.train_q1(  # type: ignore[attr-defined]  # absent from the stubs
+                rows, faiss.swig_ptr(np.ascontiguousarray(vectors_ND)), False, inverted.metric_type
+            )
             cluster_s = (time.monotonic() - began) * iterations / min(rows, max_cluster_rows)
     vectors_ND = _vectors(embeddings_ND, CODE_ROWS)
     if not index.is_trained:

@@ -25,6 +25,11 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM; the message says how to resume."""
 
 
+class Stopped(KeyboardInterrupt):
+    """What the handlers raise. Python ends a process with SIGINT in which some library saw a plain
+    KeyboardInterrupt, whatever the process makes of it later."""
+
+
 class SignalWatch:
     """The signals that this process received, from the start of a command."""
 
@@ -44,7 +49,7 @@ class SignalWatch:
         first = not _handled
         _handled.add(number)
         if first:  # others would interrupt what this one has started: cleaning up
-            raise KeyboardInterrupt
+            raise Stopped
 
     def stop(self) -> None:
         """Restore the previous handlers."""
@@ -138,7 +143,7 @@ def stop_signals() -> Iterator[threading.Event]:
         _handled.add(number)
         event.set()
         if repeated:
-            raise KeyboardInterrupt
+            raise Stopped
 
     _handled.clear()
     previous = {number: signal.signal(number, stop) for number in _SIGNALS}
