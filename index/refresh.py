@@ -24,7 +24,6 @@ from index.retention import GarbageCollector, process_name, remove_leftovers
 from index.version_build import Stopped, Superseded, VersionBuild, matches_config
 from index.workers import WorkerGroup
 from realm.errors import UserError
-from realm.runtime.signals import at_forced_end
 from realm.runtime.versions import Lineage, Version, newest, versions_in
 from realm.training.refresh_section import RefreshConfig
 
@@ -72,8 +71,7 @@ def refresh(
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
     refresher = _Refresher(run, config, corpus, log if workers.is_first else _discard, load, stop, workers)
-    lease = Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s)
-    with _stop_on_signals(stop), at_forced_end(lease.release), lease:
+    with _stop_on_signals(stop), Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s) as lease:
         if workers.run_on_first(lambda: refresher.acquire(lease, once)):
             refresher.run_loop(lease, once)
 

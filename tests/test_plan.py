@@ -98,6 +98,6 @@ def test_without_a_prepared_corpus_its_size_is_required(folder: Path, capsys: py
 
 
 def test_a_plan_does_not_go_on_without_the_process_that_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_timing, "_encode_until", os._exit)  # fails in the process: too many arguments
+    monkeypatch.setattr(step_timing, "_keep_encoding", os._exit)  # fails in the process: too many arguments
     with pytest.raises(UserError, match="ended with status 1"):
         plan(load_config(write_config(folder)), passages=100)

@@ -9,7 +9,7 @@ import numpy as np
 from index.build import TRAINING_ROWS, add_rows, empty_index, index_bytes
 from index.gpu import clustering_on_gpu
 
-LIST_ROWS, CODE_ROWS = 20_000, 4096
+LIST_ROWS, CODE_ROWS = 20_000, 10_000
 """Rows to measure the clustering of inverted lists (at least one per list), and all else."""
 MAX_CODE_ROWS = 65_536
 """Rows on which FAISS trains rotations and codebooks at most: 256 per entry of a codebook."""
@@ -56,6 +56,7 @@ def time_build(embeddings_ND: np.ndarray, factory: str) -> BuildRate:
         # One iteration; their number and the rows are those of FAISS's own call.
         clustering, rows = inverted.cp, max(LIST_ROWS, inverted.nlist)
         iterations, clustering.niter = clustering.niter, 1
+        clustering.min_points_per_centroid = 1  # no warning
         max_cluster_rows = clustering.max_points_per_centroid * inverted.nlist
         vectors_ND = _vectors(embeddings_ND, rows)[:, : inverted.d]
         with clustering_on_gpu(index):

@@ -21,6 +21,7 @@ from realm.app.stages import STAGE_FACTORIES
 from realm.errors import UserError
 from realm.models.retriever import build_retriever
 from realm.run.folder import Run
+from realm.runtime.signals import without_interrupts
 from realm.runtime.telemetry import log_line, peak_memory
 from realm.runtime.threads import cpu_threads
 from realm.training.engine import Engine
@@ -232,9 +233,10 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
         _time_steps(stage, engine, size, WARMUP_STEPS)
         alone = _time_steps(stage, engine, size, 2 * MIN_STEPS)
         context: Any = multiprocessing.get_context("spawn")
-        encoded, stop = context.Value("q", -1), context.Event()
-        process = context.Process(target=_encode_until, args=(Run(run.folder, run.config), encoded, stop), daemon=True)
-        process.start()
+        encoded = context.Value("q", -1)
+        process = context.Process(target=_keep_encoding, args=(Run(run.folder, run.config), encoded), daemon=True)
+        with without_interrupts():
+            process.start()
         try:
             while encoded.value < 0 and process.is_alive():
                 time.sleep(0.05)
@@ -247,19 +249,19 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
             shared = (shared + _time_steps(stage, engine, size, 2 * MIN_STEPS)) / 2
             rate = (encoded.value - before) / (time.monotonic() - began)
         finally:
-            stop.set()
-            process.join(30)
             process.kill()
+            process.join()
     slower = encoded_per_s / rate if rate > 0 else 1.0
     return Contention(max(1.0, shared / alone), max(1.0, slower))
 
 
-def _encode_until(run: Run, encoded: Any, stop: Any) -> None:
-    """Encode passages until `stop` is set; count them in `encoded`."""
+def _keep_encoding(run: Run, encoded: Any) -> None:
+    """Encode passages until the parent process ends; count them in `encoded`."""
+    parent = multiprocessing.parent_process()
     with cpu_threads(run.config.refresh.threads):
         encode, _ = _encoder(run)
         encode(min(8, len(run.passages)))
         encoded.value = 0
-        while not stop.is_set():
+        while parent is None or parent.is_alive():
             embeddings, _ = encode(min(64, len(run.passages)))
             encoded.value += len(embeddings)

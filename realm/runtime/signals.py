@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 GRACE_S = 4.0
@@ -83,9 +83,6 @@ _handled: set[int] = set()
 _deferring: list[threading.Event] = []
 """The event of `stop_signals`, while it waits for the end of a step."""
 
-_last_acts: list[Callable[[], object]] = []
-"""What a forced end still does, last first."""
-
 
 @contextmanager
 def watched_signals() -> Iterator[SignalWatch]:
@@ -102,20 +99,7 @@ def watched_signals() -> Iterator[SignalWatch]:
             watch.stop()
 
 
-@contextmanager
-def at_forced_end(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` if the process is ended during the block because it ignored a signal."""
-    _last_acts.append(act)
-    try:
-        yield
-    finally:
-        _last_acts.remove(act)
-
-
 def _end_process(number: int) -> None:
-    for act in reversed(_last_acts):
-        with suppress(Exception):
-            act()
     with suppress(Exception):
         import psutil
 
@@ -124,6 +108,19 @@ def _end_process(number: int) -> None:
     with suppress(Exception):
         print("realm: interrupted", file=sys.stderr, flush=True)
     os._exit(128 + number)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Start child processes in this block that ignore Ctrl-C from their first instruction on.
+
+    A terminal sends SIGINT to them too, but only this process should report it and stop them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -44,9 +44,6 @@ def _run(arguments: Sequence[str] | None, signals: SignalWatch) -> int:
     options.overrides = overrides
     try:
         options.command(options)
-    except UserError as error:
-        print(f"realm: {error}", file=sys.stderr)
-        return 2
     except Interrupted as error:
         print(f"realm: {error}", file=sys.stderr)
         return 130
@@ -54,10 +51,13 @@ def _run(arguments: Sequence[str] | None, signals: SignalWatch) -> int:
         print("realm: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if signals.received is None:
+        if signals.received is not None:  # a library that a signal interrupts raises its own exception
+            print(f"realm: interrupted ({error})", file=sys.stderr)
+            return 130
+        if not isinstance(error, UserError):
             raise
-        print(f"realm: interrupted ({type(error).__name__}: {error})", file=sys.stderr)
-        return 130
+        print(f"realm: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
