@@ -91,6 +91,8 @@ def same_corpus(finished: Path, folder: Path) -> None:
 
 
 def has_index(finished: Path, folder: Path) -> None:
+    # The stage may have been interrupted while it waited for its last index.
+    assert realm("refresh", "--run", folder / "run", "--once").returncode == 0
     assert any(path.name.rpartition("-")[0].endswith("step-000008") for path in (folder / "run" / "indexes").iterdir())
 
 
