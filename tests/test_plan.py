@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from index.build import TRAINING_ROWS, build_index
+from index.build_timing import BuildRate, time_build
 from realm.app import step_timing
 from realm.app.cli import main
-from realm.app.index_timing import BuildRate, time_build
 from realm.app.plan import Plan, plan, warnings
 from realm.app.step_timing import StagePlan, extrapolate
 from realm.errors import UserError

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from index.build import build_index
+from index.build_timing import BuildRate, time_build
 from index.encode import encode_passages, encoding_tower
-from realm.app.index_timing import BuildRate, time_build
 from realm.app.stages import STAGE_FACTORIES
 from realm.errors import UserError
 from realm.models.retriever import build_retriever
