@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-GRACE_S = 4.0
+GRACE_S = 3.0
 """Seconds that a process has to end after a signal; writing a checkpoint does not count."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
