@@ -45,13 +45,20 @@ def evaluate(
     to `evaluations/NAME.RETRIEVER.predictions.jsonl`. `finetune.figures.CONVENTIONS` defines each
     figure.
 
-    Raises UserError for unknown retrievers, and if NAME exists with figures of other questions.
+    Raises UserError for unknown retrievers, if NAME exists with figures of other questions, and if
+    another process is writing it.
     """
     source = run.questions(split)
     if source is None:
         raise UserError(f"data.{split} is not set; set it in the config, or pass --questions FILE.")
     _check_name(name)
     _check_retrievers((stage, *compare))
+    with run.evaluation_lock(name):
+        return _evaluate(run, source, stage, compare, name)
+
+
+def _evaluate(run: Run, source: QuestionSource, stage: str, compare: Sequence[str], name: str) -> dict[str, Figures]:
+    """`evaluate`, after its arguments are checked."""
     folder = run.folder / "evaluations"
     _check_same_questions(folder / f"{name}.json", source)
     answerer = Answerer(run, stage)

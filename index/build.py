@@ -21,6 +21,9 @@ INDEX_FILE = "passages.index"
 DELETED_FILE = "deleted.npy"
 """Rows deleted from the corpus; the file is absent if there are none."""
 
+TRAINING_ROWS = 500_000
+"""Maximum number of rows on which an index is trained."""
+
 _ADD_ROWS = 65_536
 
 
@@ -108,7 +111,7 @@ def build_index(
     embeddings: np.ndarray | Sequence[np.ndarray],
     factory: str = "Flat",
     seed: int = 0,
-    training_rows: int = 500_000,
+    training_rows: int = TRAINING_ROWS,
     parameters: str = "",
 ) -> faiss.Index:
     """Build an inner-product index over (N, D) embeddings; the ids are the row numbers.

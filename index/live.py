@@ -109,19 +109,23 @@ class LiveIndex:
     def export(self, step: int, write: Callable[[Path], object]) -> None:
         """Publish the retriever as `encoders/aNN-step-NNNNNN`; `write(folder)` saves it, on rank 0
         only."""
-        if not is_rank_zero():
-            return
-        with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
-            write(folder)
+
+        def publish() -> None:
+            with published(self.folder / "encoders" / Version(self.attempt, step).name) as folder:
+                write(folder)
+
+        on_rank_zero(publish)
 
     def start_refresher(self) -> None:
         """Start one refresher process for all ranks; its output goes to `refresher/output.log`."""
-        if not is_rank_zero():
-            return
-        log = self.folder / "refresher" / "output.log"
-        log.parent.mkdir(exist_ok=True)
-        self.refresher = start_refresher(self.folder, log)
-        console.print(f"  refresher started (process {self.refresher.pid}, output in {log})")
+
+        def start() -> None:
+            log = self.folder / "refresher" / "output.log"
+            log.parent.mkdir(exist_ok=True)
+            self.refresher = start_refresher(self.folder, log)
+            console.print(f"  refresher started (process {self.refresher.pid}, output in {log})")
+
+        on_rank_zero(start)
 
     def wait_for_first(self, step: int = 0) -> None:
         """Wait for the index of `step`, the first step, at most `refresh.wait_timeout_s`.

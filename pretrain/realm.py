@@ -32,6 +32,7 @@ from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
 from realm.run.train import export_retriever
 from realm.runtime.distributed import is_rank_zero, local_device, on_rank_zero
+from realm.runtime.signals import Interrupted
 from realm.runtime.telemetry import console
 from realm.runtime.versions import Version
 from realm.training.checkpoints import newest_checkpoint, read_state
@@ -175,7 +176,13 @@ class LiveRealmPretraining(RealmPretraining):
         self.exports.restore(folder)
 
     def finish(self) -> None:
-        self.source.end_training()
+        try:
+            self.source.end_training()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{self.name} is finished, but not the index of its last export; "
+                f"run `realm refresh --run {self.run.folder}` to build it."
+            ) from None
 
     def close(self) -> None:
         super().close()

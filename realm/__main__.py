@@ -1,6 +1,15 @@
-"""Entry point of `python -m realm`."""
+"""Entry point of the `realm` command and of `python -m realm`."""
 
-from realm.app.cli import main
+import signal
+
+
+def main() -> int:
+    """Run the command line; a signal before it is imported ends the process without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from realm.app.cli import main as run
+
+    return run()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

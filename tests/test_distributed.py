@@ -16,6 +16,7 @@ from torch import nn
 from realm.runtime.telemetry import read_metrics
 from realm.training.engine import Engine
 from realm.training.sections import EngineConfig, StageConfig
+from tests.realm.runtime.test_distributed import on_two_ranks
 from tests.tiny import write_config, write_sources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,62 @@ def test_raw_settings_are_merged_unless_they_would_be_ignored(tmp_path: Path, mo
     Engine(
         nn.Linear(2, 2),
         StageConfig(),
-        EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"lower_precision_safe_modules": []}}),
+        EngineConfig(precision="bf16", deepspeed={"torch_autocast": {"dtype": "float16"}}),
     )
-    assert given["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert given["torch_autocast"] == {"enabled": True, "dtype": "float16", "lower_precision_safe_modules": []}
+
+
+_TWO_RANKS = """
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from realm.runtime.distributed import rank
+from realm.training.engine import Engine
+from realm.training.sections import EngineConfig, OptimConfig, StageConfig
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1, bias=False)
+
+    def forward(self, batch):
+        return {"loss": self.linear(batch).float().sum()}
+
+
+config = EngineConfig(precision="bf16", deepspeed={"zero_optimization": {"stage": int(sys.argv[1])}})
+engine = Engine(Model(), StageConfig(batch_size=1, optim=OptimConfig(max_grad_norm=0.0)), config)
+gradients = []
+engine.deepspeed.optimizer.step = lambda *_: gradients.extend(
+    part for parts in engine.deepspeed.optimizer.averaged_gradients.values() for part in parts
+)
+engine.deepspeed.train()
+# The ranks' gradients are 256 and 1; their sum, 257, is not a bf16 number.
+engine.deepspeed.backward(engine.deepspeed(torch.full((1, 2), 256.0 if rank() == 0 else 1.0))["loss"])
+engine.deepspeed.step()
+print(gradients[0].flatten().tolist())
+
+
+def full_disk(folder):
+    if rank() == int(sys.argv[2]):
+        raise OSError(28, "No space left on device")
+
+
+try:
+    engine.save(Path(sys.argv[3]) / "step-000001", {"step": 1}, full_disk)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_gradients_are_summed_in_fp32_and_a_failed_checkpoint_ends_every_rank(tmp_path: Path) -> None:
+    ranks = on_two_ranks(_TWO_RANKS, 1, 0, tmp_path)
+    assert all(rank.returncode == 0 for rank in ranks), ranks[0].stderr + ranks[1].stderr
+    outputs = [rank.stdout.splitlines() for rank in ranks]
+    assert outputs[0][-2] == "[128.5, 128.5]", "the mean; rank 0 has the only parameter's partition"
+    assert outputs[0][-1] == "OSError [Errno 28] No space left on device"
+    assert outputs[1][-1] == "UserError rank 0 failed with OSError: [Errno 28] No space left on device"
+    assert not list(tmp_path.iterdir()), "nothing is left of the checkpoint"

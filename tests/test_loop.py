@@ -1,5 +1,6 @@
 """All stages on a tiny corpus, with a refresher process, kills and resumes, and evaluation."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from socket import gethostname
 
 import numpy as np
 import pytest
 
 from finetune.evaluate import _labels
+from realm.app.cli import main
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from realm.runtime.publish import checksum
@@ -164,6 +167,15 @@ def test_retrievers_with_the_same_name_get_different_labels() -> None:
     assert _labels(("finetune", "org/model")) == {"finetune": "finetune", "org/model": "model"}
 
 
+def test_an_evaluation_is_written_by_one_process(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = finished / "run" / "locks" / "evaluation-test"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["evaluate", "--run", str(finished / "run")]) == 2
+    assert "is already writing evaluation test of run" in capsys.readouterr().err
+
+
 def test_ask_shows_answer_and_passage(finished: Path) -> None:
     result = realm("ask", "--run", finished / "run", "Who founded Alda?")
     assert result.returncode == 0, result.stderr
@@ -182,7 +194,9 @@ def losses(folder: Path, stage: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["ict", "reader-pretraining"])
-def test_a_killed_stage_resumes_from_its_checkpoint(finished: Path, tmp_path: Path, stage: str) -> None:
+def test_a_stage_is_trained_by_one_process_and_resumes_after_a_kill(
+    finished: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = stage.replace("-", "_")
     write_sources(tmp_path)
     changes = {"corpus": {"prepared": str(finished / "prepared")}, name: {"steps": 200, "checkpoint_every": 2}}
@@ -195,6 +209,10 @@ def test_a_killed_stage_resumes_from_its_checkpoint(finished: Path, tmp_path: Pa
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count(f'"{name}"') > 8):
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # as it could be between two of its steps
+    capsys.readouterr()
+    assert main([stage, "--config", str(config), "--resume"]) == 2
+    assert f"process {process.pid} on {gethostname()} is already training run" in capsys.readouterr().err
     process.send_signal(signal.SIGKILL)
     process.wait()
     refused = realm(stage, "--config", config)

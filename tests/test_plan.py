@@ -1,10 +1,15 @@
 """`realm plan`: measurements, warnings and errors."""
 
 import os
+import time
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
 
+from index.build import TRAINING_ROWS, build_index
+from index.build_timing import BuildRate, time_build
 from realm.app import step_timing
 from realm.app.cli import main
 from realm.app.plan import Plan, plan, warnings
@@ -52,6 +57,26 @@ def test_times_of_larger_batches_are_extrapolated(measured, expected) -> None:
     assert extrapolate(measured, 16) == pytest.approx(expected)
 
 
+def test_the_time_of_training_an_index_does_not_grow_with_the_corpus() -> None:
+    rate = BuildRate(1e-3, 256 * 1000, 2e-3, 1e-6, fixed_bytes=1000, vector_bytes=64.0)
+    assert rate.seconds(10_000) == pytest.approx(10 + 20 + 0.01)
+    assert rate.seconds(13_000_000) == pytest.approx(256 + 2e-3 * 65_536 + 13)
+    assert rate.size(10) == 1640
+    many_lists = BuildRate(1e-3, 256 * 16_384, 0.0, 1e-6, 0, 0.0)
+    assert many_lists.seconds(13_000_000) == pytest.approx(1e-3 * TRAINING_ROWS + 13)
+
+
+def test_the_time_of_a_larger_index_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "monotonic", time.process_time)  # other processes do not count
+    faiss.omp_set_num_threads(1)
+    vectors_ND = np.random.default_rng(0).standard_normal((300_000, 32), dtype=np.float32)
+    forecast_s = time_build(vectors_ND[:100], "IVF256,Flat").seconds(len(vectors_ND))
+    began = time.monotonic()
+    build_index(vectors_ND, "IVF256,Flat")
+    took_s = time.monotonic() - began
+    assert 0.4 < forecast_s / took_s < 2.4, f"forecast {forecast_s:.2f} s, took {took_s:.2f} s"
+
+
 def test_no_warning_if_a_refresh_is_fast(folder: Path) -> None:
     config = load_config(write_config(folder))
     fast = Plan(
@@ -73,6 +98,6 @@ def test_without_a_prepared_corpus_its_size_is_required(folder: Path, capsys: py
 
 
 def test_a_plan_does_not_go_on_without_the_process_that_encodes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_timing, "_encode_until", os._exit)  # fails in the process: too many arguments
+    monkeypatch.setattr(step_timing, "_keep_encoding", os._exit)  # fails in the process: too many arguments
     with pytest.raises(UserError, match="ended with status 1"):
         plan(load_config(write_config(folder)), passages=100)

@@ -28,7 +28,7 @@ from realm.run.curves import draw_curves
 from realm.run.folder import STAGES, Run
 from realm.run.report import print_next, print_summary
 from realm.run.train import train_stage
-from realm.runtime.distributed import local_device
+from realm.runtime.distributed import local_device, world_size
 from realm.runtime.publish import read_json, write_json_atomic
 from realm.runtime.telemetry import console, read_metrics
 
@@ -46,8 +46,12 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     """Run every stage whose `steps` is not 0 and evaluate; write and print a summary.
 
     Also draws `curves.png` and prints a few answers. Raises UserError if the run was already
-    started, unless `resume`.
+    started, unless `resume`, and if another process is training it.
     """
+    if world_size() > 1:
+        raise UserError(
+            "realm run starts a single process; run `realm prepare` without a launcher, and each stage with it."
+        )
     if (Path(config.run) / "config.yaml").exists() and not resume:
         raise UserError(
             f"run folder {config.run} already exists; rerun with --resume to continue, "
@@ -65,6 +69,13 @@ def run_all(config: RealmConfig, resume: bool = False) -> None:
     stage_times = {"prepare": time.monotonic() - began}
     run = Run.create(config)
     check_inputs(run)
+    with run.train_lock():
+        _run_stages(run, resume, stage_times)
+
+
+def _run_stages(run: Run, resume: bool, stage_times: dict[str, float]) -> None:
+    """The stages and evaluations of `run_all`; adds the seconds of each stage to `stage_times`."""
+    config = run.config
     masked_spans: dict[str, dict[str, float]] = {}
     for name in STAGES:
         if getattr(config, name).steps == 0:

@@ -74,9 +74,9 @@ def plan(config: RealmConfig, passages: int | None = None) -> Plan:
             passages=count,
             stages=stages,
             encode_seconds=rate.start_s + count / rate.encoded_per_s,
-            build_seconds=count / rate.added_per_s,
+            build_seconds=rate.build.seconds(count),
             dim=rate.dim,
-            index_bytes=int(rate.fixed_bytes + count * rate.vector_bytes),
+            index_bytes=rate.build.size(count),
             prepared_bytes=int(count * manifest["bytes"] / manifest["blocks"]),
             refresh_period_seconds=float("inf"),
         )

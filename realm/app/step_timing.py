@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from index.build import build_index, index_bytes
+from index.build import build_index
+from index.build_timing import BuildRate, time_build
 from index.encode import encode_passages, encoding_tower
 from realm.app.stages import STAGE_FACTORIES
 from realm.errors import UserError
 from realm.models.retriever import build_retriever
 from realm.run.folder import Run
+from realm.runtime.signals import without_interrupts
 from realm.runtime.telemetry import log_line, peak_memory
 from realm.runtime.threads import cpu_threads
 from realm.training.engine import Engine
@@ -161,19 +163,14 @@ def _peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class EncodingRate:
-    """How fast passages are encoded and indexed, and how large the index grows."""
+    """How fast passages are encoded and indexed."""
 
     start_s: float
     """Seconds before the first passage, for compiling if it is configured."""
     encoded_per_s: float
     """Passages per second with the refresher's threads."""
-    added_per_s: float
-    """Passages per second that are added to the index."""
+    build: BuildRate
     dim: int
-    fixed_bytes: int
-    """Size of the index without vectors: centroids, codebooks."""
-    vector_bytes: float
-    """Size per vector."""
 
 
 def time_encoding(run: Run) -> EncodingRate:
@@ -191,17 +188,8 @@ def time_encoding(run: Run) -> EncodingRate:
             count = min(2 * count, SAMPLE_ROWS, len(run.passages))
             encode(count)
             embeddings_ND, seconds = encode(count)
-    if refresh.factory != "Flat":  # training needs enough vectors; their values hardly affect size and time
-        embeddings_ND = np.repeat(embeddings_ND, -(-20_000 // len(embeddings_ND)), 0)
-        embeddings_ND += np.random.default_rng(0).normal(0, 1e-2, embeddings_ND.shape).astype(np.float32)
-    began = time.monotonic()
-    index = build_index(embeddings_ND, refresh.factory)
-    added_per_s = len(embeddings_ND) / max(time.monotonic() - began, 1e-6)
-    once = index_bytes(index)
-    index.add(embeddings_ND)
-    vector_bytes = (index_bytes(index) - once) / len(embeddings_ND)
-    fixed_bytes = int(once - vector_bytes * len(embeddings_ND))
-    return EncodingRate(start_s, count / max(seconds, 1e-6), added_per_s, dim, fixed_bytes, vector_bytes)
+        build = time_build(embeddings_ND, refresh.factory)
+    return EncodingRate(start_s, count / max(seconds, 1e-6), build, dim)
 
 
 def _encoder(run: Run) -> tuple[Callable[[int], tuple[np.ndarray, float]], int]:
@@ -245,9 +233,10 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
         _time_steps(stage, engine, size, WARMUP_STEPS)
         alone = _time_steps(stage, engine, size, 2 * MIN_STEPS)
         context: Any = multiprocessing.get_context("spawn")
-        encoded, stop = context.Value("q", -1), context.Event()
-        process = context.Process(target=_encode_until, args=(Run(run.folder, run.config), encoded, stop), daemon=True)
-        process.start()
+        encoded = context.Value("q", -1)
+        process = context.Process(target=_keep_encoding, args=(Run(run.folder, run.config), encoded), daemon=True)
+        with without_interrupts():
+            process.start()
         try:
             while encoded.value < 0 and process.is_alive():
                 time.sleep(0.05)
@@ -260,19 +249,19 @@ def time_contention(run: Run, index: RandomIndex, encoded_per_s: float) -> Conte
             shared = (shared + _time_steps(stage, engine, size, 2 * MIN_STEPS)) / 2
             rate = (encoded.value - before) / (time.monotonic() - began)
         finally:
-            stop.set()
-            process.join(30)
             process.kill()
+            process.join()
     slower = encoded_per_s / rate if rate > 0 else 1.0
     return Contention(max(1.0, shared / alone), max(1.0, slower))
 
 
-def _encode_until(run: Run, encoded: Any, stop: Any) -> None:
-    """Encode passages until `stop` is set; count them in `encoded`."""
+def _keep_encoding(run: Run, encoded: Any) -> None:
+    """Encode passages until the parent process ends; count them in `encoded`."""
+    parent = multiprocessing.parent_process()
     with cpu_threads(run.config.refresh.threads):
         encode, _ = _encoder(run)
         encode(min(8, len(run.passages)))
         encoded.value = 0
-        while not stop.is_set():
+        while parent is None or parent.is_alive():
             embeddings, _ = encode(min(64, len(run.passages)))
             encoded.value += len(embeddings)

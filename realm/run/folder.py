@@ -7,10 +7,12 @@ runs/NAME/
   STAGE/model/retriever, reader   its models, written last: a stage with `model` is finished
   encoders/ indexes/ refresher/ lineage.json   see `realm.runtime.versions` and `index`
   frozen/                         indexes of frozen retrievers
+  locks/                          of processes that write, see `realm.runtime.lock`
   metrics.jsonl tensorboard/ evaluations/ summary.json curves.png
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +31,7 @@ from realm.run.config_file import dump_config, load_config, read_config
 from realm.run.data_config import QuestionSource
 from realm.run.yaml_text import parse_yaml
 from realm.runtime.distributed import on_rank_zero
+from realm.runtime.lock import locked
 from realm.runtime.publish import check_folder, write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
@@ -157,9 +160,9 @@ class Run:
             for line in on_rank_zero(lambda: set_damaged_aside(self.stage(stage))):
                 log_line(line)
             checkpoint = newest_checkpoint(self.stage(stage))
-            if checkpoint is None:
+            if checkpoint is None and self.stage(stage).exists():
                 log_line(f"{stage} has no checkpoint in {self.stage(stage)}; training starts from step 0")
-            else:
+            if checkpoint is not None:
                 self._check_starting_models(stage, checkpoint)
         return True
 
@@ -181,6 +184,15 @@ class Run:
                     f"with {now[part] or 'the one before any training'}; restore the former in {self.folder}, or "
                     f"remove {self.stage(stage)} to train the stage again."
                 )
+
+    def train_lock(self) -> AbstractContextManager[None]:
+        """Lock the run for training: stages start from each other's models, so only one is trained
+        at a time. Raises UserError if another process holds the lock."""
+        return locked(self.folder / "locks" / "training", f"training run {self.folder}")
+
+    def evaluation_lock(self, name: str) -> AbstractContextManager[None]:
+        """Lock the evaluation `name`. Raises UserError if another process holds the lock."""
+        return locked(self.folder / "locks" / f"evaluation-{name}", f"writing evaluation {name} of run {self.folder}")
 
     def latest(self, part: str, before: str | None = None, until: str | None = None) -> Path | None:
         """The `retriever` or `reader` of the last finished stage that has one.

@@ -5,20 +5,24 @@ does not accept CPU tensors.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from realm.errors import UserError
+from realm.runtime.signals import Interrupted
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(hours=6)
 """Timeout of a collective: long, because rank 0 may be encoding a corpus in the meantime."""
+
+_INTERRUPT = ""
+"""Description of a failure by Ctrl-C or SIGTERM."""
 
 
 def rank() -> int:
@@ -51,23 +55,60 @@ def _group() -> Any:
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 only and broadcast its result, which must be picklable.
 
-    Every rank returns the result, or raises the UserError that `work` raised.
+    Every rank returns the result, or fails if `work` raised: rank 0 with that exception, the others
+    as described at `on_all_ranks`.
     """
     if world_size() == 1:
         return work()
-    result_and_error: list[Any] = [None, None]
-    failure: UserError | None = None
+    result: T | None = None
+    failure: BaseException | None = None
     if is_rank_zero():
         try:
-            result_and_error[0] = work()
-        except UserError as error:
-            failure, result_and_error[1] = error, str(error)
-    dist.broadcast_object_list(result_and_error, src=0, group=_group())
-    if failure is not None:
-        raise failure
-    if result_and_error[1] is not None:
-        raise UserError(result_and_error[1])
-    return result_and_error[0]
+            result = work()
+        except BaseException as error:
+            failure = error
+    outcome: list[Any] = [result, _description(failure)]
+    dist.broadcast_object_list(outcome, src=0, group=_group())
+    _raise_failure(failure, [outcome[1]])
+    return cast(T, outcome[0])
+
+
+def on_all_ranks(work: Callable[[], object]) -> None:
+    """Run `work`, which contains no collectives, on every rank, and wait for all.
+
+    If it raises on one rank, no rank waits for it forever: that rank raises the exception, and the
+    others raise a UserError with its text, or KeyboardInterrupt after an interrupt.
+    """
+    failure: BaseException | None = None
+    try:
+        work()
+    except BaseException as error:
+        failure = error
+    failures = [_description(failure)]
+    if world_size() > 1:
+        failures *= world_size()
+        dist.all_gather_object(failures, _description(failure), group=_group())
+    _raise_failure(failure, failures)
+
+
+def _description(failure: BaseException | None) -> str | None:
+    """A failure as text for the other ranks, which may not be able to unpickle it."""
+    if failure is None:
+        return None
+    if isinstance(failure, UserError):
+        return str(failure)
+    if isinstance(failure, Interrupted) or not isinstance(failure, Exception):
+        return _INTERRUPT
+    return f"rank {rank()} failed with {type(failure).__name__}: {failure}"
+
+
+def _raise_failure(own: BaseException | None, failures: Sequence[str | None]) -> None:
+    """Raise this rank's failure, or else the first one of another rank, if there is any."""
+    if own is not None:
+        raise own
+    for failure in failures:
+        if failure is not None:
+            raise KeyboardInterrupt if failure == _INTERRUPT else UserError(failure)
 
 
 def any_rank(flag: bool) -> bool:
@@ -95,9 +136,3 @@ def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total, group=_group())
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
-
-
-def barrier() -> None:
-    """Wait until all ranks reach this call."""
-    if world_size() > 1:
-        dist.barrier(group=_group())

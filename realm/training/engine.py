@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from realm.attention import count_update
 from realm.errors import UserError
 from realm.runtime.distributed import (
-    barrier,
     is_rank_zero,
     local_device,
+    on_all_ranks,
     on_rank_zero,
     world_size,
 )
@@ -87,7 +87,8 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
         }
         if config.precision == "bf16":
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            # Without the list, ZeRO sums the gradients of linear layers over the ranks in bf16.
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
             if is_rank_zero() and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 console.print(
                     "  warning: this CPU has no bf16 arithmetic and emulates it, which is many times slower; "
@@ -162,11 +163,9 @@ class Engine:
         with contextlib.ExitStack() as context:
             temporary = on_rank_zero(lambda: context.enter_context(published(folder)))
             self.deepspeed.save_checkpoint(str(temporary), tag=_DEEPSPEED_TAG)
-            write_extra(temporary)
-            barrier()
-            if is_rank_zero():
-                write_state(temporary, state)
-        barrier()
+            on_all_ranks(lambda: write_extra(temporary))
+            on_rank_zero(lambda: write_state(temporary, state))
+            on_rank_zero(context.close)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load weights, optimizer and schedule from a checkpoint; returns its state.
@@ -189,10 +188,10 @@ def start_processes() -> Any:
     deepspeed = import_deepspeed()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_device())  # DeepSpeed does so only after tensors are placed
+    # DeepSpeed would compile shared-memory collectives for the CPU at the first start, for up to a
+    # minute, and a start that is killed meanwhile leaves a lock for which all later ones wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized() and world_size() == 1 and "MASTER_ADDR" not in os.environ:
-        # A single process needs no shared-memory collectives, so DeepSpeed does not have to compile
-        # them.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

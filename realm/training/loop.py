@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from realm.errors import UserError
-from realm.runtime.distributed import any_rank, is_rank_zero, mean_over_ranks
+from realm.runtime.distributed import any_rank, is_rank_zero, mean_over_ranks, on_rank_zero
 from realm.runtime.signals import Interrupted, stop_signals
 from realm.runtime.telemetry import Metrics, peak_memory, progress
 from realm.training.checkpoints import checkpoint_folder, checkpoints, newest_checkpoint
@@ -51,7 +51,7 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
             if interrupted or (done % stage.config.checkpoint_every == 0 and done < steps):
                 state = {"step": done, "seconds": seconds(), "started_from": stage.started_from, **stage.state()}
                 engine.save(checkpoint_folder(folder, done), state, stage.save)
-                _remove_old_checkpoints(folder, config.keep_checkpoints)
+                on_rank_zero(lambda: _remove_old_checkpoints(folder, config.keep_checkpoints))
             if interrupted:
                 raise Interrupted(
                     f"{stage.name} was interrupted at step {done} of {steps}; rerun with --resume to continue."
@@ -85,6 +85,5 @@ def _diverged(stage: Stage, step: int, loss: float, folder: Path) -> str:
 
 
 def _remove_old_checkpoints(folder: Path, keep: int) -> None:
-    if is_rank_zero():
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)

@@ -75,7 +75,7 @@ class Stage(AbstractContextManager["Stage"], ABC):
         return {}
 
     def save(self, folder: Path) -> None:
-        """Add this rank's files to a checkpoint."""
+        """Add this rank's files to a checkpoint, without collectives."""
 
     def restore(self, folder: Path, step: int) -> None:
         """Read the files written by `save`; training continues from step `step`."""

@@ -8,7 +8,6 @@ import io
 import sys
 from collections.abc import Sequence
 
-from index.lease import LeaseLost
 from realm.app.cli.arguments import Parser, parse_arguments
 from realm.app.cli.bench import add_bench_commands
 from realm.app.cli.common import EPILOG
@@ -18,7 +17,7 @@ from realm.app.cli.questions import add_question_commands
 from realm.app.cli.train import add_training_commands
 from realm.errors import UserError
 from realm.runtime.printable import printable
-from realm.runtime.signals import Interrupted
+from realm.runtime.signals import Interrupted, SignalWatch, watched_signals
 
 _DESCRIPTION = (
     "Retrieval-augmented pretraining: retriever and reader are trained end to end while an index is refreshed "
@@ -29,23 +28,34 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit status: 0, 2 after an error of the user, of the file system, or a lost lease,
-    130 after an interrupt. Other exceptions are errors of this program, and are raised.
+    Returns the exit status: 0, 2 after an error of the user or of the file system, 130 after
+    Ctrl-C, 143 after SIGTERM. Other exceptions are errors of this program, and are raised.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    with watched_signals() as signals:
+        status = _run(sys.argv[1:] if arguments is None else arguments, signals)
+        return status if signals.received is None else 128 + signals.received
+
+
+def _run(arguments: Sequence[str], signals: SignalWatch) -> int:
+    """Run one command; returns its exit status, unless a signal interrupts it."""
     try:
-        options = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
+        options = parse_arguments(_parser(), arguments)
         options.command(options)
-    except (UserError, LeaseLost) as error:
-        return _fail(str(error), 2)
     except Interrupted as error:
         return _fail(str(error), 130)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except OSError as error:
-        return _fail(describe_os_error(error), 2)
+    except Exception as error:
+        if signals.received is not None:  # a library that a signal interrupts raises its own exception
+            return _fail(f"interrupted ({error})", 130)
+        if isinstance(error, UserError):
+            return _fail(str(error), 2)
+        if isinstance(error, OSError):
+            return _fail(describe_os_error(error), 2)
+        raise
     return 0
 
 
