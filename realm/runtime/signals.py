@@ -51,12 +51,21 @@ class SignalWatch:
         if first:  # others would interrupt what this one has started: cleaning up
             raise Stopped
 
-    def stop(self) -> None:
+    def _restore(self) -> None:
         """Restore the previous handlers."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_descriptor)
         os.close(self._write_end)
+
+    def leave_to_parent(self) -> None:
+        """In a process forked from this one: its signals are not those of the command."""
+        self._restore()
+        os.close(self._read_end)
+
+    def stop(self) -> None:
+        """Restore the previous handlers, and end the watching thread."""
+        self._restore()
         self._thread.join()
         os.close(self._read_end)
 
@@ -77,6 +86,17 @@ class SignalWatch:
         _end_process(self.received)
 
 
+_watches: list[SignalWatch] = []
+"""The running watch of this process, if any."""
+
+
+def _forget_watches() -> None:
+    while _watches:
+        _watches.pop().leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_forget_watches)
+
 _handled: set[int] = set()
 """Numbers of the signals whose handlers were called."""
 
@@ -92,10 +112,12 @@ def watched_signals() -> Iterator[SignalWatch]:
     child processes get SIGTERM. Must be called from the main thread, around a whole command.
     """
     watch = SignalWatch()
+    _watches.append(watch)
     try:
         yield watch
     finally:
-        if watch.received is None:  # otherwise the process is about to end
+        if watch.received is None and watch in _watches:  # otherwise the process is about to end
+            _watches.remove(watch)
             watch.stop()
 
 

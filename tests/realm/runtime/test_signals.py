@@ -101,3 +101,24 @@ def test_handlers_are_restored() -> None:
     with watched_signals():
         assert signal.getsignal(signal.SIGTERM) not in handlers
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_signals_of_a_forked_process_are_its_own() -> None:
+    code = """
+import multiprocessing, signal, time
+from realm.runtime import signals
+
+signals.GRACE_S = 0.2
+with signals.watched_signals() as watch:
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=lambda: ready.set() or time.sleep(60))
+    child.start()
+    ready.wait()
+    child.terminate()
+    child.join()
+    time.sleep(0.6)
+    print(child.exitcode, watch.received)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{-signal.SIGTERM} None\n"), done.stderr
