@@ -7,7 +7,7 @@ import pytest
 
 from tests.damage import COMMANDS, EXCLUDED, Workplace, command_names
 
-SAMPLE = 60
+SAMPLE = 40
 """Cases that the suite runs; the marker `slow` runs all of them."""
 
 

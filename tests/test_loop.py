@@ -193,7 +193,7 @@ def losses(folder: Path, stage: str) -> list[float]:
     return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")[stage]]
 
 
-@pytest.mark.parametrize("stage", ["ict", "reader-pretraining"])
+@pytest.mark.parametrize("stage", ["ict", pytest.param("reader-pretraining", marks=pytest.mark.slow)])
 def test_a_stage_is_trained_by_one_process_and_resumes_after_a_kill(
     finished: Path, tmp_path: Path, stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

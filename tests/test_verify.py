@@ -59,12 +59,12 @@ def test_commands_name_files_that_cannot_be_read(run: Path, capsys: pytest.Captu
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     assert main(["pretrain", "--config", str(run / "config.yaml"), "--replay", str(run), "--run", str(run)]) in (0, 2)
-    shutil.rmtree(run / "refresher")
-    (run / "refresher").write_text("")
+    shutil.rmtree(run / "frozen")
+    (run / "frozen").write_text("")
     capsys.readouterr()
     assert main(["ask", "--run", str(run), "Who founded Alda?"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"realm: {run}/refresher/holds") and "Not a directory" in message
+    assert f"{run}/frozen" in message and "Not a directory" in message
 
 
 def test_resuming_without_a_checkpoint_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
