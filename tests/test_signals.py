@@ -125,6 +125,7 @@ COMMANDS = {
     "evaluate": Command(("evaluate", *RUN), copy_of("evaluations", "frozen"), same_predictions),
     "ask": Command(("ask", *RUN, "Who founded Alda?"), copy_of("frozen")),
     "plan": Command(("plan", *CONFIG), copy_of()),
+    "verify": Command(("verify", "run"), copy_of()),
     "index add": Command(("index", "add", *RUN, "more.jsonl", "--replace"), copy_of(), has_new_document),
     "index verify": Command(("index", "verify", *RUN), copy_of()),
     "index gc": Command(("index", "gc", *RUN), copy_of()),
