@@ -42,7 +42,8 @@ def published(final: Path, before_rename: Callable[[], object] = lambda: None) -
 
     `before_rename` is called just before that, when all files are flushed to disk. If it or the
     block raises, the temporary directory is removed. Raises PublishError if `final` exists:
-    published directories never change.
+    published directories never change. Raises OSError, such as "No space left on device", if a
+    library could not write and raised an exception of its own.
     """
     if final.exists():
         raise PublishError(
@@ -64,10 +65,26 @@ def published(final: Path, before_rename: Callable[[], object] = lambda: None) -
             if final.exists():
                 raise PublishError(f"{final} was published by another process; that copy is kept") from error
             raise
-    except BaseException:
+    except BaseException as error:
+        of_library = isinstance(error, Exception) and not isinstance(error, OSError | UserError)
+        cause = _write_error(temporary) if of_library else None
         shutil.rmtree(temporary, ignore_errors=True)
+        if cause is not None:
+            raise cause from error
         raise
     _sync(final.parent)
+
+
+def _write_error(folder: Path) -> OSError | None:
+    """Why nothing can be written to a folder; None if a small file can."""
+    try:
+        with (folder / f"{TEMPORARY}{uuid.uuid4().hex}").open("wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return OSError(error.errno, error.strerror, str(folder.parent))
+    return None
 
 
 def write_file_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:

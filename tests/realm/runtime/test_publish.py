@@ -1,5 +1,6 @@
 """Atomic publishing, manifests and checksums."""
 
+import errno
 import json
 import os
 import signal
@@ -31,6 +32,23 @@ def test_published_folder_appears_atomically(tmp_path: Path) -> None:
         assert folder.stat().st_dev == final.parent.stat().st_dev
     assert (final / "data").read_text() == "all of it"
     assert [entry.name for entry in final.parent.iterdir()] == ["corpus"]
+
+
+def test_a_full_disk_is_named_whatever_a_library_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_to_full_disk() -> None:
+        with published(tmp_path / "model"):
+            raise RuntimeError("unexpected pos 62336 vs 62224")
+
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write_to_full_disk()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+        write_to_full_disk()
+    assert not list(tmp_path.iterdir())
 
 
 def test_exception_removes_the_temporary_folder(tmp_path: Path) -> None:
