@@ -41,6 +41,8 @@ class SignalWatch:
         os.set_blocking(self._write_end, False)
         self._previous_descriptor = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._interrupt) for number in _SIGNALS}
+        self._lost, self._previous_hook = False, sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
 
@@ -51,8 +53,16 @@ class SignalWatch:
         if first:  # others would interrupt what this one has started: cleaning up
             raise Stopped
 
+    def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        """Python drops an exception that is raised in a destructor; then it must be raised again."""
+        if isinstance(unraisable.exc_value, Stopped):
+            self._lost = True
+        else:
+            self._previous_hook(unraisable)
+
     def _restore(self) -> None:
         """Restore the previous handlers."""
+        sys.unraisablehook = self._previous_hook
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_descriptor)
@@ -80,6 +90,10 @@ class SignalWatch:
             counts.update(number for number in numbers if number in _SIGNALS)
             if counts:
                 self.received = self.received or next(iter(counts))
+                if self._lost:
+                    self._lost = False
+                    _handled.clear()
+                    signal.pthread_kill(threading.main_thread().ident or 0, self.received)
                 if not _deferring or max(counts.values()) > 1:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         assert self.received is not None

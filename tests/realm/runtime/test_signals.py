@@ -96,6 +96,26 @@ def test_only_the_first_signal_is_raised() -> None:
     assert (output, errors, process.returncode) == ("cleaned up\n", "", 0)
 
 
+def test_a_signal_during_a_destructor_is_not_lost() -> None:
+    process = start("""
+import signal, time
+from realm.runtime.signals import watched_signals
+
+class Interrupted:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+
+with watched_signals():
+    value = Interrupted()
+    try:
+        del value
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("cleaned up")
+""")
+    assert process.communicate(timeout=10) == ("cleaned up\n", "") and process.returncode == 0
+
+
 def test_handlers_are_restored() -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with watched_signals():
