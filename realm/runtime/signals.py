@@ -54,7 +54,7 @@ class SignalWatch:
             raise Stopped
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Python drops an exception that is raised in a destructor; then it must be raised again."""
+        """Python drops an exception that a destructor raises; it must be raised again."""
         if isinstance(unraisable.exc_value, Stopped):
             self._lost = True
         else:
