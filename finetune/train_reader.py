@@ -31,6 +31,13 @@ from realm.training.stage import Stage
 from realm.training.streams import RunStream, StepStream, run_seed, step_generator
 
 
+def check_retrieve(run: Run) -> None:
+    """Raise UserError if a step retrieves more passages than there are."""
+    retrieve, count = run.config.finetune.retrieve, len(run.passages)
+    if retrieve > count:
+        raise UserError(f"finetune.retrieve ({retrieve}) exceeds the corpus of {count} passages; lower it.")
+
+
 class Finetuning(Stage):
     """Answer questions with spans of retrieved passages."""
 
@@ -47,10 +54,7 @@ class Finetuning(Stage):
         Raises UserError if the corpus is smaller than `finetune.retrieve`.
         """
         config = run.config.finetune
-        if config.retrieve > len(index):
-            raise UserError(
-                f"finetune.retrieve ({config.retrieve}) exceeds the corpus of {len(index)} passages; lower it."
-            )
+        check_retrieve(run)
         retriever = untie_towers(retriever)
         for parameter in retriever.passage_tower.parameters():
             parameter.requires_grad_(False)

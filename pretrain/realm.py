@@ -42,6 +42,16 @@ from realm.training.stage import Stage
 from realm.training.streams import RunStream, run_generator
 
 
+def check_candidates(run: Run) -> None:
+    """Raise UserError if a step needs more candidates than there are passages."""
+    candidates, count = run.config.pretrain.candidates, len(run.passages)
+    if candidates - 1 > count:
+        raise UserError(
+            f"pretrain.candidates ({candidates}) exceeds the corpus of {count} passages plus the null passage; "
+            "lower it."
+        )
+
+
 class RealmPretraining(Stage):
     """A step swaps the index if a newer one is ready, retrieves, reads, and marginalizes."""
 
@@ -105,12 +115,7 @@ class LiveRealmPretraining(RealmPretraining):
         searches the newest one. Raises UserError if no index appears within
         `refresh.wait_timeout_s`.
         """
-        config = run.config.pretrain
-        if config.candidates - 1 > len(run.passages):
-            raise UserError(
-                f"pretrain.candidates ({config.candidates}) exceeds the corpus of {len(run.passages)} passages "
-                "plus the null passage; lower it."
-            )
+        check_candidates(run)
         source = initial_retriever(run, cls.name)
         retriever, reader = load_retriever(source)[0], initial_reader(run, cls.name)
         checkpoint = newest_checkpoint(run.stage(cls.name))
@@ -134,7 +139,7 @@ class LiveRealmPretraining(RealmPretraining):
             if with_refresher:
                 live.start_refresher()
             live.wait_for_first(start)
-            if checkpoint is None and config.reader_check:
+            if checkpoint is None and run.config.pretrain.reader_check:
                 # Before DeepSpeed may partition the parameters.
                 check_reader(run, retriever.to(local_device()), reader.to(local_device()), live.index)
             return cls(run, retriever, reader, live)

@@ -350,3 +350,41 @@ def test_a_corpus_of_one_document(capsys: pytest.CaptureFixture[str], folder: Pa
     assert main(["prepare", "--config", str(config)]) == 0
     message = error_message(capsys, "ict", "--config", config)
     assert "at least two passages with two sentences" in message and "contains 1 such passages, of 1" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["--pretrain.candidates", "1000"], "pretrain.candidates (1000) exceeds the corpus"),
+        (["--finetune.retrieve", "1000"], "finetune.retrieve (1000) exceeds the corpus"),
+        (["--reader.bert.path", "./nothere"], "reader.bert.path: './nothere' is not a transformers checkpoint"),
+        (["--data.train", "nothere.json"], "data.train: nothere.json does not exist"),
+    ],
+)
+def test_a_run_is_refused_before_its_first_step(
+    capsys: pytest.CaptureFixture[str], folder: Path, override: list[str], words: str
+) -> None:
+    assert words in error_message(capsys, "run", "--config", write_config(folder), "--run", folder / "new", *override)
+    assert not (folder / "new" / "ict").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (["--ict.batch_size", "1000000"], "ict.batch_size must be at most 65,536"),
+        (["--corpus.statements", "[]"], "corpus.statements must contain at least one source"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, override: list[str], words: str
+) -> None:
+    assert words in error_message(capsys, "ict", "--config", write_config(folder), *override)
+
+
+def test_half_a_launcher_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RANK is not set" in error_message(capsys, "prepare", "--config", write_config(folder))
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE must be a whole number" in error_message(capsys, "prepare", "--config", write_config(folder))

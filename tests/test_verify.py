@@ -81,6 +81,17 @@ def test_an_unfinished_last_stage_is_said(run: Path, capsys: pytest.CaptureFixtu
     assert "stage finetune is not finished" in capsys.readouterr().out
 
 
+def test_a_stage_is_not_resumed_with_other_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["finetune", "--run", str(run), "--resume", "--finetune.steps", "12"]
+    assert main(command) == 2
+    assert "is already finetuned, so --finetune.steps 12 would not be used" in capsys.readouterr().err
+    shutil.rmtree(run / "finetune" / "model")
+    for changed in ("--finetune.steps", "12"), ("--seed", "9"), ("--questions", "{path: other.jsonl}"):
+        assert main([*command[:4], *changed]) == 2
+        assert "was started with other values of" in capsys.readouterr().err
+    assert Run.open(run, ["--engine.threads", "1"]).begin("finetune", resume=True)
+
+
 def test_a_stage_is_not_resumed_with_another_model_than_it_was_started_with(run: Path) -> None:
     shutil.rmtree(run / "finetune" / "model")
     shutil.rmtree(run / "finetune_retriever" / "model")

@@ -90,6 +90,8 @@ class CorpusConfig(Section):
         yield from self.at_most(MAX_PROCESSES, "num_workers")
         if not self.passages:
             yield "passages must contain at least one source"
+        if self.statements is not None and not self.statements:
+            yield "statements must contain at least one source; remove it to mask the passages"
 
     def limited(self, sources: Sequence[SourceConfig]) -> list[SourceConfig]:
         """Return `sources` with `limit` applied to each."""

@@ -163,7 +163,7 @@ class Run:
             if checkpoint is None and self.stage(stage).exists():
                 log_line(f"{stage} has no checkpoint in {self.stage(stage)}; training starts from step 0")
             if checkpoint is not None:
-                self._check_starting_models(stage, checkpoint)
+                self._check_start(stage, checkpoint)
         return True
 
     def starting_models(self, stage: str) -> dict[str, str | None]:
@@ -174,9 +174,24 @@ class Run:
             part: None if path is None else path.relative_to(self.folder).as_posix() for part, path in found.items()
         }
 
-    def _check_starting_models(self, stage: str, checkpoint: Path) -> None:
-        """Raise UserError if a stage was started from other models than it would be now."""
-        before, now = read_state(checkpoint).get("started_from", {}), self.starting_models(stage)
+    def settings(self, stage: str) -> dict[str, Any]:
+        """The settings that a stage must be resumed with, as they are in a config file."""
+        tree = parse_yaml(dump_config(self.config))
+        return {"seed": tree["seed"], stage: tree[stage]} | (
+            {"data": {"train": tree["data"].get("train")}} if stage.startswith("finetune") else {}
+        )
+
+    def _check_start(self, stage: str, checkpoint: Path) -> None:
+        """Raise UserError if a stage was started from other models or with other settings than it
+        would be now."""
+        state = read_state(checkpoint)
+        changed = list(changed_fields(state.get("settings", {}), self.settings(stage)))
+        if "settings" in state and changed:
+            raise UserError(
+                f"stage {stage} was started with other values of {', '.join(changed)}; resume it with the same "
+                f"values, or remove {self.stage(stage)} to train the stage again."
+            )
+        before, now = state.get("started_from", {}), self.starting_models(stage)
         for part, path in before.items():
             if path != now[part]:
                 raise UserError(

@@ -31,7 +31,7 @@ def train_stage(run: Run, name: str, open_stage: Callable[[Run], Stage], resume:
         torch.manual_seed(run_seed(run.config.seed, RunStream[name.upper()]))
         config = replace(run.config.engine, threads=run.config.threads(name))
         with cpu_threads(config.threads), open_stage(run) as stage:
-            stage.started_from = run.starting_models(name)
+            stage.started_from, stage.settings = run.starting_models(name), run.settings(name)
             seconds = train(stage, run.folder, config, run.config.seed)
             _publish_models(run, stage, seconds)
             stage.finish()

@@ -32,7 +32,20 @@ def rank() -> int:
 
 def world_size() -> int:
     """Number of training processes."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = _launcher_number("WORLD_SIZE", 1)
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but RANK is not set; start all processes with deepspeed or torchrun, or unset it."
+        )
+    return size
+
+
+def _launcher_number(name: str, default: int) -> int:
+    """An environment variable that a launcher sets. Raises UserError if it is not a number."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} must be a whole number, got {text!r}; unset it.")
+    return int(text)
 
 
 def local_device() -> torch.device:

@@ -49,7 +49,8 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
             ticker.update(done, stage.progress_line(values))
             interrupted = any_rank(stop.is_set())
             if interrupted or (done % stage.config.checkpoint_every == 0 and done < steps):
-                state = {"step": done, "seconds": seconds(), "started_from": stage.started_from, **stage.state()}
+                state = {"step": done, "seconds": seconds(), "started_from": stage.started_from}
+                state |= {"settings": stage.settings, **stage.state()}
                 engine.save(checkpoint_folder(folder, done), state, stage.save)
                 on_rank_zero(lambda: _remove_old_checkpoints(folder, config.keep_checkpoints))
             if interrupted:

@@ -60,6 +60,10 @@ class EngineConfig(Section):
         yield from deepspeed_problems(self.deepspeed)
 
 
+MAX_BATCH = 65_536
+"""Largest batch per process; one of millions would fill the memory before the first step."""
+
+
 @dataclass(frozen=True)
 class StageConfig(Section):
     """Settings that every training stage has."""
@@ -76,6 +80,7 @@ class StageConfig(Section):
     def problems(self) -> Iterator[str]:
         yield from self.at_least(0, "steps")
         yield from self.at_least(1, "batch_size", "checkpoint_every")
+        yield from self.at_most(MAX_BATCH, "batch_size")
 
 
 @dataclass(frozen=True)

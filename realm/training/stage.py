@@ -37,6 +37,8 @@ class Stage(AbstractContextManager["Stage"], ABC):
         self.engine: Engine | None = None
         self.started_from: dict[str, str | None] = {}
         """The saved models that the stage started from; part of every checkpoint."""
+        self.settings: dict[str, Any] = {}
+        """The settings that the stage must be resumed with; part of every checkpoint."""
 
     @abstractmethod
     def draw(self, step: int, size: int) -> Batch:

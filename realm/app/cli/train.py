@@ -120,9 +120,10 @@ def _finetune(options: argparse.Namespace) -> None:
     from realm.run.train import train_stage
 
     run = with_questions(open_run(options), options, "train")
-    if options.questions is not None and run.finished(options.stage):
+    unused = options.questions if options.questions is not None else " ".join(options.overrides)
+    if unused and run.finished(options.stage):
         raise UserError(
-            f"run {run.folder} is already finetuned, so {options.questions} would not be used; remove "
+            f"run {run.folder} is already finetuned, so {unused} would not be used; remove "
             f"{run.stage(options.stage)} or copy the run."
         )
     train_stage(run, options.stage, STAGE_FACTORIES[options.stage].open, options.resume)
