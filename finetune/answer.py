@@ -69,6 +69,8 @@ class Answerer:
         if self.stage == INITIAL:
             initial = build_initial_retriever(run)
             return load_retriever(initial)[0], initial
+        if self.stage not in STAGES:
+            raise UserError(f"there is no stage {self.stage!r}; use {INITIAL}, {', '.join(STAGES)}.")
         if not run.finished(self.stage):
             command = self.stage.replace("_", "-")
             raise UserError(f"run {run.folder} has not finished stage {self.stage} yet; run `realm {command}` first.")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.damage import COMMANDS, EXCLUDED, Workplace, command_names
 
-SAMPLE = 40
+SAMPLE = 25
 """Cases that the suite runs; the marker `slow` runs all of them."""
 
 

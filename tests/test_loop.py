@@ -234,7 +234,7 @@ def test_a_stage_is_trained_by_one_process_and_resumes_after_a_kill(
     )
 
 
-@pytest.mark.parametrize("stage", ["finetune-retriever", "finetune"])
+@pytest.mark.parametrize("stage", [pytest.param("finetune-retriever", marks=pytest.mark.slow), "finetune"])
 def test_a_killed_finetuning_resumes_from_its_checkpoint(finished: Path, tmp_path: Path, stage: str) -> None:
     run, name = tmp_path / "run", stage.replace("-", "_")
     later = ("finetune", "finetune_retriever") if stage == "finetune-retriever" else ("finetune",)

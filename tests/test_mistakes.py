@@ -388,3 +388,24 @@ def test_half_a_launcher_is_refused(
     assert "RANK is not set" in error_message(capsys, "prepare", "--config", write_config(folder))
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE must be a whole number" in error_message(capsys, "prepare", "--config", write_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--split", "test", "--questions", "q.json"], "give one of them"),
+        (
+            ["--questions", "{path: q.json, format: trec}", "--format", "squad"],
+            "has format: trec, but --format is squad",
+        ),
+        (["--stage", "nothing"], "there is no stage 'nothing'; use initial, ict,"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, options: list[str], words: str
+) -> None:
+    config = write_config(folder)
+    assert main(["prepare", "--config", str(config)]) == 0
+    run = folder / "run"
+    assert main(["ict", "--config", str(config), "--ict.steps", "1", "--run", str(run)]) == 0
+    assert words in error_message(capsys, "evaluate", "--run", run, *options)

@@ -18,6 +18,7 @@ from realm.run.folder import BUILTIN, Run, source_path
 from realm.runtime.lock import locked
 from realm.runtime.publish import MANIFEST
 from realm.runtime.telemetry import log_line, progress
+from realm.runtime.versions import Lineage
 from realm.spans.tagger import SpanTagger
 from realm.text.tokenizer import load_or_train_tokenizer
 
@@ -95,6 +96,11 @@ def add_documents(
     documents replace those with the same id. Raises UserError as `grow_corpus` does.
     """
     before, config = run.passages, run.config
+    stores = [run.folder, *(encoders.parent for encoders in (run.folder / FROZEN).glob("*/encoders"))]
+    for store in stores:
+        if (store / "encoders").exists() and not (store / "encoders").is_dir():
+            raise UserError(f"{store / 'encoders'} is not a folder, so no index can be updated; remove it.")
+        Lineage.load(store)  # a damaged one is refused before anything is changed
     lock = locked(before.path / ADDITIONS / "change.lock", f"changing {before.path}")
     with lock, progress("prepare", 1, unit="document", every_s=config.engine.log_every_s) as ticker:
         corpus = grow_corpus(
@@ -110,7 +116,6 @@ def add_documents(
         )
     added, removed = len(corpus) - len(before), len(corpus.deleted) - len(before.deleted)
     log_line(f"{added:,} blocks added, {removed:,} removed; {len(corpus.rows):,} blocks can now be retrieved")
-    stores = [run.folder, *(encoders.parent for encoders in (run.folder / FROZEN).glob("*/encoders"))]
     stores = [store for store in stores if (store / "encoders").is_dir()]
     if not stores:
         log_line("no encoder has been exported yet; the index will be built from the first one")

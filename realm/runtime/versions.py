@@ -84,9 +84,9 @@ class Lineage:
 
     @classmethod
     def load(cls, run: Path) -> "Lineage":
-        """Read `run/lineage.json`. The lineage is empty if the file does not exist.
+        """Read `run/lineage.json`. The lineage is empty if nothing has been exported yet.
 
-        Raises PublishError if the file is corrupt.
+        Raises PublishError if the file is corrupt, or missing although there are exports.
         """
         path = run / "lineage.json"
         try:
@@ -94,6 +94,10 @@ class Lineage:
             for number, entry in enumerate(lineage.attempts, 1):
                 entry.check(number)
         except FileNotFoundError:
+            if versions_in(run / "encoders"):
+                raise PublishError(
+                    f"{path} is missing, so the versions in {run} cannot be used; restore it from a backup of the run"
+                ) from None
             return cls()
         except (ValueError, TypeError, IsADirectoryError) as error:
             raise PublishError(

@@ -5,7 +5,7 @@ import pytest
 from tests.fuzz.runner import run_target
 from tests.fuzz.targets import TARGETS, load_targets
 
-CASES = 150
+CASES = 80
 
 
 @pytest.mark.parametrize("name", load_targets())

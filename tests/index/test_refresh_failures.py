@@ -78,7 +78,7 @@ def lease_is_released(run: Path) -> bool:
     return (epochs[-1] / "released").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_long_call_does_not_keep_a_refresher_from_stopping(run: Path, corpus: FakeCorpus, number: int) -> None:
     stopped = start_program(run, "blocked")
     wait_until((run / "blocked").exists)
@@ -117,7 +117,7 @@ def is_running(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("pace", ["0.15", "blocked"])
+@pytest.mark.parametrize("pace", [pytest.param("0.15", marks=pytest.mark.slow), "blocked"])
 def test_a_refresher_ends_with_the_trainer_that_started_it(run: Path, corpus: FakeCorpus, pace: str) -> None:
     trainer, refresher = start_trainer(run, pace)
     shard = run / "refresher" / "a01-step-000500" / "shard-00000.npy"

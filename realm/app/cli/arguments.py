@@ -123,7 +123,9 @@ def whole(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         number = int(text) if re.fullmatch(r"-?[0-9]{1,10}", text) else None
         if number is None or not least <= number < 2**31:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text[:80]!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least} and less than 2^31, got {text[:80]!r}"
+            )
         return number
 
     return parse

@@ -73,6 +73,10 @@ def with_questions(run: "Run", options: argparse.Namespace, field: str) -> "Run"
         return run
     source = parse_section(QuestionSource, options.questions, "--questions")
     if options.format is not None:
+        if source.format not in ("auto", options.format):
+            raise UserError(
+                f"--questions has format: {source.format}, but --format is {options.format}; give one of them."
+            )
         source = replace(source, format=options.format)
     data = replace(run.config.data, **{field: source})  # type: ignore[arg-type]
     return replace(run, config=replace(run.config, data=data))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from realm.app.cli.arguments import path_option, whole
 from realm.app.cli.common import Commands, add_command, add_question_options, open_run, with_questions
+from realm.errors import UserError
 
 
 def add_question_commands(commands: Commands) -> None:
@@ -29,7 +30,6 @@ def add_question_commands(commands: Commands) -> None:
     evaluate.add_argument(
         "--split",
         choices=("validation", "test"),
-        default="test",
         help="questions of the run's config to use (default: test)",
     )
 
@@ -49,17 +49,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     from finetune.evaluate import evaluate, print_results
     from finetune.train_reader import Finetuning
 
-    run = with_questions(open_run(options), options, options.split)
-    source = run.questions(options.split)
+    if options.split is not None and options.questions is not None:
+        raise UserError("--split selects questions of the run's config, which --questions replaces; give one of them.")
+    split = options.split or "test"
+    run = with_questions(open_run(options), options, split)
+    source = run.questions(split)
     stage = options.stage or run.last_finished()
-    name = options.split
+    name = split
     if options.questions is not None and source is not None:
-        name = re.sub(r"[^\w-]+", "-", Path(source.path).name.split(".")[0]).strip("-") or options.split
+        name = re.sub(r"[^\w-]+", "-", Path(source.path).name.split(".")[0]).strip("-") or split
     if stage != Finetuning.name:
         name += f"-{stage}"
     if options.name is not None:
         name = options.name
-    print_results(run, evaluate(run, options.split, stage, options.compare, name), name)
+    print_results(run, evaluate(run, split, stage, options.compare, name), name)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -150,7 +150,7 @@ def test_values_beyond_a_limit_are_refused(base: Path, name: str, value: str) ->
 
 def test_sizes_are_limited_by_memory_only(base: Path) -> None:
     """Sizes have no largest value but that of a whole number: what fits depends on the machine."""
-    for name in ("retriever.bert.layers", "retriever.bert.hidden", "tokenizer.vocab_size", "ict.batch_size"):
+    for name in ("retriever.bert.layers", "retriever.bert.hidden", "tokenizer.vocab_size"):
         load_config(base, [f"--{name}={MAX_INT}"])
 
 
