@@ -398,7 +398,7 @@ def test_half_a_launcher_is_refused(
             ["--questions", "{path: q.json, format: trec}", "--format", "squad"],
             "has format: trec, but --format is squad",
         ),
-        (["--stage", "nothing"], "there is no stage 'nothing'; use initial, ict,"),
+        (["--stage", "nothing"], "'nothing' is not a retriever; give a stage"),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(
