@@ -84,6 +84,7 @@ def test_an_index_of_random_vectors_is_built_written_mapped_and_searched() -> No
         bench_synthetic("many")
 
 
+@pytest.mark.slow
 def test_steps_with_and_without_swaps_are_measured(tmp_path: Path) -> None:
     report = tmp_path / "swaps.json"
     assert (
