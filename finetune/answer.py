@@ -70,7 +70,7 @@ class Answerer:
             initial = build_initial_retriever(run)
             return load_retriever(initial)[0], initial
         if self.stage not in STAGES:
-            raise UserError(f"there is no stage {self.stage!r}; use {INITIAL}, {', '.join(STAGES)}.")
+            raise UserError(f"unknown stage {self.stage!r}; use {INITIAL}, {', '.join(STAGES)}.")
         if not run.finished(self.stage):
             command = self.stage.replace("_", "-")
             raise UserError(f"run {run.folder} has not finished stage {self.stage} yet; run `realm {command}` first.")

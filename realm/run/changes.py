@@ -1,8 +1,14 @@
-"""Settings of a run that can still change, because nothing in its folder has used them yet."""
+"""Changing the config of a run: only settings that nothing in its folder has used yet."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from realm.errors import UserError
+from realm.run.config_file import read_config
+from realm.run.yaml_text import parse_yaml
+from realm.runtime.publish import write_text_atomic
+from realm.runtime.telemetry import log_line
 
 _USED_BY = {
     "evaluate": (),
@@ -34,3 +40,27 @@ def is_used(field: str, folder: Path) -> bool:
         if f"{field}.".startswith(f"{name}."):
             return any(any(folder.glob(pattern)) for pattern in patterns)
     return True
+
+
+def existing_config(path: Path) -> dict[str, Any]:
+    """The tree of a run's config. Raises UserError if the file is damaged."""
+    try:
+        return read_config(path)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}; restore it from a copy, or choose another run folder.") from error
+
+
+def update_config(path: Path, text: str) -> None:
+    """Replace a run's config with `text`. Raises UserError if a field that is in use has
+    changed."""
+    changed = list(changed_fields(existing_config(path), parse_yaml(text)))
+    used = [field for field in changed if is_used(field, path.parent)]
+    if used:
+        more = f" and {len(used) - 4} more" if len(used) > 4 else ""
+        raise UserError(
+            f"run folder {path.parent} already exists with a different config (changed: {', '.join(used[:4])}{more}); "
+            "choose another folder with --run, or restore the old config."
+        )
+    if changed:
+        write_text_atomic(path, text)
+        log_line(f"config.yaml updated: {', '.join(changed)}")

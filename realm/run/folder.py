@@ -25,9 +25,9 @@ from realm.corpus.context import Contexts
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
-from realm.run.changes import changed_fields, is_used
+from realm.run.changes import changed_fields, existing_config, update_config
 from realm.run.config import RealmConfig
-from realm.run.config_file import dump_config, load_config, read_config
+from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
 from realm.run.yaml_text import parse_yaml
 from realm.runtime.distributed import on_rank_zero
@@ -80,7 +80,7 @@ class Run:
             raise UserError(f"run folder {folder} is a file; choose another folder with --run.")
         path, text = folder / "config.yaml", dump_config(config)
         if path.exists():
-            _update_config(path, text)
+            update_config(path, text)
             return cls(folder, config)
         if folder.exists() and any(folder.iterdir()):
             raise UserError(
@@ -104,7 +104,7 @@ class Run:
                 f"{folder} is not a run folder (it has no config.yaml); start a run with `realm ict --config …`, "
                 "or check the path."
             )
-        _existing_config(path)
+        existing_config(path)
         return cls(folder, load_config(path, overrides))
 
     def stage(self, name: str) -> Path:
@@ -321,30 +321,6 @@ class Run:
         """Source of questions of a field of `data` in the config; None if not set."""
         source: QuestionSource | None = getattr(self.config.data, field)
         return None if source is None else replace(source, path=str(source_path(source.path, self.prepared)))
-
-
-def _existing_config(path: Path) -> dict[str, Any]:
-    """The tree of a run's config. Raises UserError if the file is damaged."""
-    try:
-        return read_config(path)
-    except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}; restore it from a copy, or choose another run folder.") from error
-
-
-def _update_config(path: Path, text: str) -> None:
-    """Replace a run's config with `text`. Raises UserError if a field that is in use has
-    changed."""
-    changed = list(changed_fields(_existing_config(path), parse_yaml(text)))
-    used = [field for field in changed if is_used(field, path.parent)]
-    if used:
-        more = f" and {len(used) - 4} more" if len(used) > 4 else ""
-        raise UserError(
-            f"run folder {path.parent} already exists with a different config (changed: {', '.join(used[:4])}{more}); "
-            "choose another folder with --run, or restore the old config."
-        )
-    if changed:
-        write_text_atomic(path, text)
-        log_line(f"config.yaml updated: {', '.join(changed)}")
 
 
 def source_path(name: str, prepared: Path) -> Path:

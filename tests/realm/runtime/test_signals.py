@@ -23,8 +23,8 @@ with signals.watched_signals():
     while True:
         try:
             time.sleep(60)
-        except:
-            pass
+        except BaseException:
+            continue
 """
 
 _STEP = """
