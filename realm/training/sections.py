@@ -153,8 +153,8 @@ class PretrainConfig(StageConfig):
     steps: int = 200_000
     """Optimizer updates; 0: skip the stage."""
     threads: int = 0
-    """CPU threads of the trainer in this stage, which shares the cores with the refresher; 0:
-    `engine.threads`."""
+    """CPU threads of the trainer in this stage; 0: `engine.threads`, or else the cores that
+    `refresh.threads` leaves. If the refresher runs on another machine, set it to all cores."""
     batch_size: int = 16
     """Masked sentences per update and process."""
     candidates: int = 8
