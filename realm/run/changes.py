@@ -11,6 +11,11 @@ from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import log_line
 
 _USED_BY = {
+    "engine.keep_checkpoints": (),
+    "engine.log_every_s": (),
+    "engine.threads": (),
+    "pretrain.threads": (),
+    "refresh.threads": (),
     "evaluate": (),
     "data.test": (),
     "data.validation": (),
