@@ -14,9 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 GRACE_S = 3.0
 """Seconds that a process has to end after a signal; writing a checkpoint does not count."""
+
+_RESEND_S = 0.05
+"""Seconds until a signal that could not be raised is sent again."""
+
+_IMPORTER = "<frozen importlib._bootstrap>"
+"""File name of the code of Python's import system."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -41,20 +48,25 @@ class SignalWatch:
         os.set_blocking(self._write_end, False)
         self._previous_descriptor = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._interrupt) for number in _SIGNALS}
-        self._lost, self._previous_hook = False, sys.unraisablehook
+        self._lost = False
+        """Whether the signal must be sent again, because it could not be raised."""
+        self._previous_hook = sys.unraisablehook
         sys.unraisablehook = self._unraisable
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
 
-    def _interrupt(self, number: int, _: object) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
+        if _is_importing(frame):
+            self._lost = True
+            return
         first = not _handled
         _handled.add(number)
         if first:  # others would interrupt what this one has started: cleaning up
             raise Stopped
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
-        """Python drops an exception that a destructor raises; it must be raised again."""
+        """Python drops an exception that a destructor raises; the signal is sent again."""
         if isinstance(unraisable.exc_value, Stopped):
             self._lost = True
         else:
@@ -91,6 +103,7 @@ class SignalWatch:
             if counts:
                 self.received = self.received or next(iter(counts))
                 if self._lost:
+                    time.sleep(_RESEND_S)
                     self._lost = False
                     _handled.clear()
                     signal.pthread_kill(threading.main_thread().ident or 0, self.received)
@@ -98,6 +111,14 @@ class SignalWatch:
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         assert self.received is not None
         _end_process(self.received)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: the initialization of C++ extensions, such as torch's,
+    aborts the process if an exception is raised in it."""
+    while frame is not None and frame.f_code.co_filename != _IMPORTER:
+        frame = frame.f_back
+    return frame is not None
 
 
 _watches: list[SignalWatch] = []

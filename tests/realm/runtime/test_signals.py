@@ -67,7 +67,7 @@ def test_a_process_that_ignores_a_signal_is_ended_with_its_children() -> None:
     assert process.stdout is not None
     child = psutil.Process(int(process.stdout.readline()))
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 143 and errors == "realm: interrupted\n"
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
@@ -77,7 +77,7 @@ def test_the_time_to_end_begins_after_the_checkpoint() -> None:
     process = start(_STEP)
     assert process.stdout is not None and process.stdout.readline() == "step\n"
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
     assert output == "checkpoint\n2\n" and errors == "realm: interrupted\n" and process.returncode == 130
 
 
@@ -92,7 +92,7 @@ def test_only_a_repeated_signal_stops_a_step() -> None:
 
 def test_only_the_first_signal_is_raised() -> None:
     process = start(_CLEANING_UP)
-    output, errors = process.communicate(timeout=10)
+    output, errors = process.communicate(timeout=30)
     assert (output, errors, process.returncode) == ("cleaned up\n", "", 0)
 
 
@@ -113,7 +113,32 @@ with watched_signals():
     except KeyboardInterrupt:
         print("cleaned up")
 """)
-    assert process.communicate(timeout=10) == ("cleaned up\n", "") and process.returncode == 0
+    assert process.communicate(timeout=30) == ("cleaned up\n", "") and process.returncode == 0
+
+
+def test_a_signal_during_an_import_is_raised_after_it(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("""
+import signal, time
+try:
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    print("imported")
+except BaseException:
+    print("interrupted during the import")
+""")
+    process = start(f"""
+import sys, time
+from realm.runtime.signals import watched_signals
+
+sys.path.insert(0, {str(tmp_path)!r})
+with watched_signals():
+    try:
+        import slow
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("cleaned up")
+""")
+    assert process.communicate(timeout=30) == ("imported\ncleaned up\n", "") and process.returncode == 0
 
 
 def test_handlers_are_restored() -> None:
