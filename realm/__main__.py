@@ -1,5 +1,6 @@
 """Entry point of the `realm` command and of `python -m realm`."""
 
+import gc
 import signal
 
 
@@ -8,7 +9,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from realm.app.cli import main as run
 
-    return run()
+    status = run()
+    gc.freeze()  # otherwise Python's exit examines every object of the imported libraries: seconds
+    return status
 
 
 if __name__ == "__main__":
