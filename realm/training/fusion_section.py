@@ -47,6 +47,7 @@ class FusionConfig(Section):
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(0, "weight", "k1", "rank_constant")
+        yield from self.at_most(1_000_000, "weight", "k1")
         yield from self.probabilities("b")
         languages = Stemmer.algorithms()
         if self.stemmer is not None and self.stemmer not in languages:

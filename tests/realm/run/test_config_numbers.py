@@ -21,6 +21,7 @@ corpus: {passages: [{path: p.jsonl, limit: 5}], statements: s.jsonl, limit: 5}
 data: {train: {path: q.json, limit: 5, num_folds: 2, use_folds: [0]}}
 init_from: {}
 ict: {optim: {retriever_lr: 1.0e-3}}
+fusion: {weight: 0.5}
 refresh: {max_drift: 0.1, max_stale_steps: 5000}
 """
 ODD_INT, ODD_LARGE = str(MAX_INT + 1), str(10**25)
@@ -32,6 +33,7 @@ ZERO = {
     *("engine.threads", "engine.log_every_s", "pretrain.threads", "pretrain.extra_retrieved", "pretrain.reader_check"),
     *("reader_pretraining.span_loss", "reader_pretraining.sentence_steps", "finetune_retriever.negatives"),
     *("refresh.export_every", "refresh.max_drift", "refresh.grace_s", "refresh.wait_timeout_s"),
+    *("fusion.weight", "fusion.k1", "fusion.b", "fusion.rank_constant"),
     *("refresh.max_stale_steps", "data.train.use_folds"),
     *("retriever.bert.dropout", "retriever.bert.init_std", "reader.bert.dropout", "reader.bert.init_std"),
     *("redraw_every", "gate_init", "seed"),
