@@ -235,3 +235,12 @@ def test_the_stemmer_of_the_config_is_used(run: Run) -> None:
     assert index.lexical is not None and index.manifest.lexical["stemmer"] is None
     assert index.lexical.scores(["founded"]).any() and not index.lexical.scores(["found"]).any()
     assert checksum(index.files["passages.index"]) == checksum(open_index(run).files["passages.index"])
+
+
+def test_a_stage_that_retrieves_is_resumed_with_the_same_fusion(run: Run) -> None:
+    other = Run(run.folder, replace(run.config, fusion=replace(run.config.fusion, weight=9.0)))
+    dense = Run(run.folder, replace(run.config, fusion=FusionConfig(weight=9.0)))
+    for stage in ("reader_pretraining", "pretrain", "finetune_retriever", "finetune"):
+        assert run.settings(stage)["fusion"]["weight"] is None and other.settings(stage)["fusion"]["weight"] == 9.0
+        assert "fusion" not in dense.settings(stage), "as in checkpoints from before there was fusion"
+    assert other.settings("ict") == run.settings("ict")
