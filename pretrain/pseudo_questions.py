@@ -20,7 +20,7 @@ from realm.training.sections import PseudoQuestionConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CLAUSE_ENDS = frozenset(",;:–—…،؛、，；：\"")
+_CLAUSE_ENDS = frozenset(',;:–—…،؛、，；："')
 """Characters between clauses, besides brackets and quotation marks in pairs."""
 
 
