@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from realm.models.precision import Precision
 from realm.runtime.section import MAX_INT, MAX_PROCESSES, Section
-from realm.spans.rules import SPAN_TYPES
 from realm.training.deepspeed_settings import deepspeed_problems
 
 
@@ -82,47 +81,6 @@ class StageConfig(Section):
         yield from self.at_least(0, "steps")
         yield from self.at_least(1, "batch_size", "checkpoint_every")
         yield from self.at_most(MAX_BATCH, "batch_size")
-
-
-def _english_question_words() -> dict[str, list[str]]:
-    return {
-        "person": ["who"],
-        "place": ["where", "what place", "which city", "which country"],
-        "organisation": ["what", "who", "which organization"],
-        "date": ["when", "what year", "in what year"],
-        "number": ["how many", "how much", "what number"],
-        "other": ["what", "which"],
-    }
-
-
-@dataclass(frozen=True)
-class PseudoQuestionConfig(Section):
-    """Questions made from sentences with a salient span (Lewis et al. 2019)."""
-
-    form: Literal["noisy", "identity", "template"] = "noisy"
-    """`noisy`: question word, then the clause's words without the span, in disturbed order, some
-    dropped; `identity`: the question word in place of the span; `template`: question word, words
-    after the span, words before it (Fabbri et al. 2020)."""
-    clause_words: int = 10
-    """The shortest clause around the span with at least this number of other words is used; 0:
-    the shortest clause."""
-    max_side_words: int = 20
-    """Maximum number of words on each side of the span."""
-    drop_prob: float = 0.1
-    """Probability that a word of a noisy question is dropped."""
-    shuffle: float = 3.0
-    """Words of a noisy question are sorted by place plus a random number of at most this size."""
-    question_words: dict[str, list[str]] = field(default_factory=_english_question_words)
-    """Question words by type of the span, one of which is drawn; none for types without an entry.
-    Default: English."""
-
-    def problems(self) -> Iterator[str]:
-        yield from self.at_least(0, "clause_words", "shuffle")
-        yield from self.at_least(1, "max_side_words")
-        yield from self.probabilities("drop_prob")
-        for kind in self.question_words:
-            if kind not in SPAN_TYPES:
-                yield f"question_words: {kind!r} is not a type of spans; use {', '.join(SPAN_TYPES)}"
 
 
 @dataclass(frozen=True)
