@@ -22,6 +22,9 @@ _HYPHENS, _APOSTROPHES = frozenset("-‐‑/&"), frozenset("'’ʼ")
 _SAMPLE_PLACES, _SAMPLE_ROWS = 64, 64
 """Frequent words are counted at so many places of a corpus, in so many consecutive rows at each."""
 
+_NUM_LEADING = 10
+"""Number of words that may stand before a phrase."""
+
 
 @dataclass(frozen=True)
 class Word:
@@ -56,7 +59,7 @@ class Words:
         self.frequent: frozenset[bytes] = frozenset()
         """Wordpieces of the frequent words."""
         self.leading: frozenset[bytes] = frozenset()
-        """Wordpieces of the most frequent tenth of these, which may stand before a phrase."""
+        """Wordpieces of the most frequent of these, which may stand before a phrase."""
 
     def count_frequent(self, corpus: PreparedCorpus, num_frequent: int) -> None:
         """Set `frequent` to the words of most blocks of a corpus, at most a tenth of those found.
@@ -75,7 +78,7 @@ class Words:
             counts.update({ids[start:end].tobytes() for start, end in bounds})
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
         ranked = ranked[: min(num_frequent, len(ranked) // 10)]
-        self.frequent, self.leading = frozenset(ranked), frozenset(ranked[: len(ranked) // 10])
+        self.frequent, self.leading = frozenset(ranked), frozenset(ranked[:_NUM_LEADING])
 
     def split(self, ids: IntArray) -> list[Word]:
         """The words of a text in order."""
@@ -123,7 +126,8 @@ class Words:
 
         A run ends before a frequent word or a mark and follows one of the most frequent words,
         which in most languages are articles, prepositions and conjunctions. Runs that overlap a
-        salient span or stand next to one are left out.
+        salient span or stand next to one are left out, because they are parts of names, or their
+        verbs.
         """
         words = self.split(ids)
         edges = np.flatnonzero(np.diff([0, *(word.is_content for word in words), 0]))

@@ -14,6 +14,7 @@ from realm.runtime.section import InvalidSection, PathText, Section, all_problem
 from realm.runtime.threads import threads_beside
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
+from realm.training.pseudo_question_section import PseudoQuestionConfig
 from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
     EngineConfig,
@@ -69,6 +70,8 @@ class RealmConfig(Section):
     """Reader pretraining stage."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """REALM stage."""
+    pseudo_questions: PseudoQuestionConfig = field(default_factory=PseudoQuestionConfig)
+    """Questions made from sentences, as queries without labels."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """Asynchronous index refresh."""
     finetune_retriever: FinetuneRetrieverConfig = field(default_factory=FinetuneRetrieverConfig)

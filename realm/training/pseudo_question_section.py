@@ -22,7 +22,7 @@ def _english_question_words() -> dict[str, tuple[str, ...]]:
         "person": ("who",),
         "place": ("where", "what place", "which city"),
         "organisation": ("what", "who", "which organization"),
-        "date": ("when", "what date"),
+        "date": ("when",),
         "year": ("when", "what year", "in what year"),
         "number": ("how many", "how much", "what number"),
         "ordinal": ("which", "what"),
@@ -57,12 +57,12 @@ class PseudoQuestionConfig(Section):
     the shortest clause."""
     max_side_words: int = 20
     """Maximum number of words on each side of the answer."""
-    min_words: int = 4
+    min_words: int = 5
     """Minimum number of words besides the question word. A sentence with fewer does not become a
     question."""
-    min_frequent_share: float = 0.2
+    min_frequent_share: float = 0.25
     """Minimum share of frequent words in the clause; lists of names and numbers have few."""
-    frequent_words: int = 150
+    frequent_words: int = 200
     """Number of words that count as frequent: the most frequent ones of the corpus, at most a tenth
     of its distinct words."""
     drop_prob: float = 0.1
