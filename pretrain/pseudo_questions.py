@@ -80,9 +80,7 @@ class PseudoQuestions:
         """The example with a noisy question for the same answer, by `source_noise` noisier."""
         return self._ask(example, "noisy", self.config.source_noise, rng)
 
-    def _ask(
-        self, example: MaskedSentence, form: str, noise: float, rng: np.random.Generator
-    ) -> MaskedSentence | None:
+    def _ask(self, example: MaskedSentence, form: str, noise: float, rng: np.random.Generator) -> MaskedSentence | None:
         config, ids = self.config, example.sentence_ids
         clause = self._clause(example)
         if clause is None or (example.span_ids == self._unknown).any():
@@ -145,9 +143,7 @@ class PseudoQuestions:
         salient = [(example.start, example.end)]
         salient += [(start, start + len(other)) for other in example.others for start in find(ids, other)]
         phrases = [
-            (start, end)
-            for start, end in self.words.phrases(ids, salient)
-            if end - start <= self.max_answer_tokens
+            (start, end) for start, end in self.words.phrases(ids, salient) if end - start <= self.max_answer_tokens
         ]
         if not phrases:
             return example
@@ -179,6 +175,14 @@ class ExampleSampler:
     def __init__(self, sampler: SpanSampler, questions: PseudoQuestions | None, question_prob: float) -> None:
         """`question_prob`: share of questions; `questions` is not needed if it is 0."""
         self.sampler, self.questions, self.question_prob = sampler, questions, question_prob
+        self.corpus, self.rows = sampler.corpus, sampler.rows
+
+    @classmethod
+    def open(cls, run: Run, question_prob: float) -> "ExampleSampler":
+        """Examples from the statements of a run."""
+        config, longest = run.config.pretrain, run.config.retriever.max_query_tokens - 2
+        sampler = SpanSampler(run.statements, config.max_span_tokens, longest)
+        return cls(sampler, PseudoQuestions.open(run) if question_prob else None, question_prob)
 
     def draw(self, row: int, rng: np.random.Generator) -> MaskedSentence:
         """Draw an example from a block: with probability `question_prob` a question.

@@ -17,7 +17,7 @@ from realm.text.inputs import IntArray, Wordpieces
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CLAUSE_ENDS = frozenset(",;:–—…،؛、，；：\"")
+_CLAUSE_ENDS = frozenset(',;:–—…،؛、，；："')
 _HYPHENS, _APOSTROPHES = frozenset("-‐‑/&"), frozenset("'’ʼ")
 _SAMPLE_PLACES, _SAMPLE_ROWS = 64, 64
 """Frequent words are counted at so many places of a corpus, in so many consecutive rows at each."""
@@ -47,13 +47,15 @@ class Words:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.wordpieces = Wordpieces.from_tokenizer(tokenizer)
-        self._names = [
-            name.removeprefix("##") for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        ]
+        self._names = [name.removeprefix("##") for name in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
         special = set(tokenizer.all_special_ids)
         self._is_mark = np.array([n in special or _is_mark(name) for n, name in enumerate(self._names)])
-        self._has_letter = np.array([n not in special and any(map(str.isalpha, name)) for n, name in enumerate(self._names)])
-        self._is_symbol = np.array([not any(map(str.isalnum, name)) and _category(name) != "Sc" for name in self._names])
+        self._has_letter = np.array(
+            [n not in special and any(map(str.isalpha, name)) for n, name in enumerate(self._names)]
+        )
+        self._is_symbol = np.array(
+            [not any(map(str.isalnum, name)) and _category(name) != "Sc" for name in self._names]
+        )
         self._ends_clause = np.array([_ends_clause(name) for name in self._names])
         self._bracket = np.array([{"Ps": 1, "Pe": -1}.get(_category(name), 0) for name in self._names])
         self.frequent: frozenset[bytes] = frozenset()
@@ -131,7 +133,9 @@ class Words:
         """
         words = self.split(ids)
         edges = np.flatnonzero(np.diff([0, *(word.is_content for word in words), 0]))
-        runs = [(words[first - 1], words[first], words[last - 1]) for first, last in edges.reshape(-1, 2).tolist() if first]
+        runs = [
+            (words[first - 1], words[first], words[last - 1]) for first, last in edges.reshape(-1, 2).tolist() if first
+        ]
         return [
             (first.start, last.end)
             for before, first, last in runs
@@ -162,7 +166,6 @@ class Words:
             or (character == "." and (numbers or (len(left) == 1 and left.isalpha())))
             or (character == "," and numbers and len(right) == 3)
         )
-
 
 
 def _category(name: str) -> str:

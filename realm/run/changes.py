@@ -23,6 +23,7 @@ _USED_BY = {
     "data.masked_spans": ("evaluations/masked-spans-*.json", "evaluations/null-passage.json"),
     "data.unsupported": ("evaluations/null-passage.json",),
     "data.closed_book": ("evaluations/closed-book.json",),
+    "pseudo_questions": ("ict", "reader_pretraining", "pretrain"),
     "finetune_retriever": ("finetune_retriever",),
     "finetune": ("finetune",),
 }

@@ -177,9 +177,12 @@ class Run:
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
-        return {"seed": tree["seed"], stage: tree[stage]} | (
-            {"data": {"train": tree["data"].get("train")}} if stage.startswith("finetune") else {}
-        )
+        settings = {"seed": tree["seed"], stage: tree[stage]}
+        if tree[stage].get("question_prob"):
+            settings["pseudo_questions"] = tree["pseudo_questions"]
+        if stage.startswith("finetune"):
+            settings["data"] = {"train": tree["data"].get("train")}
+        return settings
 
     def _check_start(self, stage: str, checkpoint: Path) -> None:
         """Raise UserError if a stage was started from other models or with other settings than it

@@ -70,9 +70,9 @@ class PseudoQuestionConfig(Section):
     shuffle: float = 3.0
     """Words of a noisy question are sorted by place plus a random number of at most this size."""
     source_prob: float = 1.0
-    """Reader pretraining: probability that a question for which no other passage is found reads the
-    block that its sentence is from, without the sentence if the answer occurs there once more. Other
-    such questions are skipped."""
+    """Reader pretraining: probability that a question for which no other passage is found is read
+    with the block that its sentence is from, without the sentence if the rest contains the answer,
+    too; otherwise it is skipped."""
     source_noise: float = 2.0
     """`drop_prob` and `shuffle` are multiplied by this number if that block is read with the
     sentence; the question is then noisy in any case."""
