@@ -101,7 +101,7 @@ class Words:
         return "".join(self._names[piece] for piece in ids)
 
     def ends_clause(self, ids: IntArray, word: Word) -> bool:
-        """Whether a word is a mark between clauses: a comma, a dash, a bracket, …"""
+        """Whether a word is a mark between clauses: a comma, a dash, a quotation mark, …"""
         return bool(self._ends_clause[ids[word.start]])
 
     def without_brackets(self, ids: IntArray, words: list[Word], start: int, end: int) -> list[Word] | None:
@@ -178,4 +178,4 @@ def _is_mark(name: str) -> bool:
 
 
 def _ends_clause(name: str) -> bool:
-    return name in _CLAUSE_ENDS or _category(name) in ("Ps", "Pe", "Pi", "Pf")
+    return name in _CLAUSE_ENDS or _category(name) in ("Pi", "Pf")
