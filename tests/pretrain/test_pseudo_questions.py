@@ -19,7 +19,7 @@ from realm.text.tokenizer import tokenize
 from realm.training.pseudo_question_section import FORMS, PHRASE, PseudoQuestionConfig
 
 SENTENCE = "After the war, the old bridge of Alda was built by Mara Venn in 1810, and it stood for long."
-FREQUENT = "the of a in by was it and for".split()
+FREQUENT = ["the", "of", "a", "in", "by", "was", "it", "and", "for"]
 PLAIN = PseudoQuestionConfig(drop_prob=0.0, shuffle=0.0, clause_words=6, min_words=1, min_frequent_share=0.0)
 
 
@@ -39,9 +39,20 @@ class Corpus:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> BertTokenizerFast:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"?,.()-';$", *map(chr, range(97, 123)), *map(str, range(10))]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"?,.()-';$",
+        *map(chr, range(97, 123)),
+        *map(str, range(10)),
+    ]
     words += [f"##{chr(code)}" for code in range(97, 123)] + [f"##{digit}" for digit in range(10)]
-    words += sorted({word.lower().strip(",.") for word in SENTENCE.split()} | {"who", "when", "what", "year", *FREQUENT})
+    words += sorted(
+        {word.lower().strip(",.") for word in SENTENCE.split()} | {"who", "when", "what", "year", *FREQUENT}
+    )
     return BertTokenizerFast(vocab={word: number for number, word in enumerate(dict.fromkeys(words))})
 
 
@@ -140,7 +151,9 @@ def test_question_words_follow_the_answer_and_none_are_needed(tokenizer: BertTok
     years = replace(PLAIN, question_words={"date": ("what year",), "ordinal": ("what",)})
     assert words("1810", "date", "The old bridge of Alda was built in 1810.", years) == {"what year"}
     none = replace(PLAIN, question_words={})
-    assert ask(tokenizer, example(tokenizer, "1810", "date"), none) == "the old bridge of alda was built by mara venn in?"
+    assert (
+        ask(tokenizer, example(tokenizer, "1810", "date"), none) == "the old bridge of alda was built by mara venn in?"
+    )
 
 
 def test_noise_drops_and_moves_words_by_a_bounded_distance(tokenizer: BertTokenizerFast) -> None:
@@ -249,7 +262,10 @@ def test_phrases_are_runs_of_content_words_away_from_names(tokenizer: BertTokeni
         "neither `stood` nor `road`, which stand next to a name"
     )
     asked = found["years"]
-    assert text(tokenizer, asked) == "what in 1810 the long old - war bridge of mara venn stood for by the alda road and it was a dispute?"
+    assert (
+        text(tokenizer, asked)
+        == "what in 1810 the long old - war bridge of mara venn stood for by the alda road and it was a dispute?"
+    )
     assert [tokenizer.decode(other) for other in asked.others] == ["1810", "mara venn", "alda"]
     short = example(tokenizer, "Mara Venn", "person", "It was for the Mara Venn of it.")
     kept = make(short, np.random.default_rng(0))
@@ -259,7 +275,10 @@ def test_phrases_are_runs_of_content_words_away_from_names(tokenizer: BertTokeni
 def test_titles_are_added_to_questions_that_do_not_name_them(tokenizer: BertTokenizerFast) -> None:
     made = example(tokenizer, "Mara Venn", "person", "It was built by Mara Venn in 1810.")
     titled = replace(PLAIN, title_prob=1.0)
-    assert ask(tokenizer, made, titled, title="The Bridge of Alda (Kell)") == "who the bridge of alda it was built by in 1810?"
+    assert (
+        ask(tokenizer, made, titled, title="The Bridge of Alda (Kell)")
+        == "who the bridge of alda it was built by in 1810?"
+    )
     assert ask(tokenizer, made, replace(PLAIN, title_prob=0.0), title="Alda") == "who it was built by in 1810?"
     assert ask(tokenizer, made, titled, title="The 1810 war") == "who it was built by in 1810?", "it is named"
     assert ask(tokenizer, replace(made, row=-1), titled, title="Alda") == "who it was built by in 1810?"

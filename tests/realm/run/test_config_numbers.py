@@ -34,6 +34,7 @@ ZERO = {
     *("refresh.export_every", "refresh.max_drift", "refresh.grace_s", "refresh.wait_timeout_s"),
     *("refresh.max_stale_steps", "data.train.use_folds"),
     *("retriever.bert.dropout", "retriever.bert.init_std", "reader.bert.dropout", "reader.bert.init_std"),
+    *("pseudo_questions.clause_words", "pseudo_questions.shuffle", "pseudo_questions.min_frequent_share"),
     *("redraw_every", "gate_init", "seed"),
 }
 """Fields for which 0 means something, and `steps`, probabilities and those of `optim`."""
