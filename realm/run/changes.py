@@ -24,6 +24,7 @@ _USED_BY = {
     "data.unsupported": ("evaluations/null-passage.json",),
     "data.closed_book": ("evaluations/closed-book.json",),
     "fusion": ("reader_pretraining", "pretrain", "finetune_retriever", "finetune", "evaluations/*"),
+    "pseudo_questions": ("ict", "reader_pretraining", "pretrain"),
     "finetune_retriever": ("finetune_retriever",),
     "finetune": ("finetune",),
 }

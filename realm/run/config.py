@@ -15,6 +15,7 @@ from realm.runtime.threads import threads_beside
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
 from realm.training.fusion_section import FusionConfig
+from realm.training.pseudo_question_section import PseudoQuestionConfig
 from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
     EngineConfig,
@@ -70,6 +71,8 @@ class RealmConfig(Section):
     """Reader pretraining stage."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """REALM stage."""
+    pseudo_questions: PseudoQuestionConfig = field(default_factory=PseudoQuestionConfig)
+    """Questions made from sentences, as queries without labels."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """Asynchronous index refresh."""
     fusion: FusionConfig = field(default_factory=FusionConfig)

@@ -179,6 +179,8 @@ class Run:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
         settings = {"seed": tree["seed"], stage: tree[stage]}
+        if tree[stage].get("question_prob"):
+            settings["pseudo_questions"] = tree["pseudo_questions"]
         if stage.startswith("finetune"):
             settings["data"] = {"train": tree["data"].get("train")}
         if stage != "ict" and self.config.fusion.lexical:

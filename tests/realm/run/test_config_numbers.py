@@ -36,6 +36,7 @@ ZERO = {
     *("fusion.weight", "fusion.k1", "fusion.b", "fusion.rank_constant"),
     *("refresh.max_stale_steps", "data.train.use_folds"),
     *("retriever.bert.dropout", "retriever.bert.init_std", "reader.bert.dropout", "reader.bert.init_std"),
+    *("pseudo_questions.clause_words", "pseudo_questions.shuffle", "pseudo_questions.min_frequent_share"),
     *("redraw_every", "gate_init", "seed"),
 }
 """Fields for which 0 means something, and `steps`, probabilities and those of `optim`."""
