@@ -27,11 +27,17 @@ class MaskedSentence:
     """Span type, an index into SPAN_TYPES."""
     others: tuple[IntArray, ...] = ()
     """The sentence's other salient spans, if they are known."""
+    question: IntArray | None = None
+    """A question whose answer is the span, as the query instead of the masked sentence."""
 
     @property
     def span_ids(self) -> IntArray:
         """The span's wordpieces."""
         return self.sentence_ids[self.start : self.end]
+
+    def query_ids(self, mask_id: int) -> IntArray:
+        """The question, or the masked sentence if there is none."""
+        return self.masked_ids(mask_id) if self.question is None else self.question
 
     def masked_ids(self, mask_id: int) -> IntArray:
         """The sentence with a mask for each wordpiece of the span."""

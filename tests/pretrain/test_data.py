@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def collator(run: Run) -> MaskedCollator:
-    return MaskedCollator(Collator(run.contexts, run.wordpieces, InputLimits(32, 80, 96)), 2)
+    return MaskedCollator(Collator(run.contexts, run.wordpieces, InputLimits(32, 80, 96, 4)), 2)
 
 
 def test_drawn_spans_are_salient_spans_of_their_sentence(run: Run) -> None:
@@ -197,9 +197,9 @@ def test_titles_count_as_part_of_the_passage(run: Run, collator: MaskedCollator)
 
 def test_reader_pretraining_targets_are_all_occurrences_in_title_and_text(run: Run, collator: MaskedCollator) -> None:
     examples = [example_of(run, "The river of Holm is the Quill.", span) for span in ("Holm", "Quill")]
-    batch = collator.reader_pretraining(examples, [collator.inputs.passage(7), collator.inputs.passage(NULL)], 4)
+    batch = collator.masked(examples, [[collator.inputs.passage(7)], [collator.inputs.passage(NULL)]])
     found: dict[int, list[list[int]]] = {}
-    for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
+    for joint, spans in zip(batch.joint, batch.spans, strict=True):
         for r, row in enumerate(joint.row_R.tolist()):
             starts, widths = np.nonzero(spans.is_answer_RLW[r].numpy())
             found[row] = [joint.ids_RL[r][s : s + w + 1].tolist() for s, w in zip(starts, widths, strict=True)]
