@@ -35,8 +35,8 @@ def sentence(span, question=False):
     return MaskedSentence(0, ids, 2, 2 + len(span), 0, (), np.array([30, 31, 32, 33]) if question else None)
 
 
-# Per example: masked sentence or question, candidates (title, text) after the null passage, None for
-# an empty slot, and the slot in which each one is read.
+# Per example: masked sentence or question, candidates (title, text) after the null passage, None
+# for an empty slot, and the slot in which each one is read.
 HELD = sentence(Y), [((10, 11), (40, 10, 11, 41)), ((42,), (10, 11, CONTINUATION, 43, 10, 11)), None], (0, 1, 2, 0)
 """y is in two passages: in the title and in the text, and once as a part of a word."""
 ABSENT = sentence(Y), [((44,), (45, 46, 47)), ((48,), (10, 49, 11)), ((50,), (51,))], (0, 1, 2, 3)
@@ -87,8 +87,8 @@ def realm_batch(examples):
 
 
 def read_one(reader, example, parts):
-    """log p(s|z,x) of every span of whole words (last: absent), the numbers of those that are y, and
-    log p of the masked wordpieces, of one joint input."""
+    """Of one joint input: log p(s|z,x) of every span of whole words (last: absent), the numbers of
+    those that are y, and log p of the masked wordpieces."""
     title, text = parts
     ids, first, _ = WORDS.joint(example.query_ids(MASK), np.array(title, np.int32), np.array(text, np.int32), 48)
     hidden = reader(*pad_joint([ids], [first], PAD))[0]
@@ -228,7 +228,7 @@ def test_a_step_calls_the_same_modules_and_trains_the_same_parameters_whatever_i
     for examples in ([HELD] * 4, [ABSENT] * 4, [TOGETHER] * 4, [TOO_LONG, HELD, TOGETHER, ABSENT]):
         model, names = RealmModel(FixedScores(4, 4), reader, "joint", "both"), []
         hooks = [
-            module.register_forward_hook(lambda *_, name=name: names.append(name))
+            module.register_forward_hook(lambda *_, name=name, names=names: names.append(name))
             for name, module in model.named_modules()
         ]
         batch = realm_batch(examples)

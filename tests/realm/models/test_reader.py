@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from realm.attention.longformer import LongformerAttention
@@ -190,9 +191,10 @@ def test_padding_does_not_change_either_head(attention, tokenizer):
 def test_a_loaded_reader_has_the_outputs_of_the_saved_one(head, tokenizer, tmp_path):
     config = replace(CONFIG, mlm_head=head)
     reader = build(config, tokenizer)
+    reader.span_softmax = "passage"
     save_reader(reader, tokenizer, tmp_path / "reader")
     loaded = load_reader(tmp_path / "reader")
-    assert loaded.config == config and not loaded.training
+    assert loaded.config == config and not loaded.training and loaded.span_softmax == "passage"
     batch, position_BM = joint_batch(20, 7), torch.tensor([[1, 2], [3, 0]])
     with torch.no_grad():
         assert torch.equal(reader(*batch), loaded(*batch))
@@ -203,6 +205,7 @@ def test_a_loaded_reader_has_the_outputs_of_the_saved_one(head, tokenizer, tmp_p
         assert torch.equal(
             reader.span_scores(reader(*batch), allowed_BLW), loaded.span_scores(loaded(*batch), allowed_BLW)
         )
+        assert torch.equal(reader.absent_scores(reader(*batch)), loaded.absent_scores(loaded(*batch)))
 
 
 def test_a_folder_that_is_not_a_reader_raises(tmp_path):
@@ -236,8 +239,17 @@ def test_a_reader_saved_by_version_0_1_loads(tokenizer, tmp_path):
     save_reader(reader, tokenizer, tmp_path / "saved")
     (tmp_path / "saved" / "manifest.json").unlink()
     file = tmp_path / "saved" / "reader.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_tokens": 0}))
-    assert load_reader(tmp_path / "saved").config == reader.config
+    settings = json.loads(file.read_text()) | {"context_tokens": 0}
+    del settings["span_softmax"]
+    file.write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("span_absent.")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, tmp_path / "saved" / "model.safetensors")
+    loaded = load_reader(tmp_path / "saved")
+    assert loaded.config == reader.config and loaded.span_softmax == "passages"
+    assert not loaded.span_absent.weight.any() and not loaded.span_absent.bias.any()
+    assert torch.equal(loaded.span_start.weight, reader.span_start.weight)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reader.json", "tokenizer.json"])
