@@ -41,7 +41,7 @@ def answerer(run: Run) -> Answerer:
     with torch.no_grad():
         for parameter in reader.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-        reader.span_absent.weight.mul_(3.0)
+        torch.nn.init.normal_(reader.span_absent.weight, std=3.0)
     answerer.model = OpenQaModel(answerer.retriever, reader).eval()
     width = run.config.reader.max_span_tokens
     answerer.collator = QuestionCollator(run.collator, run.tokenizer, RandomIndex(), width)
