@@ -21,7 +21,7 @@ class MaskedPrediction(NamedTuple):
     token_log_p_BNM: Tensor
     """log p(y_m | z, x) of the target wordpieces."""
     correct_BN: Tensor
-    """True if the most probable wordpieces are the whole target span; also without masks."""
+    """True if the most probable wordpieces are the whole target span; false without masks."""
     best_log_p_BN: Tensor
     """Log-probability of the most probable wordpieces."""
 
@@ -56,7 +56,7 @@ def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor])
         target_RM, token_mask_RM = batch.target_BM[query_R], batch.token_mask_BM[query_R]
         best_log_p_RM, best_RM = log_p_RMV.detach().max(-1)
         log_p.append(log_p_RMV.gather(-1, target_RM[..., None]).squeeze(-1))
-        correct.append(((best_RM == target_RM) | ~token_mask_RM).all(-1))
+        correct.append(((best_RM == target_RM) | ~token_mask_RM).all(-1) & token_mask_RM.any(-1))
         best.append((best_log_p_RM * token_mask_RM).sum(-1))
     return MaskedPrediction(*map(batch.by_candidate, (log_p, correct, best)))
 
