@@ -17,7 +17,7 @@ from index.fusion import Fusion
 from realm.errors import UserError
 from realm.models.batches import QuestionBatch
 from realm.models.modules import OpenQaModel
-from realm.models.objectives import MASKED_SCORE
+from realm.models.objectives import MASKED_SCORE, span_log_probs
 from realm.models.precision import autocast
 from realm.models.reader import Reader, load_reader
 from realm.models.retriever import Retriever, embed_no_grad
@@ -103,19 +103,27 @@ class Answerer:
         with torch.inference_mode(), autocast(self.device, self.run.config.engine.precision):
             query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             span_score_QLW = self._span_scores(self.model.reader, batch)
-            masked_QLW = span_score_QLW.masked_fill(~batch.allowed_QLW, MASKED_SCORE)
-            score_BNS, read_score_BN = self.model.score_spans(batch, masked_QLW, query_emb_BD)
+            score_BNS, read_score_BN = self.model.score_spans(batch, span_score_QLW, query_emb_BD)
         return self._best(batch, score_BNS.cpu(), read_score_BN.softmax(-1).cpu(), rows)
 
     def _span_scores(self, reader: Reader, batch: QuestionBatch) -> torch.Tensor:
-        """Scores of all spans, computed in batches of similar length."""
+        """Scores of all spans as the reader was trained, computed in batches of similar length.
+
+        Added to the passage's relevance score, they rank spans as in finetuning (Lee et al. 2019,
+        section 5); of a reader without finetuning, they are log p(s|z,x), so that the sum is
+        log p(z|x) p(s|z,x), up to a constant of the question.
+        """
         span_score_QLW = torch.full(batch.allowed_QLW.shape, MASKED_SCORE, device=self.device)
         lengths = batch.mask_QL.sum(1)
         for part in token_budget_batches(lengths.cpu().numpy(), self.run.config.evaluate.token_budget):
             at = torch.from_numpy(part).to(self.device)
             longest = int(lengths[at].max())
             hidden = reader(batch.ids_QL[at, :longest], batch.mask_QL[at, :longest], batch.type_QL[at, :longest])
-            span_score_QLW[at, :longest] = reader.span_scores(hidden)
+            score_PLW = reader.span_scores(hidden, batch.allowed_QLW[at, :longest])
+            if reader.span_softmax == "passage":
+                log_p_PS, _ = span_log_probs(score_PLW.flatten(1), reader.absent_scores(hidden))
+                score_PLW = log_p_PS.view_as(score_PLW)
+            span_score_QLW[at, :longest] = score_PLW
         return span_score_QLW
 
     def _best(

@@ -60,6 +60,7 @@ class Finetuning(Stage):
         for parameter in retriever.passage_tower.parameters():
             parameter.requires_grad_(False)
         super().__init__(OpenQaModel(retriever, reader), config, retriever, reader)
+        reader.span_softmax = "passages"
         max_span_tokens = run.config.reader.max_span_tokens
         pool: SpanPool = span_pool([run.passages], max_span_tokens) if config.substitution_prob else {}
         fusion = Fusion.of(run)

@@ -8,7 +8,7 @@ import torch
 from pretrain.masking import MaskedSentence, substitute
 from realm.corpus.collate import NULL, Collator, Parts
 from realm.corpus.substitution import SpanPool
-from realm.models.batches import JointBatch, MaskedBatch, ReaderPretrainingBatch, RealmBatch, SpanTargets
+from realm.models.batches import JointBatch, MaskedBatch, RealmBatch, SpanTargets
 from realm.models.reader import pad_joint, span_targets
 from realm.text.inputs import IntArray, pad_batch
 
@@ -37,9 +37,10 @@ class MaskedCollator:
     ) -> MaskedBatch:
         """Reader inputs of every example with each of its passages, sorted by length into buckets.
 
-        The number of buckets depends only on the number of examples, so it is the same on every
-        rank. `read_slot_BN`: for each passage, the slot of the passage with which it is read;
-        default: its own.
+        All occurrences of an example's span in title and text, as whole words, are targets of the
+        span head; examples whose query is a question have no masks. The number of buckets depends
+        only on the number of examples, so it is the same on every rank. `read_slot_BN`: for each
+        passage, the slot of the passage with which it is read; default: its own.
         """
         words, count = self.inputs.wordpieces, len(passages[0])
         if read_slot_BN is None:
@@ -51,38 +52,23 @@ class MaskedCollator:
             if read_slot_BN[b, n] == n
         }
         order = np.array(sorted(joints, key=lambda row: -len(joints[row][0])), dtype=np.int64)
-        buckets = []
+        buckets, spans = [], []
         for rows in np.array_split(order, min(self.num_buckets, len(examples))):
             tensors = pad_joint([joints[i][0] for i in rows], [joints[i][1] for i in rows], words.pad)
+            places = [self._occurrences(examples[i // count].span_ids, *joints[i][:2]) for i in rows]
             buckets.append(JointBatch(*tensors, torch.from_numpy(rows)))
-        # A question has no masks.
-        targets = [example.span_ids[: None if example.question is None else 0] for example in examples]
-        width = max(1, *map(len, targets))
-        positions = [np.arange(len(ids)) + example.start + 1 for example, ids in zip(examples, targets, strict=True)]
-        position_BM, token_mask_BM = pad_batch(positions, 0, width)
+            spans.append(SpanTargets(*span_targets(places, *tensors, words, self.inputs.limits.answer)))
+        masked = [(example.start, example.end) if example.question is None else (0, 0) for example in examples]
+        width = max(1, *(end - start for start, end in masked))
+        position_BM, token_mask_BM = pad_batch([np.arange(start, end) + 1 for start, end in masked], 0, width)
+        targets = [example.sentence_ids[start:end] for example, (start, end) in zip(examples, masked, strict=True)]
         target_BM, _ = pad_batch(targets, 0, width)
-        return MaskedBatch(buckets, position_BM, target_BM, token_mask_BM.bool(), torch.from_numpy(read_slot_BN))
+        return MaskedBatch(buckets, spans, position_BM, target_BM, token_mask_BM.bool(), torch.from_numpy(read_slot_BN))
 
-    def reader_pretraining(
-        self, examples: Sequence[MaskedSentence], passages: Sequence[Parts], max_span_tokens: int
-    ) -> ReaderPretrainingBatch:
-        """Reader inputs of examples with one passage each, and the span's places in the passage.
-
-        All occurrences of the span in title and text are targets.
-        """
-        words = self.inputs.wordpieces
-        masked, spans = self.masked(examples, [[parts] for parts in passages]), []
-        for joint in masked.joint:
-            places = []
-            for ids, mask, kind, row in zip(
-                joint.ids_RL.numpy(), joint.mask_RL.numpy(), joint.type_RL.numpy(), joint.row_R.tolist(), strict=True
-            ):
-                first, length = int((kind == 0).sum() - (mask == 0).sum()), int(mask.sum())
-                span_ids = examples[row].span_ids
-                places.append([(first + start, len(span_ids)) for start in words.find(ids[first:length], span_ids)])
-            targets = span_targets(places, joint.ids_RL, joint.mask_RL, joint.type_RL, words, max_span_tokens)
-            spans.append(SpanTargets(*targets))
-        return ReaderPretrainingBatch(masked, spans)
+    def _occurrences(self, span_ids: IntArray, ids: IntArray, first: int) -> list[tuple[int, int]]:
+        """Start and length of every occurrence of a span in the passage of a joint input, which
+        begins at wordpiece `first`."""
+        return [(first + start, len(span_ids)) for start in self.inputs.wordpieces.find(ids[first:], span_ids)]
 
     def realm(
         self,

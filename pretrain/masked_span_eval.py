@@ -1,4 +1,4 @@
-"""Masked-span evaluation: recall of the retriever, and accuracy of the reader by passage.
+"""Masked-span evaluation: recall of the retriever, and accuracy of the reader's heads by passage.
 
 The accuracy with the null passage shows which facts the reader has memorized.
 """
@@ -21,9 +21,9 @@ from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.records import BadRecord, BadRecords, Place, check_text, expect, expect_field
 from realm.corpus.text_files import parse_object, parsed_lines
 from realm.errors import UserError
-from realm.models.modules import read_masked
 from realm.models.objectives import candidate_log_prior
 from realm.models.precision import Precision, autocast
+from realm.models.predictions import best_span_is_right, predict_masked, predict_spans, read_joint
 from realm.models.reader import Reader, load_reader
 from realm.run.folder import STAGES, Run
 from realm.runtime.distributed import local_device
@@ -44,6 +44,28 @@ class MaskedSpanItem:
     example: MaskedSentence
     passage: int | None
     """Row of the passage, or None."""
+
+
+class Accuracies(NamedTuple):
+    """Percentages of spans that each head predicts correctly."""
+
+    masked: float
+    """Masked-language head: all wordpieces are the most probable ones."""
+    span: float
+    """Span head: the most probable span of the passages is the masked one."""
+
+
+class RetrievedReading(NamedTuple):
+    """What is read in the null passage and the retrieved ones, by example."""
+
+    masked_correct: np.ndarray
+    """Whether the masked-language head's prediction with the largest p(z|x) p(y|z,x) is right."""
+    span_correct: np.ndarray
+    """Whether the span with the largest p(z|x) p(s|z,x) is the masked one."""
+    null_mass: np.ndarray
+    """p(null|x)."""
+    absent_mass: np.ndarray
+    """Σ_z p(z|x) p(absent|z,x), the span head's probability that no passage contains the span."""
 
 
 class _Statement(NamedTuple):
@@ -120,14 +142,14 @@ def masked_accuracy(
     examples: Sequence[MaskedSentence],
     rows: Sequence[int],
     batch_size: int = 64,
-) -> float:
-    """Percentage of spans that the reader predicts in full, reading one passage each.
+) -> Accuracies:
+    """Percentages of spans that the reader's heads predict in full, reading one passage each.
 
-    NULL in `rows` is the null passage. NaN without examples.
+    NULL in `rows` is the null passage, in which the span head finds nothing. NaN without examples.
     """
     if not examples:
-        return float("nan")
-    right = 0
+        return Accuracies(float("nan"), float("nan"))
+    masked_right = span_right = 0
     device = next(reader.parameters()).device
     training = reader.training
     reader.eval()
@@ -135,9 +157,11 @@ def masked_accuracy(
         for start in range(0, len(examples), batch_size):
             passages = [[collator.inputs.in_context(row)] for row in rows[start : start + batch_size]]
             batch = collator.masked(examples[start : start + batch_size], passages).to(device)
-            right += int(read_masked(reader, batch).correct_BN.sum())
+            hidden = read_joint(reader, batch)
+            masked_right += int(predict_masked(reader, batch, hidden).correct_BN.sum())
+            span_right += int(predict_spans(reader, batch, hidden).correct_BN.sum())
     reader.train(training)
-    return 100.0 * right / len(examples)
+    return Accuracies(100.0 * masked_right / len(examples), 100.0 * span_right / len(examples))
 
 
 def retrieval_recall(
@@ -166,23 +190,26 @@ def evaluate_masked_spans(
 ) -> dict[str, float]:
     """All figures of a saved retriever and a reader, in percent.
 
-    See `retrieval_recall` and `masked_accuracy`.
+    See `retrieval_recall`, `masked_accuracy` and `read_retrieved`; figures of the span head begin
+    with `span_`.
     """
     figures: dict[str, float] = {}
     config, precision = run.config.pretrain, run.config.engine.precision
     collator = MaskedCollator(run.collator, config.reader_buckets)
     examples = [item.example for item in items]
 
-    def accuracy(reader: Reader, chosen: Sequence[MaskedSentence], rows: Sequence[int]) -> float:
+    def accuracies(reader: Reader, chosen: Sequence[MaskedSentence], rows: Sequence[int]) -> Accuracies:
         return masked_accuracy(reader, collator, precision, chosen, rows)
 
     if reader is not None:
         rng = run_generator(run.config.seed, RunStream.MASKED_SPAN_RANDOM_PASSAGES)
-        figures["accuracy_null"] = accuracy(reader, examples, [NULL] * len(examples))
-        figures["accuracy_random"] = accuracy(reader, examples, rng.choice(run.passages.rows, len(examples)).tolist())
+        random_rows = rng.choice(run.passages.rows, len(examples)).tolist()
+        figures["accuracy_null"] = accuracies(reader, examples, [NULL] * len(examples)).masked
+        figures["accuracy_random"] = accuracies(reader, examples, random_rows).masked
         gold = [(item.example, item.passage) for item in items if item.passage is not None]
         if gold:
-            figures["accuracy_gold"] = accuracy(reader, [example for example, _ in gold], [row for _, row in gold])
+            from_gold = accuracies(reader, [example for example, _ in gold], [row for _, row in gold])
+            figures |= {"accuracy_gold": from_gold.masked, "span_accuracy_gold": from_gold.span}
     if retriever is not None:
         search = FrozenSearch.open(run, retriever, collator)
         found = search(examples, max(DEPTHS) + config.extra_retrieved)
@@ -191,9 +218,11 @@ def evaluate_masked_spans(
         figures |= retrieval_recall(run.collator, items, retrieved)
         if reader is not None:
             candidates = retrieved[:, : config.candidates - 1]
-            right, null_mass = read_retrieved(search, reader, examples, candidates)
-            figures["accuracy_retrieved"] = 100.0 * float(right.mean())
-            figures["null_mass"] = 100.0 * float(null_mass.mean())
+            reading = read_retrieved(search, reader, examples, candidates)
+            figures["accuracy_retrieved"] = 100.0 * float(reading.masked_correct.mean())
+            figures["span_accuracy_retrieved"] = 100.0 * float(reading.span_correct.mean())
+            figures["null_mass"] = 100.0 * float(reading.null_mass.mean())
+            figures["absent_mass"] = 100.0 * float(reading.absent_mass.mean())
     return figures
 
 
@@ -212,13 +241,9 @@ def read_retrieved(
     examples: Sequence[MaskedSentence],
     retrieved: np.ndarray,
     batch_size: int = 32,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read the null passage and the passages retrieved by `search`, (len(examples), N − 1) rows.
-
-    Returns for each example whether the prediction with the largest p(z|x) p(y|z,x) is correct, and
-    p(null|x).
-    """
-    rights, nulls, retriever = [], [], search.retriever
+) -> RetrievedReading:
+    """Read the null passage and the passages retrieved by `search`, (len(examples), N − 1) rows."""
+    parts, retriever = [], search.retriever
     device = next(reader.parameters()).device
     reader.eval()
     rng = np.random.default_rng(0)
@@ -230,11 +255,16 @@ def read_retrieved(
             passage_emb_UD = retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
             score_BN = retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN], batch.lexical_BN)
             log_p_z_BN = candidate_log_prior(score_BN, batch.valid_BN)
-            prediction = read_masked(reader, batch.masked)
-            best_B1 = (log_p_z_BN + prediction.best_log_p_BN).argmax(-1, keepdim=True)
-            rights.append(prediction.correct_BN.gather(1, best_B1)[:, 0].cpu().numpy())
-            nulls.append(log_p_z_BN[:, 0].exp().cpu().numpy())
-    return np.concatenate(rights), np.concatenate(nulls)
+            hidden = read_joint(reader, batch.masked)
+            masked = predict_masked(reader, batch.masked, hidden)
+            spans = predict_spans(reader, batch.masked, hidden)
+            best_B1 = (log_p_z_BN + masked.best_log_p_BN).argmax(-1, keepdim=True)
+            masked_correct_B = masked.correct_BN.gather(1, best_B1)[:, 0]
+            span_correct_B = best_span_is_right(log_p_z_BN, spans, batch.masked.read_slot_BN)
+            p_BN = log_p_z_BN.exp()
+            absent_B = (p_BN * spans.log_p_absent_BN.exp()).sum(-1)
+            parts.append([value.cpu().numpy() for value in (masked_correct_B, span_correct_B, p_BN[:, 0], absent_B)])
+    return RetrievedReading(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 def annotated_items(run: Run, field: str, split: str | None = None) -> list[MaskedSpanItem]:

@@ -18,7 +18,7 @@ from pretrain.selection import find_supporting_passage
 from realm.corpus.collate import NULL, Parts
 from realm.corpus.substitution import SpanPool, span_pool
 from realm.errors import UserError
-from realm.models.batches import ReaderPretrainingBatch
+from realm.models.batches import MaskedBatch
 from realm.models.modules import ReaderPretrainingModel
 from realm.models.reader import Reader, build_reader
 from realm.models.retriever import build_retriever
@@ -45,6 +45,8 @@ class ReaderPretraining(Stage):
     def __init__(self, reader: Reader, batches: "ReaderPretrainingBatches", config: ReaderPretrainingConfig) -> None:
         super().__init__(ReaderPretrainingModel(reader, config.span_loss), config, reader=reader)
         self.batches = batches
+        if config.span_loss:
+            reader.span_softmax = "passage"
 
     @classmethod
     def open(cls, run: Run) -> "ReaderPretraining":
@@ -65,15 +67,13 @@ class ReaderPretraining(Stage):
     @classmethod
     def _build(cls, run: Run, reader: Reader, search: FrozenSearch) -> "ReaderPretraining":
         config, longest = run.config.reader_pretraining, run.config.pretrain.max_span_tokens
-        answer_tokens = run.config.reader.max_span_tokens
         sampler = ExampleSampler.open(run, config.question_prob)
-        batches = ReaderPretrainingBatches(sampler, search, config, longest, answer_tokens, run.config.seed)
-        return cls(reader, batches, config)
+        return cls(reader, ReaderPretrainingBatches(sampler, search, config, longest, run.config.seed), config)
 
-    def draw(self, step: int, size: int) -> ReaderPretrainingBatch:
+    def draw(self, step: int, size: int) -> MaskedBatch:
         return self.batches(step, size)
 
-    def sample_batch(self, step: int, size: int) -> ReaderPretrainingBatch:
+    def sample_batch(self, step: int, size: int) -> MaskedBatch:
         return self.batches.sample(step, size)
 
     def progress_line(self, values: dict[str, Any]) -> str:
@@ -99,14 +99,12 @@ class ReaderPretrainingBatches:
         search: FrozenSearch,
         config: ReaderPretrainingConfig,
         max_span_tokens: int,
-        max_answer_tokens: int,
         seed: int,
     ) -> None:
-        """`max_span_tokens`: longest masked span; `max_answer_tokens`: longest span that the span
-        head can predict."""
+        """`max_span_tokens`: longest masked span."""
         self.sampler, self.statements = sampler, sampler.corpus
         self.search, self.collator = search, search.collator
-        self.config, self.max_answer_tokens, self.seed = config, max_answer_tokens, seed
+        self.config, self.seed = config, seed
         self.passages = self.collator.inputs.passages
         self.has_sources = self.statements.fingerprint == self.passages.fingerprint
         """Whether the blocks of the sentences are passages."""
@@ -114,7 +112,7 @@ class ReaderPretrainingBatches:
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 
-    def __call__(self, step: int, size: int) -> ReaderPretrainingBatch:
+    def __call__(self, step: int, size: int) -> MaskedBatch:
         """The batch of step `step` on this rank."""
         if step // STEPS_PER_RETRIEVAL != self._block:
             self._block = step // STEPS_PER_RETRIEVAL
@@ -122,7 +120,7 @@ class ReaderPretrainingBatches:
         at = step % STEPS_PER_RETRIEVAL * size
         return self._batch(step, [self._found[i % len(self._found)] for i in range(at, at + size)])
 
-    def sample(self, step: int, size: int) -> ReaderPretrainingBatch:
+    def sample(self, step: int, size: int) -> MaskedBatch:
         """A batch as in training, but with a random passage if no passage supports the sentence."""
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, step)
         examples = [self.sampler.draw(int(row), rng) for row in rng.choice(self.sampler.rows, size)]
@@ -131,7 +129,7 @@ class ReaderPretrainingBatches:
         rows = [int(other) if row is None else row for row, other in zip(found, random_rows, strict=True)]
         return self._batch(step, list(zip(examples, rows, strict=True)))
 
-    def _batch(self, step: int, pairs: list[tuple[MaskedSentence, int]]) -> ReaderPretrainingBatch:
+    def _batch(self, step: int, pairs: list[tuple[MaskedSentence, int]]) -> MaskedBatch:
         rng = step_generator(self.seed, StepStream.READER_PRETRAINING_EXAMPLES, step)
         inputs, examples, passages = self.collator.inputs, [], []
         for example, row in pairs:
@@ -142,8 +140,8 @@ class ReaderPretrainingBatches:
                 example, (title, text) = substitute(example, parts, self.pool, inputs.wordpieces, rng)
                 parts = title, text
             examples.append(example)
-            passages.append(parts)
-        return self.collator.reader_pretraining(examples, passages, self.max_answer_tokens)
+            passages.append([parts])
+        return self.collator.masked(examples, passages)
 
     def _read(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray, IntArray]:
         """Title and text that are read for an example, and the places at which sentences begin.

@@ -64,7 +64,9 @@ class RealmPretraining(Stage):
 
     def __init__(self, run: Run, retriever: Retriever, reader: Reader, source: IndexSource) -> None:
         config = run.config.pretrain
-        super().__init__(RealmModel(retriever, reader, config.marginal), config, retriever, reader)
+        super().__init__(RealmModel(retriever, reader, config.marginal, config.head), config, retriever, reader)
+        if config.head != "mlm":
+            reader.span_softmax = "passage"
         self.run, self.source = run, source
         self.collator = MaskedCollator(run.collator, config.reader_buckets)
         self.candidates = Candidates(
@@ -92,8 +94,10 @@ class RealmPretraining(Stage):
         return self.candidates.batch(step, size)
 
     def progress_line(self, values: dict[str, Any]) -> str:
+        heads = f"  utility {values['utility']:+.2f}" if "utility" in values else ""
+        heads += f"  span accuracy {values['span_accuracy']:.2f}" if "span_accuracy" in values else ""
         return (
-            f"loss {values['loss']:.2f}  utility {values['utility']:+.2f}  null {values['null_mass']:.2f}  "
+            f"loss {values['loss']:.2f}{heads}  null {values['null_mass']:.2f}  "
             f"hits {values['candidate_hit_rate']:.2f}  index {values['index']} ({values['steps_behind']:.0f} behind)"
         )
 
@@ -226,9 +230,10 @@ def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
 
 
 def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -> None:
-    """Check whether the reader uses the passages, and print the result.
+    """Check whether the heads that `pretrain.head` trains use the passages, and print the result.
 
-    Compares its accuracy from passages that contain the span and from the null passage.
+    Compares the masked-language head's accuracy from passages that contain the span and from the
+    null passage; the span head finds nothing in the null passage.
     """
     config, precision = run.config.pretrain, run.config.engine.precision
     collator = MaskedCollator(run.collator, config.reader_buckets)
@@ -251,11 +256,18 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     chosen = [example for example, _ in pairs]
     supported = masked_accuracy(reader, collator, precision, chosen, [row for _, row in pairs])
     null = masked_accuracy(reader, collator, precision, chosen, [NULL] * len(pairs))
-    console.print(
-        f"  reader check: masked-span accuracy with a passage that contains the span {supported:.0f} %, "
-        f"with the null passage {null:.0f} % ({len(pairs)} spans)"
-    )
-    if supported < null + 10:
+    figures, gains = [], []
+    if config.head != "span":
+        gains.append(supported.masked - null.masked)
+        figures.append(
+            f"masked-span accuracy with a passage that contains the span {supported.masked:.0f} %, "
+            f"with the null passage {null.masked:.0f} %"
+        )
+    if config.head != "mlm":
+        gains.append(supported.span)
+        figures.append(f"the span head finds the span in {supported.span:.0f} % of the passages that contain it")
+    console.print(f"  reader check: {'; '.join(figures)} ({len(pairs)} spans)")
+    if min(gains) < 10:
         console.print(
             "  warning: the reader does not use the passages yet, so the retriever will learn little from it; "
             "raise reader_pretraining.steps"

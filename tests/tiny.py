@@ -100,6 +100,7 @@ def tiny_tree(folder: Path) -> dict:
             "steps": 8,
             "batch_size": 3,
             "candidates": 3,
+            "head": "both",
             "checkpoint_every": 4,
             "reader_check": 8,
             "optim": optim,

@@ -147,8 +147,8 @@ def closed_book_accuracy(run: Run) -> dict[str, float]:
     examples = [item.example for item in annotated_items(run, "closed_book", split="test")]
     collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
     loaded, precision = load_reader(reader).to(local_device()), run.config.engine.precision
-    accuracy = masked_accuracy(loaded, collator, precision, examples, [NULL] * len(examples))
-    return {"closed_book_accuracy": accuracy}
+    accuracies = masked_accuracy(loaded, collator, precision, examples, [NULL] * len(examples))
+    return {"closed_book_accuracy": accuracies.masked}
 
 
 def null_masses(run: Run) -> dict[str, list[float]]:
@@ -162,8 +162,8 @@ def null_masses(run: Run) -> dict[str, list[float]]:
         examples = [item.example for item in annotated_items(run, field)]
         if examples:
             retrieved = search(examples, config.candidates - 1)
-            _, null_mass = read_retrieved(search, reader, examples, retrieved)
-            masses[name] = null_mass.tolist()
+            reading = read_retrieved(search, reader, examples, retrieved)
+            masses[name] = reading.null_mass.tolist()
     return masses
 
 

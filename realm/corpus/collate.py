@@ -34,11 +34,13 @@ def filled(rows: Sequence[int] | np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class InputLimits:
-    """Longest inputs in wordpieces, special tokens included."""
+    """Longest inputs in wordpieces, special tokens included, and longest answers."""
 
     query: int
     passage: int
     joint: int
+    answer: int
+    """Maximum length W of the answer spans that the reader's span head predicts."""
 
 
 class Collator:

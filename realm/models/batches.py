@@ -50,21 +50,50 @@ class JointBatch(Batch):
 
 
 @dataclass
+class SpanTargets(Batch):
+    """Targets of the span head for the joint inputs of a bucket."""
+
+    is_answer_RLW: Tensor
+    """True on occurrences of the span; nowhere if it is longer than W."""
+    allowed_RLW: Tensor
+    """True on spans inside the passage."""
+
+
+@dataclass
 class MaskedBatch(Batch):
-    """Joint inputs with the masked wordpieces of their x; candidates that are read together share
-    one joint input."""
+    """Joint inputs with the span to predict, for both heads; candidates that are read together
+    share one joint input."""
 
     joint: list[JointBatch]
+    spans: list[SpanTargets]
+    """The span's places in the passages, by bucket."""
     position_BM: Tensor
     """Positions of the masks of each query in its joint inputs; x comes first, so they are the same
     for all candidates."""
     target_BM: Tensor
     """The masked wordpieces."""
     token_mask_BM: Tensor
-    """False on padding of `position_BM` and `target_BM`."""
+    """False on padding of `position_BM` and `target_BM`, so everywhere if x is a question."""
     read_slot_BN: Tensor
     """Slot whose joint input contains each candidate: its own, or that of the candidate it is read
     with."""
+
+    @property
+    def has_masks_B(self) -> Tensor:
+        """Whether x is a masked sentence; false on questions."""
+        return self.token_mask_BM.any(-1)
+
+    def by_candidate(self, value_R: list[Tensor]) -> Tensor:
+        """Values of the joint inputs of each bucket, (R, …), as values of the candidates,
+        (B, N, …)."""
+        (B, N), device = self.read_slot_BN.shape, self.read_slot_BN.device
+        row_R = torch.cat([joint.row_R for joint in self.joint])
+        # The index of each slot's joint input in the concatenated buckets.
+        joint_of_slot = torch.zeros(B * N, dtype=torch.long, device=device).index_copy(
+            0, row_R, torch.arange(len(row_R), device=device)
+        )
+        first_slot_B1 = torch.arange(0, B * N, N, device=device)[:, None]
+        return torch.cat(value_R)[joint_of_slot[first_slot_B1 + self.read_slot_BN]]
 
 
 @dataclass
@@ -85,24 +114,6 @@ class RealmBatch(Batch):
     lexical_BN: Tensor
     """Score of each candidate that fused retrieval adds to the inner product; 0 for the null
     passage and empty slots."""
-
-
-@dataclass
-class SpanTargets(Batch):
-    """Targets of the span head for the joint inputs of a bucket."""
-
-    is_answer_RLW: Tensor
-    """True on occurrences of the span."""
-    allowed_RLW: Tensor
-    """True on spans inside the passage."""
-
-
-@dataclass
-class ReaderPretrainingBatch(Batch):
-    """Masked sentences with one passage each, and the occurrences of the span in it, per bucket."""
-
-    masked: MaskedBatch
-    spans: list[SpanTargets]
 
 
 @dataclass

@@ -7,21 +7,31 @@ bucket, Q joint inputs of a batch of questions, L wordpieces, W span widths, S =
 embedding width, H hidden width.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from realm.models.batches import MaskedBatch, PairBatch, QuestionBatch, ReaderPretrainingBatch, RealmBatch
+from realm.models.batches import MaskedBatch, PairBatch, QuestionBatch, RealmBatch
 from realm.models.objectives import (
     MARGINALS,
     MASKED_SCORE,
+    Marginal,
     candidate_log_prior,
     in_batch_loss,
+    joint_marginal_log_likelihood,
+    mean_over,
     merge_slot_scores,
     open_qa_loss,
-    positive_log_marginal,
+    span_marginal_log_likelihood,
+)
+from realm.models.predictions import (
+    MaskedPrediction,
+    SpanPrediction,
+    masked_telemetry,
+    predict_masked,
+    predict_spans,
+    read_joint,
+    retrieval_telemetry,
+    span_telemetry,
 )
 from realm.models.reader import Reader
 from realm.models.retriever import Retriever, embed_by_length
@@ -44,140 +54,86 @@ class DualEncoderModel(nn.Module):
         return {"loss": loss, "accuracy": accuracy}
 
 
-class MaskedPrediction(NamedTuple):
-    """The reader's predictions of masked spans."""
-
-    token_log_p_BNM: Tensor
-    """log p(y_m | z, x) of the target wordpieces."""
-    correct_BN: Tensor
-    """True if the most probable wordpieces are the whole target span."""
-    best_log_p_BN: Tensor
-    """Log-probability of the most probable wordpieces."""
-
-
-def read_joint(reader: Reader, batch: MaskedBatch) -> list[Tensor]:
-    """Hidden states of each bucket, (R, L, H)."""
-    return [reader(joint.ids_RL, joint.mask_RL, joint.type_RL) for joint in batch.joint]
-
-
-def predict_masked(reader: Reader, batch: MaskedBatch, hidden: Iterable[Tensor]) -> MaskedPrediction:
-    """Predict the masked wordpieces from the hidden states of each bucket."""
-    B, N = batch.read_slot_BN.shape
-    log_ps, right, best_log_ps, rows = [], [], [], []
-    for joint, hidden_RLH in zip(batch.joint, hidden, strict=True):
-        query_R = joint.row_R // N
-        log_p_RMV = reader.mlm_logits(hidden_RLH, batch.position_BM[query_R]).log_softmax(-1)
-        target_RM, token_mask_RM = batch.target_BM[query_R], batch.token_mask_BM[query_R]
-        best_log_p_RM, best_RM = log_p_RMV.detach().max(-1)
-        log_ps.append(log_p_RMV.gather(-1, target_RM[..., None]).squeeze(-1))
-        right.append(((best_RM == target_RM) | ~token_mask_RM).all(-1))
-        best_log_ps.append((best_log_p_RM * token_mask_RM).sum(-1))
-        rows.append(joint.row_R)
-    # The index of each slot's joint input in the concatenated buckets.
-    row_R, first_slot_B1 = torch.cat(rows), torch.arange(0, B * N, N, device=batch.read_slot_BN.device)[:, None]
-    joint_of_slot = torch.zeros(B * N, dtype=torch.long, device=row_R.device).index_copy(
-        0, row_R, torch.arange(len(row_R), device=row_R.device)
-    )
-    joint_BN = joint_of_slot[first_slot_B1 + batch.read_slot_BN]
-    return MaskedPrediction(torch.cat(log_ps)[joint_BN], torch.cat(right)[joint_BN], torch.cat(best_log_ps)[joint_BN])
-
-
-def read_masked(reader: Reader, batch: MaskedBatch) -> MaskedPrediction:
-    """Read every joint input of the batch and predict the masked wordpieces."""
-    return predict_masked(reader, batch, read_joint(reader, batch))
-
-
 class ReaderPretrainingModel(nn.Module):
-    """Prediction of the masked span from one passage that contains it: the masked-language head
-    predicts its wordpieces, the span head its position."""
+    """Prediction of a span from one passage: the masked-language head predicts its wordpieces, the
+    span head its places in the passage, or that it is absent."""
 
     def __init__(self, reader: Reader, span_loss: float) -> None:
         super().__init__()
         self.reader = reader
         self.span_loss = span_loss
 
-    def forward(self, batch: ReaderPretrainingBatch) -> dict[str, Tensor]:
-        hidden = read_joint(self.reader, batch.masked)
-        prediction = predict_masked(self.reader, batch.masked, hidden)
-        masked_loss = -(prediction.token_log_p_BNM[:, 0] * batch.masked.token_mask_BM).sum(-1).mean()
-        log_p, has_answer, right = [], [], []
-        for spans, hidden_RLH in zip(batch.spans, hidden, strict=True):
-            allowed_RS = spans.allowed_RLW.flatten(1)
-            is_answer_RS = (spans.is_answer_RLW & spans.allowed_RLW).flatten(1)
-            span_score_RS = self.reader.span_scores(hidden_RLH).flatten(1).masked_fill(~allowed_RS, MASKED_SCORE)
-            log_p_R, has_answer_R = positive_log_marginal(span_score_RS.log_softmax(-1), is_answer_RS)
-            log_p.append(log_p_R)
-            has_answer.append(has_answer_R)
-            right.append(is_answer_RS.gather(1, span_score_RS.argmax(-1, keepdim=True))[:, 0])
-        num_rows = torch.cat(has_answer).sum().clamp(min=1)
-        span_loss = -torch.cat(log_p).sum() / num_rows
+    def forward(self, batch: MaskedBatch) -> dict[str, Tensor]:
+        hidden = read_joint(self.reader, batch)
+        masked, spans = predict_masked(self.reader, batch, hidden), predict_spans(self.reader, batch, hidden)
+        # The marginals over one passage z, with p(z|x) = 1.
+        log_p_z_B1 = torch.zeros_like(spans.log_p_y_BN)
+        masked_loss = masked_lm_loss(joint_marginal_log_likelihood, log_p_z_B1, masked, batch)
+        span_loss = span_head_loss(log_p_z_B1, spans)
         return {
             "loss": masked_loss + self.span_loss * span_loss,
             "masked_loss": masked_loss,
             "span_loss": span_loss,
-            "accuracy": prediction.correct_BN.float().mean(),
-            "span_accuracy": torch.cat(right).sum() / num_rows,
+            "accuracy": mean_over(masked.correct_BN[:, 0].float(), batch.has_masks_B),
+            "span_accuracy": mean_over(spans.correct_BN.float(), spans.has_answer_BN),
         }
 
 
 class RealmModel(nn.Module):
-    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, section 3.1); the retriever is trained
-    through p(z|x)."""
+    """REALM's p(y|x) = Σ_z p(y|z,x) p(z|x) (Guu et al. 2020, equation 1); the retriever is trained
+    through p(z|x).
 
-    def __init__(self, retriever: Retriever, reader: Reader, marginal: str) -> None:
+    p(y|z,x) is that of the masked-language head, Π_m p(y_m|z,x), or of the span head, the sum over
+    the occurrences of y in z; with both, the loss is the sum of the two negative log-likelihoods.
+    """
+
+    def __init__(self, retriever: Retriever, reader: Reader, marginal: str, head: str) -> None:
+        """`marginal`: of the masked-language head, a name in MARGINALS; `head`: mlm, span, or
+        both."""
         super().__init__()
         self.retriever = retriever
         self.reader = reader
-        self.marginal = MARGINALS[marginal]
+        self.marginal, self.head = MARGINALS[marginal], head
 
     def forward(self, batch: RealmBatch) -> dict[str, Tensor]:
-        """Loss and telemetry; see `docs/architecture.md` for the meaning of each metric."""
+        """Losses and telemetry; see `docs/architecture.md` for the meaning of each metric."""
         # Retrieve: candidates were found with a stale index; embed and score them again, with
         # gradients.
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         passage_emb_UD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_UL, batch.passage_mask_UL)
         retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN], batch.lexical_BN)
         log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
+        telemetry = retrieval_telemetry(log_p_z_BN, batch.valid_BN, batch.contains_span_BN)
 
         # Read: one joint input per candidate; blocks of one document that are read together share
         # p(y|z,x), so that their p(z|x) are summed.
-        prediction = read_masked(self.reader, batch.masked)
+        hidden = read_joint(self.reader, batch.masked)
 
         # Marginalize.
-        token_mask_BM = batch.masked.token_mask_BM
-        loss = -self.marginal(log_p_z_BN, prediction.token_log_p_BNM, token_mask_BM).mean()
-        with torch.no_grad():
-            log_p_y_BN = (prediction.token_log_p_BNM * token_mask_BM[:, None]).sum(-1)
-            telemetry = retrieval_telemetry(
-                log_p_z_BN, log_p_y_BN, prediction.correct_BN, batch.valid_BN, batch.contains_span_BN
-            )
-        return {"loss": loss, **telemetry}
+        losses = {}
+        if self.head in ("mlm", "both"):
+            masked = predict_masked(self.reader, batch.masked, hidden)
+            losses["masked_loss"] = masked_lm_loss(self.marginal, log_p_z_BN, masked, batch.masked)
+            telemetry |= masked_telemetry(log_p_z_BN, masked, batch.masked.token_mask_BM, batch.valid_BN)
+        if self.head in ("span", "both"):
+            spans = predict_spans(self.reader, batch.masked, hidden)
+            spans = spans._replace(has_answer_BN=spans.has_answer_BN & batch.valid_BN)
+            losses["span_loss"] = span_head_loss(log_p_z_BN, spans)
+            telemetry |= span_telemetry(log_p_z_BN, spans, batch.masked)
+        return {"loss": torch.stack([*losses.values()]).sum(), **losses, **telemetry}
 
 
-def retrieval_telemetry(
-    log_p_z_BN: Tensor, log_p_y_BN: Tensor, correct_BN: Tensor, valid_BN: Tensor, contains_span_BN: Tensor
-) -> dict[str, Tensor]:
-    """Retrieval and reader metrics of a batch, each averaged over B.
+def masked_lm_loss(marginal: Marginal, log_p_z_BN: Tensor, masked: MaskedPrediction, batch: MaskedBatch) -> Tensor:
+    """Mean −log p(y|x) of the masked-language head over the examples with masks; 0 without any."""
+    return -mean_over(marginal(log_p_z_BN, masked.token_log_p_BNM, batch.token_mask_BM), batch.has_masks_B)
 
-    `utility`: log p(y|z,x) − log p(y|null,x) of retrieved passages (Guu et al. 2020, section 4.2),
-    averaged over valid ones; `null_mass`: p(null|x); `entropy`: of p(z|x) in nats;
-    `candidate_hit_rate`: fraction of retrieved passages that contain the span, in themselves or in
-    their context; `accuracy`: the reader predicts the span correctly from the most probable
-    candidate; `accuracy_null`: from the null passage.
-    """
-    passage_BN = valid_BN.clone()
-    passage_BN[:, 0] = False
-    count = passage_BN.sum().clamp(min=1)
-    p_BN = log_p_z_BN.exp()
-    best_B1 = log_p_z_BN.argmax(-1, keepdim=True)
-    return {
-        "utility": ((log_p_y_BN - log_p_y_BN[:, :1]) * passage_BN).sum() / count,
-        "null_mass": p_BN[:, 0].mean(),
-        "entropy": -(p_BN * log_p_z_BN.clamp(min=-100.0)).sum(-1).mean(),
-        "candidate_hit_rate": (contains_span_BN & passage_BN).sum() / count,
-        "accuracy": correct_BN.gather(1, best_B1).float().mean(),
-        "accuracy_null": correct_BN[:, 0].float().mean(),
-    }
+
+def span_head_loss(log_p_z_BN: Tensor, spans: SpanPrediction) -> Tensor:
+    """Mean −log Σ_z p(z|x) p(y|z,x) of the span head, or of "absent" where no passage contains y
+    (see `span_marginal_log_likelihood`)."""
+    return -span_marginal_log_likelihood(
+        log_p_z_BN, spans.log_p_y_BN, spans.log_p_absent_BN, spans.has_answer_BN
+    ).mean()
 
 
 class OpenQaModel(nn.Module):
@@ -192,7 +148,8 @@ class OpenQaModel(nn.Module):
     def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD, batch.lexical_BK)
-        span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
+        hidden_QLH = self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL)
+        span_score_QLW = self.reader.span_scores(hidden_QLH, batch.allowed_QLW)
         span_score_BNS, _ = self.score_spans(batch, span_score_QLW, query_emb_BD)
         is_answer_BNS = batch.by_passage(batch.is_answer_QLW, False)
         allowed_BNS = batch.by_passage(batch.allowed_QLW, False)

@@ -4,6 +4,9 @@ Shape legend: B queries, N candidates per query, K retrieved passages, C passage
 masked wordpieces, S spans of a passage, D embedding width.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +42,46 @@ def per_token_marginal_log_likelihood(log_p_z_BN: Tensor, token_log_p_BNM: Tenso
     return (log_p_y_BM * token_mask_BM).sum(-1)
 
 
-MARGINALS = {"joint": joint_marginal_log_likelihood, "per_token": per_token_marginal_log_likelihood}
+def span_log_probs(score_BS: Tensor, absent_score_B: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(s|z,x) of the spans of a passage, (B, S), and log p(absent|z,x), (B,).
+
+    One softmax over both: exp(score_s) / (exp(absent) + Σ_s' exp(score_s')). It is the reader of
+    Guu et al. 2020, section 3.2, p(y|z,x) ∝ Σ_s exp(score_s), normalized within the passage, with
+    "the answer is not in this passage" as one more choice, as for unanswerable questions in Devlin
+    et al. 2019, section 4.3. Spans that are not allowed score MASKED_SCORE; without allowed spans,
+    as in the null passage, p(absent|z,x) is 1.
+    """
+    log_p = F.log_softmax(torch.cat((absent_score_B[:, None], score_BS), dim=-1), dim=-1)
+    return log_p[:, 1:], log_p[:, 0]
+
+
+def span_marginal_log_likelihood(
+    log_p_z_BN: Tensor, log_p_y_BN: Tensor, log_p_absent_BN: Tensor, has_answer_BN: Tensor
+) -> Tensor:
+    """log Σ_z p(z|x) p(y|z,x), (B,), with p(y|z,x) = Σ p(s|z,x) over the spans s of z that are y
+    (Guu et al. 2020, equation 1, with the p(y|z,x) of `span_log_probs`).
+
+    `log_p_y_BN` counts where `has_answer_BN` is true; p(y|z,x) is 0 in the other passages. If no
+    candidate of x contains y, the target is absent in all of them: log Σ_z p(z|x) p(absent|z,x).
+    The gradient with respect to a candidate's score is [p(t|z,x)/p(t|x) − 1]·p(z|x), where t is
+    that target, negated in the loss (section 3.3).
+    """
+    log_p_y_BN = log_p_y_BN.masked_fill(~has_answer_BN, MASKED_SCORE)
+    log_p_target_BN = torch.where(has_answer_BN.any(-1, keepdim=True), log_p_y_BN, log_p_absent_BN)
+    return torch.logsumexp(log_p_z_BN + log_p_target_BN, dim=-1)
+
+
+def mean_over(value_B: Tensor, counted_B: Tensor) -> Tensor:
+    """Mean of the values where `counted_B` is true, a scalar; 0 if it is true nowhere."""
+    return value_B.masked_fill(~counted_B, 0.0).sum() / counted_B.sum().clamp(min=1)
+
+
+Marginal: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""log p(y|x), (B,), of p(z|x), the wordpieces' log-probabilities and their mask."""
+MARGINALS: dict[str, Marginal] = {
+    "joint": joint_marginal_log_likelihood,
+    "per_token": per_token_marginal_log_likelihood,
+}
 """Marginal likelihoods by their names in configs."""
 
 
@@ -102,8 +144,8 @@ def open_qa_loss(
     flat_score = span_score_BNS.masked_fill(~valid_BNS, MASKED_SCORE).flatten(1)
     flat_answer = (is_answer_BNS & valid_BNS).flatten(1)
     reader_log_p_B, reader_rows_B = positive_log_marginal(F.log_softmax(flat_score, dim=-1), flat_answer)
-    retriever_loss = -retriever_log_p_B.sum() / retriever_rows_B.sum().clamp(min=1)
-    reader_loss = -reader_log_p_B.sum() / reader_rows_B.sum().clamp(min=1)
+    retriever_loss = -mean_over(retriever_log_p_B, retriever_rows_B)
+    reader_loss = -mean_over(reader_log_p_B, reader_rows_B)
     return {
         "loss": retriever_loss + reader_loss,
         "retriever_loss": retriever_loss,

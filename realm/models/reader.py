@@ -3,15 +3,15 @@ span head.
 
 Token type 0 marks `[CLS] x [SEP]` (global tokens in long-context attention), type 1 the passage.
 
-Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, K
-hidden width of the span head, W maximum answer length in wordpieces.
+Shape legend: B joint inputs, L wordpieces, M masked wordpieces, V vocabulary, H hidden width, P
+allowed spans of a batch, K hidden width of the span head, W maximum answer length in wordpieces.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import draccus
 import torch
@@ -25,6 +25,7 @@ from realm.attention.binding import bind_attention, extend_positions
 from realm.attention.dense import DenseAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert, suppress_loading_reports
+from realm.models.objectives import MASKED_SCORE
 from realm.models.saved import REMEDY, reading_model
 from realm.runtime.publish import read_json, write_manifest
 from realm.runtime.section import Section
@@ -54,6 +55,11 @@ class ReaderConfig(Section):
         yield from self.at_least(1, "span_hidden", "max_span_tokens", "max_tokens")
 
 
+SpanSoftmax: TypeAlias = Literal["passage", "passages"]
+"""The spans of one passage and "the answer is not in this passage", as in reader pretraining and
+REALM (`span_log_probs`), or the spans of all passages read, as in finetuning (`open_qa_loss`)."""
+
+
 class Reader(nn.Module):
     """Encoder with a masked-language head and a span head."""
 
@@ -75,6 +81,11 @@ class Reader(nn.Module):
         self.span_end = nn.Linear(hidden, config.span_hidden)
         self.span_norm = nn.LayerNorm(config.span_hidden)
         self.span_score = nn.Linear(config.span_hidden, 1)
+        self.span_absent = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.span_absent.weight)
+        nn.init.zeros_(self.span_absent.bias)
+        self.span_softmax: SpanSoftmax = "passages"
+        """The spans that share a softmax in the last training of the span head."""
 
     def adapt(self, config: ReaderConfig) -> None:
         """Change to `config`, in place: longer inputs, or another variant instead of dense
@@ -122,20 +133,37 @@ class Reader(nn.Module):
         """Vocabulary logits at the given positions, (B, M, V)."""
         hidden_BMH = hidden_BLH.gather(1, position_BM[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
         word_embeddings = self.bert.embeddings.word_embeddings.weight
-        return F.linear(self.mlm_transform(hidden_BMH), word_embeddings, self.mlm_bias).float()
+        logits_BMV = F.linear(self.mlm_transform(hidden_BMH), word_embeddings, self.mlm_bias)
+        return logits_BMV.to(torch.promote_types(logits_BMV.dtype, torch.float32))
 
-    def span_scores(self, hidden_BLH: Tensor) -> Tensor:
-        """Scores of all spans, (B, L, W): entry [b, s, w] is the span from s to s + w inclusive
-        (Lee et al. 2019, section 3.3).
+    def span_scores(self, hidden_BLH: Tensor, allowed_BLW: Tensor) -> Tensor:
+        """Scores of spans, (B, L, W): entry [b, s, w] is the span from s to s + w inclusive (Lee et
+        al. 2019, section 3.3). MASKED_SCORE where `allowed_BLW` is false (see `span_mask`).
 
-        Scores of spans that exceed the input are meaningless; `span_mask` is false on them.
+        Only allowed spans are computed: about half of all, which halves the time and memory.
         """
         start_BLK, end_BLK = self.span_start(hidden_BLH), self.span_end(hidden_BLH)
-        width = self.config.max_span_tokens
-        ends_BLWK = F.pad(end_BLK, (0, 0, 0, width - 1)).unfold(1, width, 1).transpose(2, 3)
-        hidden_BLWK = self.span_norm(F.relu(start_BLK[:, :, None] + ends_BLWK))
-        score_BLW: Tensor = self.span_score(hidden_BLWK).squeeze(-1)
-        return score_BLW.float()
+        row_P, start_P, width_P = allowed_BLW.nonzero(as_tuple=True)
+        at_P = row_P * hidden_BLH.shape[1] + start_P
+        # index_select, because the gradient of start_BLK[row_P, start_P] is slower on CPUs.
+        sum_PK = start_BLK.flatten(0, 1).index_select(0, at_P) + end_BLK.flatten(0, 1).index_select(0, at_P + width_P)
+        score_P = _in_full_precision(self.span_score, self.span_norm(F.relu(sum_PK)))
+        score_BLW = torch.full(allowed_BLW.shape, MASKED_SCORE, dtype=score_P.dtype, device=score_P.device)
+        return score_BLW.index_put((row_P, start_P, width_P), score_P)
+
+    def absent_scores(self, hidden_BLH: Tensor) -> Tensor:
+        """Score of the choice "the answer is not in this passage", (B,), from the `[CLS]` token (as
+        in Devlin et al. 2019, section 4.3); see `span_log_probs`."""
+        return _in_full_precision(self.span_absent, hidden_BLH[:, 0])
+
+
+def _in_full_precision(linear: nn.Linear, hidden_XH: Tensor) -> Tensor:
+    """A linear layer with one output, (X,), in fp32 or better also under autocast: rounded to bf16,
+    different spans would have the same score."""
+    dtype = torch.promote_types(hidden_XH.dtype, torch.float32)
+    with torch.autocast(hidden_XH.device.type, enabled=False):
+        score_X1: Tensor = linear(hidden_XH.to(dtype))
+    return score_X1.squeeze(-1)
 
 
 def span_mask(inside_BL: Tensor, continuation_BL: Tensor, width: int) -> Tensor:
@@ -220,7 +248,8 @@ def save_reader(reader: Reader, tokenizer: PreTrainedTokenizerBase, path: Path) 
         {"format": "pt"},
     )
     reader.bert.config.save_pretrained(path)
-    (path / "reader.json").write_text(json.dumps(draccus.encode(reader.config), indent=2) + "\n")
+    settings = draccus.encode(reader.config) | {"span_softmax": reader.span_softmax}
+    (path / "reader.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save_pretrained(path)
     write_manifest(path, {"format": 1})
 
@@ -235,10 +264,15 @@ def load_reader(path: Path, config: ReaderConfig | None = None) -> Reader:
     with reading_model(path, "reader"):
         settings = read_json(path / "reader.json", REMEDY)
         settings.pop("context_tokens", None)  # version 0.1 saved it here; it is a setting of the corpus now
+        span_softmax = settings.pop("span_softmax", "passages")  # version 0.1 did not save it
         saved = draccus.decode(ReaderConfig, settings)
         bert = BertModel(BertConfig.from_json_file(path / "config.json"), add_pooling_layer=False)
         reader = Reader(bert, saved)
-        reader.load_state_dict(load_file(path / "model.safetensors"))
+        weights = load_file(path / "model.safetensors")
+        for name, value in reader.span_absent.state_dict(prefix="span_absent.").items():
+            weights.setdefault(name, value)  # version 0.1 did not have it; it is initially zero
+        reader.load_state_dict(weights)
+        reader.span_softmax = span_softmax
     if config is not None:
         reader.adapt(config)
     return reader.eval()

@@ -14,6 +14,7 @@ _RETRIEVAL = {
     "candidate_hit_rate": "candidates that contain the span",
     "null_mass": "p(null|x)",
     "accuracy": "span predicted correctly",
+    "span_accuracy": "span found correctly",
 }
 _FINETUNING = {"accuracy": "answer correct", "retriever_rows": "answer retrieved"}
 _STATEMENTS = {"known": "fact in a passage", "unsupported": "fact in no passage"}
@@ -53,7 +54,8 @@ def draw_curves(folder: Path, null_masses: dict[str, list[float]]) -> None:
 def _draw_fractions(axis: Any, steps: list[dict], names: dict[str, str], title: str) -> None:
     """Plot figures between 0 and 1 by step."""
     for name, label in names.items():
-        axis.plot(*_series(steps, name), label=label)
+        if name in steps[0]:
+            axis.plot(*_series(steps, name), label=label)
     axis.set(title=title, xlabel="step", ylim=(0, 1))
     axis.legend()
 

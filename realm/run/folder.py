@@ -321,7 +321,9 @@ class Run:
     def collator(self) -> Collator:
         """Builds the inputs of retriever and reader."""
         retriever, reader = self.config.retriever, self.config.reader
-        limits = InputLimits(retriever.max_query_tokens, retriever.max_passage_tokens, reader.max_tokens)
+        limits = InputLimits(
+            retriever.max_query_tokens, retriever.max_passage_tokens, reader.max_tokens, reader.max_span_tokens
+        )
         return Collator(self.contexts, self.wordpieces, limits)
 
     def data(self, field: str) -> Path | None:

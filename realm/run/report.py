@@ -11,6 +11,8 @@ _MASKED_SPAN_FIGURES = {
     "accuracy_random": "random",
     "accuracy_gold": "gold",
     "accuracy_retrieved": "retrieved",
+    "span_accuracy_gold": "span gold",
+    "span_accuracy_retrieved": "span retrieved",
     "recall@1": "R@1",
     "recall@5": "R@5",
 }

@@ -133,8 +133,8 @@ class ReaderPretrainingConfig(StageConfig):
     """Probability of reading the null passage instead, so that predictions from the null passage
     are not worse than predictions from a wrong passage."""
     span_loss: float = 1.0
-    """Weight of the span head's loss (find the same span in the passage) relative to the
-    masked-language head's; 0: the span head is trained in finetuning only."""
+    """Weight of the span head's loss (find the same span in the passage, or that it is absent)
+    relative to the masked-language head's; 0: the span head is not trained in this stage."""
     question_prob: float = 0.0
     """Share of examples whose query is a question made from the sentence (`pseudo_questions`)
     instead of the masked sentence."""
@@ -166,8 +166,13 @@ class PretrainConfig(StageConfig):
     """Passages retrieved in addition to `candidates`, to replace trivial ones."""
     max_span_tokens: int = 10
     """Longest salient span that is masked, in wordpieces."""
+    head: Literal["mlm", "span", "both"] = "mlm"
+    """The reader's head whose p(y|z,x) is marginalized: `mlm` predicts the masked wordpieces,
+    `span` finds the span in the passage, as in question answering, or says that it is absent;
+    `both`: the sum of the two losses."""
     marginal: Literal["joint", "per_token"] = "joint"
-    """Marginal likelihood of the whole span, or of each wordpiece separately."""
+    """Marginal likelihood of the masked-language head: of the whole span, or of each wordpiece
+    separately."""
     substitution_prob: float = 0.0
     """Probability of entity substitution, as in reader pretraining; applied to all candidates."""
     question_prob: float = 0.0

@@ -1,5 +1,7 @@
 """Masked sentences, entity substitution, candidate selection, and batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def collator(run: Run) -> MaskedCollator:
-    return MaskedCollator(Collator(run.contexts, run.wordpieces, InputLimits(32, 80, 96)), 2)
+    return MaskedCollator(Collator(run.contexts, run.wordpieces, InputLimits(32, 80, 96, 4)), 2)
 
 
 def test_drawn_spans_are_salient_spans_of_their_sentence(run: Run) -> None:
@@ -197,15 +199,43 @@ def test_titles_count_as_part_of_the_passage(run: Run, collator: MaskedCollator)
 
 def test_reader_pretraining_targets_are_all_occurrences_in_title_and_text(run: Run, collator: MaskedCollator) -> None:
     examples = [example_of(run, "The river of Holm is the Quill.", span) for span in ("Holm", "Quill")]
-    batch = collator.reader_pretraining(examples, [collator.inputs.passage(7), collator.inputs.passage(NULL)], 4)
+    batch = collator.masked(examples, [[collator.inputs.passage(7)], [collator.inputs.passage(NULL)]])
     found: dict[int, list[list[int]]] = {}
-    for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
+    for joint, spans in zip(batch.joint, batch.spans, strict=True):
         for r, row in enumerate(joint.row_R.tolist()):
             starts, widths = np.nonzero(spans.is_answer_RLW[r].numpy())
             found[row] = [joint.ids_RL[r][s : s + w + 1].tolist() for s, w in zip(starts, widths, strict=True)]
             assert bool((spans.is_answer_RLW[r] & ~spans.allowed_RLW[r]).any()) is False
     assert found[0] == [examples[0].span_ids.tolist()] * 3, "in the title and twice in the text, not in the query"
     assert found[1] == [], "the null passage contains no span"
+
+
+def test_questions_are_read_without_masks_and_all_ranks_have_the_same_buckets(
+    run: Run, collator: MaskedCollator
+) -> None:
+    masked = example_of(run, "The river of Holm is the Quill.", "Quill")
+    question = replace(masked, question=np.array(run.tokenizer("Which river?", add_special_tokens=False)["input_ids"]))
+    rng, candidates = np.random.default_rng(0), np.array([[7, EMPTY], [1, 2]])
+    assert (collator.queries([question])[0] == run.wordpieces.mask).sum() == 0
+    for examples, has_masks in (
+        ([masked, question], [True, False]),
+        ([question, question], [False, False]),
+        ([masked, masked], [True, True]),
+    ):
+        batch = collator.realm(examples, candidates, None, 0.0, rng).masked
+        assert batch.has_masks_B.tolist() == has_masks
+        assert len(batch.joint) == len(batch.spans) == 2
+        for joint in batch.joint:
+            masks_R = (joint.ids_RL == run.wordpieces.mask).sum(1)
+            expected_R = [len(masked.span_ids) * has_masks[row // 3] for row in joint.row_R.tolist()]
+            assert masks_R.tolist() == expected_R
+        found = [
+            row
+            for joint, spans in zip(batch.joint, batch.spans, strict=True)
+            for row, answers_LW in zip(joint.row_R.tolist(), spans.is_answer_RLW, strict=True)
+            if answers_LW.any()
+        ]
+        assert found == [1], "the first example's first candidate contains the Quill"
 
 
 def test_inverse_cloze_withholds_blocks_with_null_prob(run: Run, collator: MaskedCollator) -> None:

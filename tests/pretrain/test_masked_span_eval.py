@@ -6,20 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import pretrain.masked_span_eval
+from pretrain.collate import MaskedCollator
 from pretrain.masked_span_eval import (
     DEPTHS,
     MaskedSpanItem,
     _without_trivial,
     evaluate_masked_spans,
     load_annotated,
+    masked_accuracy,
+    read_retrieved,
     retrieval_recall,
     sample_items,
 )
+from pretrain.masking import MaskedSentence
 from realm.app.corpus import prepare
-from realm.corpus.collate import EMPTY
+from realm.corpus.collate import EMPTY, NULL
 from realm.errors import UserError
+from realm.models.modules import ReaderPretrainingModel
+from realm.models.reader import build_reader
+from realm.models.retriever import build_retriever
 from realm.run.config_file import load_config
 from realm.run.folder import Run
 from tests.tiny import write_config, write_sources
@@ -74,6 +82,53 @@ def test_the_own_passage_of_a_sentence_does_not_count(
     assert len(items) > 10 and not all(elsewhere)
     figures = evaluate_masked_spans(run, items, tmp_path, None)
     assert figures["recall@5"] <= 100 * np.mean(elsewhere)
+
+
+def test_the_span_head_is_right_if_its_best_span_of_all_passages_is_the_masked_one(run: Run) -> None:
+    torch.manual_seed(0)
+    collator = MaskedCollator(run.collator, 2)
+    examples = [item.example for item in sample_items(run)]
+    reader = build_reader(run.config.reader, run.tokenizer)[0]
+    learned = examples[::2]  # half of the spans are learned by heart, so that some are found
+    batch = collator.masked(learned, [[collator.inputs.in_context(example.row)] for example in learned])
+    model, optimizer = ReaderPretrainingModel(reader, 1.0), torch.optim.Adam(reader.parameters(), 3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(batch)["span_loss"].backward()
+        optimizer.step()
+    reader.eval()
+    retriever = build_retriever(run.config.retriever, run.tokenizer).eval()
+    others = [(example.row + 1) % len(run.passages) for example in examples]
+    candidates = np.array([[example.row, other] for example, other in zip(examples, others, strict=True)])
+
+    def best(example: MaskedSentence, row: int) -> tuple[float, bool, float]:
+        """log p(s|z,x) of the best span, whether it is the masked one, and p(absent|z,x)."""
+        batch = collator.masked([example], [[collator.inputs.in_context(row)]])
+        (joint,), (spans,) = batch.joint, batch.spans
+        hidden = reader(joint.ids_RL, joint.mask_RL, joint.type_RL)
+        score_LW = reader.span_scores(hidden, spans.allowed_RLW)[0]
+        absent = reader.absent_scores(hidden)
+        (start, width), places = divmod(int(score_LW.argmax()), score_LW.shape[1]), spans.allowed_RLW[0]
+        total = torch.cat((score_LW[places], absent)).logsumexp(0)
+        right = joint.ids_RL[0, start : start + width + 1].tolist() == example.span_ids.tolist()
+        return float(score_LW.max() - total), right, float((absent - total).exp())
+
+    with torch.no_grad():
+        single = [best(example, example.row)[1] for example in examples]
+        accuracies = masked_accuracy(reader, collator, "fp32", examples, candidates[:, 0])
+        assert accuracies.span == pytest.approx(100 * np.mean(single)) and 0 < accuracies.span < 100
+        assert masked_accuracy(reader, collator, "fp32", examples, [NULL] * len(examples)).span == 0.0
+        reading = read_retrieved(retriever, reader, collator, "fp32", examples, candidates)
+        for number, (example, rows) in enumerate(zip(examples, candidates.tolist(), strict=True)):
+            query_emb_D = retriever.embed_queries(*collator.queries([example]))[0]
+            parts = [collator.inputs.passage(row) for row in (NULL, *rows)]
+            p_z = (retriever.embed_passages(*collator.inputs.passage_inputs(parts)) @ query_emb_D).softmax(0).tolist()
+            found = [best(example, row) for row in rows]
+            values = [np.log(p) + log_p for p, (log_p, _, _) in zip(p_z[1:], found, strict=True)]
+            assert reading.span_correct[number] == found[int(np.argmax(values))][1]
+            absent = p_z[0] + sum(p * p_absent for p, (_, _, p_absent) in zip(p_z[1:], found, strict=True))
+            assert reading.absent_mass[number] == pytest.approx(absent, rel=1e-4)
+            assert reading.null_mass[number] == pytest.approx(p_z[0], rel=1e-4)
 
 
 def test_exact_recall_counts_the_known_passage(run: Run) -> None:

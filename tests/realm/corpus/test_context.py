@@ -21,7 +21,8 @@ from realm.app.corpus import prepare
 from realm.corpus.collate import EMPTY
 from realm.corpus.context import Contexts
 from realm.errors import UserError
-from realm.models.modules import OpenQaModel, RealmModel, read_masked
+from realm.models.modules import OpenQaModel, RealmModel
+from realm.models.predictions import predict_masked, read_joint
 from realm.models.retriever import build_retriever
 from realm.run.config_file import load_config
 from realm.run.folder import Run
@@ -164,13 +165,13 @@ def test_candidates_in_one_context_are_read_once_and_their_probabilities_are_add
         "two joint inputs for four candidates"
     )
     model = RealmModel(
-        build_retriever(run.config.retriever, run.tokenizer), initial_reader(run, "reader_pretraining"), "joint"
+        build_retriever(run.config.retriever, run.tokenizer), initial_reader(run, "reader_pretraining"), "joint", "mlm"
     ).eval()
     query_emb_BD = model.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
     score_N = model.retriever.score(
         query_emb_BD, model.retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)[batch.candidate_BN]
     )[0]
-    prediction = read_masked(model.reader, batch.masked)
+    prediction = predict_masked(model.reader, batch.masked, read_joint(model.reader, batch.masked))
     log_p_y_N = (prediction.token_log_p_BNM * batch.masked.token_mask_BM[:, None]).sum(-1)[0]
     document = torch.stack((score_N[0], score_N[1:3].logsumexp(0))).log_softmax(
         0

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from realm.models.batches import JointBatch, MaskedBatch, PairBatch, ReaderPretrainingBatch, RealmBatch, SpanTargets
+from realm.models.batches import JointBatch, MaskedBatch, PairBatch, RealmBatch, SpanTargets
 from realm.models.bert import BertSource
-from realm.models.modules import DualEncoderModel, ReaderPretrainingModel, RealmModel, read_masked, retrieval_telemetry
+from realm.models.modules import DualEncoderModel, RealmModel
+from realm.models.predictions import (
+    MaskedPrediction,
+    masked_telemetry,
+    predict_masked,
+    read_joint,
+    retrieval_telemetry,
+)
 from realm.models.reader import ReaderConfig, build_reader, pad_joint, span_targets
 from realm.models.retriever import RetrieverConfig, build_retriever
 from realm.text.inputs import Wordpieces, pad_batch
@@ -36,6 +43,10 @@ def reader(tokenizer):
     return build_reader(ReaderConfig(bert=BERT, span_hidden=4, max_tokens=40), tokenizer)[0]
 
 
+def read_masked(reader, batch):
+    return predict_masked(reader, batch, read_joint(reader, batch))
+
+
 class Example:
     """Three masked sentences with four candidates each: the null passage and three passages, or two
     and an empty slot for the first query."""
@@ -59,6 +70,9 @@ class Example:
             WORDS.joint(self.queries[b], *self.passages[row], 40) for b in range(B) for row in self.candidate_BN[b]
         ]
 
+        self.occurrences = {}
+        """Starts and lengths of the span in the joint inputs."""
+
     def masked(self, order, num_buckets):
         joint = [
             JointBatch(
@@ -67,9 +81,24 @@ class Example:
             )
             for rows in np.array_split(np.array(order), num_buckets)
         ]
+        width = 10
+        spans = [
+            SpanTargets(
+                *span_targets(
+                    [self.occurrences.get(row, []) for row in part.row_R.tolist()],
+                    part.ids_RL,
+                    part.mask_RL,
+                    part.type_RL,
+                    WORDS,
+                    width,
+                )
+            )
+            for part in joint
+        ]
         position_BM, token_mask_BM = pad_batch([np.arange(start, end) + 1 for start, end in SPANS], 0)
         return MaskedBatch(
             joint,
+            spans,
             position_BM,
             pad_batch(self.targets, 0)[0],
             token_mask_BM.bool(),
@@ -140,7 +169,7 @@ def test_a_prediction_is_right_if_all_wordpieces_except_padding_are(reader):
 def test_realm_loss_and_telemetry_equal_plain_loops(marginal, retriever, reader):
     example = Example()
     batch = example.realm()
-    outputs = RealmModel(retriever, reader, marginal)(batch)
+    outputs = RealmModel(retriever, reader, marginal, "mlm")(batch)
     log_ps, right, _ = predict_each(reader, example)
 
     total, null_mass, best_right, utility = 0.0, 0.0, 0, 0.0
@@ -172,7 +201,7 @@ def test_realm_loss_and_telemetry_equal_plain_loops(marginal, retriever, reader)
     assert outputs["accuracy"].item() == pytest.approx(best_right / B)
     assert outputs["utility"].item() == pytest.approx(utility / 8, rel=1e-3)
     assert outputs["candidate_hit_rate"].item() == pytest.approx(3 / 8)
-    assert all(not value.requires_grad for name, value in outputs.items() if name != "loss")
+    assert all(not value.requires_grad for name, value in outputs.items() if "loss" not in name)
 
 
 def test_both_towers_and_the_reader_have_gradients(reader, tokenizer):
@@ -180,7 +209,7 @@ def test_both_towers_and_the_reader_have_gradients(reader, tokenizer):
         bert=BERT, projection_dim=6, max_query_tokens=20, max_passage_tokens=40, shared_tower=False
     )
     retriever = build_retriever(config, tokenizer)
-    RealmModel(retriever, reader, "joint")(Example().realm())["loss"].backward()
+    RealmModel(retriever, reader, "joint", "mlm")(Example().realm())["loss"].backward()
     for tower in (retriever.query_tower, retriever.passage_tower):
         assert tower.projection.weight.grad.abs().max() > 1e-5
         assert tower.bert.embeddings.word_embeddings.weight.grad.abs().max() > 1e-5
@@ -190,7 +219,7 @@ def test_both_towers_and_the_reader_have_gradients(reader, tokenizer):
 
 
 def test_the_content_of_an_empty_slot_does_not_matter(retriever, reader):
-    model, example = RealmModel(retriever, reader, "joint"), Example()
+    model, example = RealmModel(retriever, reader, "joint", "both"), Example()
     before = model(example.realm())
     example.candidate_BN[0, 3] = 2
     example.joints[3] = WORDS.joint(example.queries[0], *example.passages[2], 40)
@@ -203,7 +232,7 @@ def test_the_content_of_an_empty_slot_does_not_matter(retriever, reader):
 def test_the_null_passage_has_probability_1_without_other_candidates(retriever, reader):
     example = Example()
     example.valid_BN[:, 1:] = False
-    outputs = RealmModel(retriever, reader, "joint")(example.realm())
+    outputs = RealmModel(retriever, reader, "joint", "mlm")(example.realm())
     log_ps, right, _ = predict_each(reader, example)
     assert outputs["loss"].item() == pytest.approx(-sum(sum(log_ps[b * N]) for b in range(B)) / B, rel=1e-4)
     assert outputs["null_mass"].item() == pytest.approx(1.0)
@@ -219,7 +248,9 @@ def test_telemetry_of_a_small_example():
     correct_BN = torch.tensor([[False, True, False], [True, False, False]])
     valid_BN = torch.tensor([[True, True, True], [True, True, False]])
     contains_span_BN = torch.tensor([[False, True, False], [True, True, True]])
-    metrics = retrieval_telemetry(p_BN.log(), log_p_y_BN, correct_BN, valid_BN, contains_span_BN)
+    prediction = MaskedPrediction(log_p_y_BN[..., None], correct_BN, torch.zeros(2, 3))
+    metrics = retrieval_telemetry(p_BN.log(), valid_BN, contains_span_BN)
+    metrics |= masked_telemetry(p_BN.log(), prediction, torch.ones(2, 1, dtype=torch.bool), valid_BN)
     entropy = -sum(p * math.log(p) for p in (0.2, 0.5, 0.3, 0.75, 0.25)) / 2
     expected = {
         "utility": (3.0 - 2.0 - 1.0) / 3,
@@ -230,53 +261,6 @@ def test_telemetry_of_a_small_example():
         "accuracy_null": 0.5,
     }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-5)
-
-
-def test_reader_pretraining_losses_are_means_over_examples_and_over_passages_with_the_span(reader):
-    example = Example()
-    rows = np.arange(B) * N + 1
-    example.joints = [example.joints[i] for i in rows]
-    width = reader.config.max_span_tokens
-    # Starts and lengths of the span in each joint input; the second passage does not contain it.
-    occurrences = [[(8, 2), (11, 1)], [], [(12, 3)]]
-    order, num_buckets = np.array([2, 0, 1]), 2
-    masked = example.masked(order, num_buckets)
-    spans = [
-        SpanTargets(
-            *span_targets(
-                [occurrences[row] for row in joint.row_R.tolist()],
-                joint.ids_RL,
-                joint.mask_RL,
-                joint.type_RL,
-                WORDS,
-                width,
-            )
-        )
-        for joint in masked.joint
-    ]
-    outputs = ReaderPretrainingModel(reader, 0.5)(ReaderPretrainingBatch(masked, spans))
-
-    masked_loss, span_losses, span_right = 0.0, [], []
-    for b, (ids, first, _) in enumerate(example.joints):
-        with torch.no_grad():
-            hidden = reader(*pad_joint([ids], [first], PAD))
-            position_M = torch.arange(SPANS[b][0] + 1, SPANS[b][1] + 1)
-            log_p_MV = reader.mlm_logits(hidden, position_M[None])[0].log_softmax(-1)
-            score = reader.span_scores(hidden)[0]
-        masked_loss -= sum(log_p_MV[m, token].item() for m, token in enumerate(example.targets[b])) / B
-        scores = {}
-        for start in range(first, len(ids)):
-            for length in range(1, width + 1):
-                if start + length <= len(ids) and not {CLS, SEP} & set(ids[start : start + length].tolist()):
-                    scores[start, length] = score[start, length - 1].item()
-        total = sum(math.exp(value) for value in scores.values())
-        if occurrences[b]:
-            span_losses.append(-math.log(sum(math.exp(scores[span]) for span in occurrences[b]) / total))
-            span_right.append(max(scores, key=scores.__getitem__) in occurrences[b])
-    assert outputs["masked_loss"].item() == pytest.approx(masked_loss, rel=1e-5)
-    assert outputs["span_loss"].item() == pytest.approx(sum(span_losses) / 2, rel=1e-4)
-    assert outputs["loss"].item() == pytest.approx(masked_loss + 0.25 * sum(span_losses), rel=1e-4)
-    assert outputs["span_accuracy"].item() == pytest.approx(sum(span_right) / 2)
 
 
 def test_dual_encoder_scores_are_divided_by_the_temperature(retriever):

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM
 
 from realm.attention.longformer import LongformerAttention
 from realm.errors import UserError
 from realm.models.bert import BertSource, load_bert, mimetic_init
+from realm.models.objectives import MASKED_SCORE
 from realm.models.reader import ReaderConfig, build_reader, load_reader, pad_joint, save_reader, span_mask
 from realm.text.inputs import Wordpieces
 
@@ -82,18 +84,60 @@ def test_span_mask_equals_a_plain_loop():
     assert allowed_BLW[1].any() and not allowed_BLW[1, 13:].any()
 
 
-def test_span_scores_equal_a_plain_loop(tokenizer):
+def allowed_spans(B, L, W=4):
+    """Some of the spans that end within L."""
+    allowed_BLW = torch.rand(B, L, W, generator=torch.Generator().manual_seed(0)) < 0.6
+    return allowed_BLW & (torch.arange(L)[:, None] + torch.arange(W) < L)
+
+
+def test_span_scores_and_their_gradients_equal_a_plain_loop(tokenizer):
+    reader = build(CONFIG, tokenizer).double()
+    hidden_BLH = torch.randn(2, 11, 16, dtype=torch.float64)
+    allowed_BLW, weight_BLW = allowed_spans(2, 11), torch.randn(2, 11, 4, dtype=torch.float64)
+
+    def loop(hidden_BLH, allowed_BLW):
+        score_BLW = torch.full((2, 11, 4), MASKED_SCORE, dtype=torch.float64)
+        for b, start, width in allowed_BLW.nonzero().tolist():
+            hidden = reader.span_start(hidden_BLH[b, start]) + reader.span_end(hidden_BLH[b, start + width])
+            score_BLW[b, start, width] = reader.span_score(reader.span_norm(hidden.clamp(min=0)))[0]
+        return score_BLW
+
+    results = []
+    for scores in (reader.span_scores, loop):
+        reader.zero_grad()
+        leaf_BLH = hidden_BLH.clone().requires_grad_()
+        score_BLW = scores(leaf_BLH, allowed_BLW)
+        (score_BLW * weight_BLW)[allowed_BLW].sum().backward()
+        gradients = [reader.get_parameter(name).grad.clone() for name in ("span_start.weight", "span_norm.weight")]
+        results.append([score_BLW.detach(), leaf_BLH.grad, *gradients])
+    assert results[0][0].dtype == torch.float64
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_no_allowed_span_has_no_score_and_a_gradient_of_zero(tokenizer):
     reader = build(CONFIG, tokenizer)
-    hidden_BLH = torch.randn(2, 11, 16)
-    with torch.no_grad():
-        score_BLW = reader.span_scores(hidden_BLH)
-        assert score_BLW.shape == (2, 11, 4)
-        for b in range(2):
-            for start in range(11):
-                for width in range(min(4, 11 - start)):
-                    hidden = reader.span_start(hidden_BLH[b, start]) + reader.span_end(hidden_BLH[b, start + width])
-                    expected = reader.span_score(reader.span_norm(hidden.clamp(min=0)))
-                    assert score_BLW[b, start, width].item() == pytest.approx(expected.item(), abs=1e-5)
+    score_BLW = reader.span_scores(torch.randn(2, 11, 16), torch.zeros(2, 11, 4, dtype=torch.bool))
+    assert (score_BLW == MASKED_SCORE).all()
+    score_BLW.sum().backward()
+    assert reader.span_start.weight.grad.abs().max() == 0.0
+
+
+def test_scores_are_not_rounded_under_autocast(tokenizer):
+    reader, hidden_BLH = build(CONFIG, tokenizer), torch.randn(2, 40, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        score_P = reader.span_scores(hidden_BLH, allowed_spans(2, 40))[allowed_spans(2, 40)]
+        absent_B = reader.absent_scores(hidden_BLH)
+    assert score_P.dtype == absent_B.dtype == torch.float32
+    assert (score_P.bfloat16().float() != score_P).float().mean() > 0.5
+
+
+def test_absent_scores_zero_until_it_is_trained(tokenizer):
+    reader, hidden_BLH = build_reader(CONFIG, tokenizer)[0], torch.randn(2, 11, 16)
+    score_B = reader.absent_scores(hidden_BLH)
+    assert score_B.tolist() == [0.0, 0.0]
+    score_B.sum().backward()
+    torch.testing.assert_close(reader.span_absent.weight.grad, hidden_BLH[:, 0].sum(0, keepdim=True))
 
 
 @pytest.mark.parametrize("head", ["transform", "tied"])
@@ -129,7 +173,9 @@ def test_padding_does_not_change_either_head(attention, tokenizer):
     def read(*batch):
         hidden_BLH = reader(*batch)
         logits_BMV = reader.mlm_logits(hidden_BLH, position_BM.expand(len(hidden_BLH), -1))
-        return logits_BMV[-1], reader.span_scores(hidden_BLH)[-1]
+        allowed_BLW = torch.ones(*hidden_BLH.shape[:2], 4, dtype=torch.bool)
+        allowed_BLW &= torch.arange(hidden_BLH.shape[1])[:, None] + torch.arange(4) < hidden_BLH.shape[1]
+        return logits_BMV[-1], reader.span_scores(hidden_BLH, allowed_BLW)[-1]
 
     alone = read(ids_BL[1:, :length], mask_BL[1:, :length], type_BL[1:, :length])
     other_padding = torch.where(mask_BL.bool(), ids_BL, 9)
@@ -145,16 +191,21 @@ def test_padding_does_not_change_either_head(attention, tokenizer):
 def test_a_loaded_reader_has_the_outputs_of_the_saved_one(head, tokenizer, tmp_path):
     config = replace(CONFIG, mlm_head=head)
     reader = build(config, tokenizer)
+    reader.span_softmax = "passage"
     save_reader(reader, tokenizer, tmp_path / "reader")
     loaded = load_reader(tmp_path / "reader")
-    assert loaded.config == config and not loaded.training
+    assert loaded.config == config and not loaded.training and loaded.span_softmax == "passage"
     batch, position_BM = joint_batch(20, 7), torch.tensor([[1, 2], [3, 0]])
     with torch.no_grad():
         assert torch.equal(reader(*batch), loaded(*batch))
         assert torch.equal(
             reader.mlm_logits(reader(*batch), position_BM), loaded.mlm_logits(loaded(*batch), position_BM)
         )
-        assert torch.equal(reader.span_scores(reader(*batch)), loaded.span_scores(loaded(*batch)))
+        allowed_BLW = allowed_spans(*batch[0].shape)
+        assert torch.equal(
+            reader.span_scores(reader(*batch), allowed_BLW), loaded.span_scores(loaded(*batch), allowed_BLW)
+        )
+        assert torch.equal(reader.absent_scores(reader(*batch)), loaded.absent_scores(loaded(*batch)))
 
 
 def test_a_folder_that_is_not_a_reader_raises(tmp_path):
@@ -188,8 +239,17 @@ def test_a_reader_saved_by_version_0_1_loads(tokenizer, tmp_path):
     save_reader(reader, tokenizer, tmp_path / "saved")
     (tmp_path / "saved" / "manifest.json").unlink()
     file = tmp_path / "saved" / "reader.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_tokens": 0}))
-    assert load_reader(tmp_path / "saved").config == reader.config
+    settings = json.loads(file.read_text()) | {"context_tokens": 0}
+    del settings["span_softmax"]
+    file.write_text(json.dumps(settings))
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("span_absent.")}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, tmp_path / "saved" / "model.safetensors")
+    loaded = load_reader(tmp_path / "saved")
+    assert loaded.config == reader.config and loaded.span_softmax == "passages"
+    assert not loaded.span_absent.weight.any() and not loaded.span_absent.bias.any()
+    assert torch.equal(loaded.span_start.weight, reader.span_start.weight)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "reader.json", "tokenizer.json"])
