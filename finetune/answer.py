@@ -13,6 +13,7 @@ from finetune.collate import QuestionCollator
 from finetune.questions import Question
 from finetune.train_reader import Finetuning
 from index.frozen import frozen_index
+from index.fusion import Fusion
 from realm.errors import UserError
 from realm.models.batches import QuestionBatch
 from realm.models.modules import OpenQaModel
@@ -58,10 +59,12 @@ class Answerer:
         self.run, self.stage, self.device = run, stage, local_device()
         retriever, indexed = self._retriever()
         self.retriever = retriever.to(self.device)
-        self.index = frozen_index(run.folder, indexed, run.passages, run.config.refresh, log_line)
+        fusion = Fusion.of(run)
+        self.index = frozen_index(run.folder, indexed, run.passages, run.config.refresh, log_line, fusion)
         reader = self._reader()
         self.model = None if reader is None else OpenQaModel(self.retriever, reader).eval().to(self.device)
-        self.collator = QuestionCollator(run.collator, run.tokenizer, self.index, run.config.reader.max_span_tokens)
+        max_span_tokens = run.config.reader.max_span_tokens
+        self.collator = QuestionCollator(run.collator, run.tokenizer, self.index, max_span_tokens, fusion=fusion)
 
     def _retriever(self) -> tuple[Retriever, Path]:
         """The stage's retriever, and the folder of the retriever that the index is built from."""
@@ -89,7 +92,7 @@ class Answerer:
         """Rows of the `k` best passages per question, (B, k)."""
         precision = self.run.config.engine.precision
         embeddings = embed_no_grad(self.retriever.query_tower, *self.collator.queries(questions), precision)
-        return self.index.search(embeddings, k)[1]
+        return self.collator.retrieve(questions, embeddings, k)
 
     def read(self, questions: Sequence[Question], rows: np.ndarray) -> list[Answer]:
         """The best span in the given passages, (B, N) rows; negative rows are empty slots."""

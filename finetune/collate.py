@@ -11,6 +11,7 @@ import torch
 
 from finetune.metrics import has_answer
 from finetune.questions import Question
+from index.fusion import Fusion
 from index.interface import Index
 from realm.corpus.collate import Collator
 from realm.corpus.substitution import SpanPool, replace_span
@@ -39,15 +40,25 @@ class QuestionCollator:
         index: Index,
         max_span_tokens: int,
         positives: Positives = "answer",
+        fusion: Fusion | None = None,
     ) -> None:
-        """`max_span_tokens`: the reader's longest answer span W."""
+        """`max_span_tokens`: the reader's longest answer span W; `fusion`: default: none."""
         self.inputs, self.tokenizer, self.index = collator, tokenizer, index
+        self.fusion = fusion or Fusion()
         self.passages, self.words = collator.passages, collator.wordpieces
         self.max_span_tokens, self.positives = max_span_tokens, positives
 
     def queries(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Retriever inputs of questions: ids and padding mask, each (B, L)."""
-        return self.inputs.queries([question.ids for question in questions])
+        return self.inputs.queries(self.query_ids(questions))
+
+    def query_ids(self, questions: Sequence[Question]) -> list[IntArray]:
+        """Wordpieces of the questions, as far as the retriever reads them."""
+        return [question.ids[: self.inputs.limits.query - 2] for question in questions]
+
+    def retrieve(self, questions: Sequence[Question], query_emb_BD: np.ndarray, k: int) -> np.ndarray:
+        """Rows of the `k` best passages per question, (B, k), best first, padded with EMPTY."""
+        return self.fusion.retrieve(self.index, query_emb_BD, self.query_ids(questions), k)
 
     def answer_spans(self, question: Question, row: int) -> list[tuple[int, int]]:
         """Start and length in wordpieces of every accepted answer in a passage's text."""
@@ -119,6 +130,8 @@ class QuestionCollator:
             places.append(answers)
         ids_QL, mask_QL, type_QL = pad_joint([ids for ids, _ in joints], [first for _, first in joints], self.words.pad)
         targets = span_targets(places, ids_QL, mask_QL, type_QL, self.words, self.max_span_tokens)
+        both = np.concatenate((retrieved, read), axis=1)
+        lexical = torch.from_numpy(self.fusion.scores(self.index, self.query_ids(questions), both))
         return QuestionBatch(
             *query,
             self.embeddings(retrieved),
@@ -131,6 +144,8 @@ class QuestionCollator:
             mask_QL,
             type_QL,
             *targets,
+            lexical[:, : retrieved.shape[1]],
+            lexical[:, retrieved.shape[1] :],
         )
 
     def _joint(
@@ -144,7 +159,7 @@ class QuestionCollator:
         title_ids, text_ids = self.passages.title_ids(row), context.text_ids
         if change is not None:
             title_ids, text_ids = (replace_span(ids, *change, self.words) for ids in (title_ids, text_ids))
-        query_ids = question.ids[: self.inputs.limits.query - 2]
+        (query_ids,) = self.query_ids([question])
         ids, first, text_at = self.inputs.joint(query_ids, (title_ids, text_ids))
         if question.is_pattern:
             in_title = self._matches(question, self.passages.title(row))

@@ -12,6 +12,7 @@ from torch import nn
 from finetune.collate import QuestionCollator
 from finetune.questions import Question, load_questions, timing_questions, training_source
 from index.frozen import frozen_index
+from index.fusion import Fusion
 from index.interface import Index
 from realm.corpus.substitution import SpanPool, span_pool
 from realm.errors import UserError
@@ -61,7 +62,8 @@ class Finetuning(Stage):
         super().__init__(OpenQaModel(retriever, reader), config, retriever, reader)
         max_span_tokens = run.config.reader.max_span_tokens
         pool: SpanPool = span_pool([run.passages], max_span_tokens) if config.substitution_prob else {}
-        collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, config.positives)
+        fusion = Fusion.of(run)
+        collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, config.positives, fusion)
         self.batches = FinetuningBatches(
             collator,
             questions,
@@ -82,7 +84,7 @@ class Finetuning(Stage):
         source = training_source(run)
         path, reader = initial_retriever(run, cls.name, learned=True), initial_reader(run, cls.name, learned=True)
         questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
-        index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
+        index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line, Fusion.of(run))
         return cls(run, load_retriever(path)[0], reader, index, questions)
 
     @classmethod
@@ -143,7 +145,7 @@ class FinetuningBatches:
         questions = [self.questions[int(place)] for place in places]
         query = collator.queries(questions)
         embeddings = embed_no_grad(self.query_tower(), *query, self.precision)
-        _, retrieved = collator.index.search(embeddings, config.retrieve)
+        retrieved = collator.retrieve(questions, embeddings, config.retrieve)
         read = retrieved[:, : config.read].copy()
         if config.read_gold:
             # ORQA's marginal is over the retrieved passages, so these must include the preferred

@@ -14,6 +14,7 @@ import torch
 from finetune.collate import QuestionCollator
 from finetune.questions import Question, load_questions, timing_questions, training_source
 from index.frozen import frozen_index
+from index.fusion import Fusion
 from index.interface import Index
 from realm.corpus.collate import filled
 from realm.errors import UserError
@@ -60,7 +61,7 @@ class RetrieverFinetuning(Stage):
         source = training_source(run)
         path = initial_retriever(run, cls.name, learned=True)
         questions = load_questions(source, run.passages, run.tokenizer, run.config.retriever.max_query_tokens)
-        index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line)
+        index = frozen_index(run.folder, path, run.passages, run.config.refresh, log_line, Fusion.of(run))
         miner, _ = load_retriever(path)
         return cls._build(run, index, load_retriever(path)[0], miner, questions)
 
@@ -75,7 +76,8 @@ class RetrieverFinetuning(Stage):
         cls, run: Run, index: Index, retriever: Retriever, miner: Retriever, questions: Sequence[Question]
     ) -> "RetrieverFinetuning":
         config = run.config.finetune_retriever
-        collator = QuestionCollator(run.collator, run.tokenizer, index, run.config.reader.max_span_tokens)
+        max_span_tokens, fusion = run.config.reader.max_span_tokens, Fusion.of(run)
+        collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, fusion=fusion)
         engine = run.config.engine
         batches = RetrieverBatches(
             collator, miner, questions, config, run.config.seed, engine.precision, engine.log_every_s
@@ -134,9 +136,9 @@ class RetrieverBatches:
         retriever.to(local_device())
         with progress("retrieve", len(questions), unit="question", every_s=log_every_s) as ticker:
             for start in range(0, len(questions), size):
-                query = self.collator.queries(questions[start : start + size])
-                embeddings = embed_no_grad(retriever.query_tower, *query, precision)
-                found.append(self.collator.index.search(embeddings, depth)[1])
+                part = questions[start : start + size]
+                embeddings = embed_no_grad(retriever.query_tower, *self.collator.queries(part), precision)
+                found.append(self.collator.retrieve(part, embeddings, depth))
                 ticker.update(min(start + size, len(questions)))
         return np.concatenate(found)
 

@@ -135,16 +135,19 @@ def verify(info: VersionInfo, log: Callable[[str], None]) -> str | None:
     try:
         manifest, raw_manifest = IndexManifest.read(info.path)
         encoder = info.store / "encoders" / manifest.encoder
-        index = PassageIndex.open(info.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None)
+        index = PassageIndex.open(
+            info.path, manifest.corpus, encoder=encoder if encoder.is_dir() else None, lexical=manifest.lexical
+        )
     except (PublishError, IndexRefused, OSError) as error:
         log(f"{info.path}: REFUSED: {error}")
         return str(error)
     index.close()
     for name in unlisted_files(info.path, raw_manifest):
         log(f"{info.path / name}: not in the manifest, ignored")
+    contents = f"{manifest.count:,} passages{' with BM25' if manifest.lexical else ''}"
     note = "" if encoder.is_dir() else "; encoder removed, its checksum was not compared"
     seconds = time.monotonic() - start
-    log(f"{info.path}: valid, {manifest.count:,} passages, {info.bytes / 2**20:,.1f} MiB read in {seconds:.1f} s{note}")
+    log(f"{info.path}: valid, {contents}, {info.bytes / 2**20:,.1f} MiB read in {seconds:.1f} s{note}")
     return None
 
 

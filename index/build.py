@@ -1,9 +1,11 @@
-"""Build FAISS indexes from embeddings and publish them as versions.
+"""Build FAISS indexes from embeddings and publish them as versions, with BM25 if it is configured.
 
 Shape legend: N passages, D embedding dimension.
 """
 
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,7 +16,7 @@ import numpy as np
 
 from index.gpu import clustering_on_gpu
 from realm.errors import UserError
-from realm.runtime.publish import PublishError, published, read_manifest, write_manifest
+from realm.runtime.publish import MANIFEST, PublishError, published, read_manifest, write_manifest
 from realm.runtime.versions import Version
 
 INDEX_FILE = "passages.index"
@@ -51,6 +53,9 @@ class IndexManifest:
     """UTC, ISO 8601; for information only."""
     search_parameters: str = ""
     """FAISS search parameters, such as `nprobe=32`."""
+    lexical: dict[str, Any] = field(default_factory=dict)
+    """Settings of BM25 (see `FusionConfig.lexical`), whose files are in the folder `bm25`; empty
+    without BM25."""
     drift: dict[str, Any] = field(default_factory=dict)
     """Drift of the encoder since the version named under `against` (see `index.drift`); empty for
     the first version."""
@@ -179,9 +184,11 @@ def write_version(
     manifest: IndexManifest,
     before_publish: Callable[[], object] = lambda: None,
     arrays: Mapping[str, np.ndarray] | None = None,
+    lexical: Path | None = None,
 ) -> Path:
     """Publish `index`, and `arrays` by file name, as `indexes/<version>`; returns that folder.
 
+    `lexical`: folder with the files of BM25 (see `index.lexical.lexical_folder`), which are linked.
     `before_publish` is called when all files are flushed to disk, just before the version becomes
     visible. If it raises, nothing is published and the files are removed.
     """
@@ -190,5 +197,19 @@ def write_version(
         faiss.write_index(index, str(folder / INDEX_FILE))
         for name, array in (arrays or {}).items():
             np.save(folder / name, array, allow_pickle=False)
+        if lexical is not None:
+            for file in lexical.iterdir():
+                if file.name != MANIFEST:
+                    link_or_copy(file, folder / lexical.name / file.name)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
     return final
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a published file, which never changes, available as `target`: by a hard link if the file
+    system has them."""
+    target.parent.mkdir(exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -6,7 +6,6 @@ passages are encoded once per retriever.
 """
 
 import errno
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from index.build import IndexManifest
+from index.build import IndexManifest, link_or_copy
+from index.fusion import Fusion
 from index.refresh import refresh
-from index.retention import VersionPin
+from index.retention import FROZEN, VersionPin
 from index.search import IndexRefused, PassageIndex
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
@@ -28,29 +28,34 @@ from realm.runtime.threads import cpu_threads
 from realm.runtime.versions import Lineage, Version, newest, start_attempt, versions_in
 from realm.training.refresh_section import RefreshConfig
 
-FROZEN = "frozen"
-"""Folder of a run with the stores of frozen indexes, one per retriever."""
 _UNPINNED: set[Path] = set()
 """Stores for which this process has said that it cannot pin their versions."""
 
 
 def frozen_index(
-    run: Path, retriever: Path, passages: PreparedCorpus, config: RefreshConfig, log: Callable[[str], None] = print
+    run: Path,
+    retriever: Path,
+    passages: PreparedCorpus,
+    config: RefreshConfig,
+    log: Callable[[str], None] = print,
+    fusion: Fusion | None = None,
 ) -> PassageIndex:
     """Open the index of the retriever saved in `retriever`; build one under `run/frozen/` if the
-    run has not published one.
+    run has not published one, with the BM25 that `fusion` needs (default: none).
 
+    If the run has published one without it, its embeddings are used again.
     A build that was killed resumes from its finished shards. Raises UserError if the index cannot
     be built as configured or is damaged, and Interrupted on Ctrl-C and SIGTERM during the build.
     """
     retriever_checksum = checksum(retriever)
     store = _store_folder(run, retriever_checksum)
     stop = threading.Event()
+    fusion = fusion or Fusion()
     remedy = f"remove {store} and rerun the command, which builds the index again"
 
     def find() -> PassageIndex | None:
-        return _find(run, retriever_checksum, passages, config, log) or _find(
-            store, retriever_checksum, passages, config, log
+        return _find(run, retriever_checksum, passages, config, log, fusion) or _find(
+            store, retriever_checksum, passages, config, log, fusion
         )
 
     def build() -> None:
@@ -60,9 +65,13 @@ def frozen_index(
             encoder = _copy_encoder(store, retriever)
             if checksum(encoder) != retriever_checksum:
                 raise UserError(f"{encoder} is not a copy of {retriever}; {remedy}.")
+            if fusion.lexical and not versions_in(store / "indexes"):
+                dense = _find(run, retriever_checksum, passages, config, log, Fusion())
+                if dense is not None:  # only BM25 has to be built
+                    _publish_copy(dense, store, Version.parse(encoder.name))
             with cpu_threads(0):
                 threads = torch.get_num_threads()
-                refresh(store, replace(config, threads=threads), passages, once=True, log=log, stop=stop)
+                refresh(store, replace(config, threads=threads), passages, once=True, log=log, stop=stop, fusion=fusion)
         except OSError as error:
             raise UserError(
                 f"the index of {retriever} cannot be built in {store}: {error}; fix this and rerun the command."
@@ -93,28 +102,37 @@ def _copy_encoder(store: Path, retriever: Path) -> Path:
 
 
 def publish_frozen(
-    run: Path, retriever: Path, passages: PreparedCorpus, config: RefreshConfig, encoder: Version
+    run: Path,
+    retriever: Path,
+    passages: PreparedCorpus,
+    config: RefreshConfig,
+    encoder: Version,
+    fusion: Fusion | None = None,
 ) -> bool:
     """Publish the frozen index of `retriever` under epoch 0 as the index of the run's export
-    `encoder`, which is a copy of `retriever`. Returns False if there is no such index.
+    `encoder`, which is a copy of `retriever`. Returns False if there is no such index, with the
+    BM25 that `fusion` needs (default: none).
 
     A trainer then starts with the index that reader pretraining searched, instead of waiting for
     the refresher to build the same index again.
     """
     retriever_checksum = checksum(retriever)
     store = _store_folder(run, retriever_checksum)
-    index = _find(store, retriever_checksum, passages, config, lambda line: None)
+    index = _find(store, retriever_checksum, passages, config, lambda line: None, fusion or Fusion())
     if index is None:
         return False
-    manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
-    with published(run / "indexes" / encoder.with_epoch(0).name) as folder:
-        for name, file in index.files.items():
-            try:
-                os.link(file, folder / name)  # published files never change, so a hard link is safe
-            except OSError:
-                shutil.copyfile(file, folder / name)
-        write_manifest(folder, {"format": 1, **asdict(manifest)})
+    _publish_copy(index, run, encoder)
     return True
+
+
+def _publish_copy(index: PassageIndex, store: Path, encoder: Version) -> None:
+    """Publish an index in `store` under epoch 0 as that of `encoder`, and close it."""
+    manifest: IndexManifest = replace(index.manifest, encoder=encoder.name)
+    with published(store / "indexes" / encoder.with_epoch(0).name) as folder:
+        for name, file in index.files.items():
+            link_or_copy(file, folder / name)
+        write_manifest(folder, {"format": 1, **asdict(manifest)})
+    index.close()
 
 
 def _store_folder(run: Path, retriever_checksum: str) -> Path:
@@ -122,18 +140,27 @@ def _store_folder(run: Path, retriever_checksum: str) -> Path:
 
 
 def _find(
-    store: Path, retriever_checksum: str, passages: PreparedCorpus, config: RefreshConfig, log: Callable[[str], None]
+    store: Path,
+    retriever_checksum: str,
+    passages: PreparedCorpus,
+    config: RefreshConfig,
+    log: Callable[[str], None],
+    fusion: Fusion,
 ) -> PassageIndex | None:
-    """Open the newest valid index of the retriever in `store`, pinned, or return None."""
+    """Open the newest valid index of the retriever in `store` with the BM25 that `fusion` needs,
+    pinned, or return None."""
     lineage = Lineage.load(store)
     if lineage.current is None:
         return None
     for version in newest(store / "indexes", lineage, lineage.current):
         folder, pin = store / "indexes" / version.name, None
         try:
-            if IndexManifest.read(folder)[0].encoder_checksum == retriever_checksum:
+            manifest = IndexManifest.read(folder)[0]
+            if manifest.encoder_checksum == retriever_checksum and fusion.accepts(manifest.lexical):
                 pin = _pin(store, version, log)  # before opening it: a running refresher may collect the version
-                index = PassageIndex.open(folder, passages.fingerprint, search_on=config.search_on)
+                index = PassageIndex.open(
+                    folder, passages.fingerprint, search_on=config.search_on, lexical=fusion.lexical
+                )
                 if pin is not None:
                     index.attach_pin(pin)
                 return index

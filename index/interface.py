@@ -1,13 +1,25 @@
 """The index interface that training and evaluation use; step timing substitutes a random index."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 
+class Lexical(Protocol):
+    """BM25 over the passages of an index; implemented by `index.lexical.LexicalIndex`."""
+
+    def scores(self, query_terms: Sequence[str]) -> np.ndarray:
+        """Scores of all rows for one query, (N,) float32."""
+
+
 class Index(Protocol):
     """Passages by row, searched by maximum inner product; implemented by
     `index.search.PassageIndex`."""
+
+    @property
+    def lexical(self) -> Lexical | None:
+        """BM25 over the same passages; None if it was not asked for."""
 
     def __len__(self) -> int:
         """Number of passages."""

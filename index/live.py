@@ -3,9 +3,9 @@ and an optional refresher process."""
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from index.refresh import TRAINING_ENDED
 from index.refresher_process import start_refresher, stop_refresher
@@ -65,12 +65,14 @@ class LiveIndex:
         step: int,
         replay: dict[int, int] | None = None,
         threads: int = 0,
+        lexical: Mapping[str, Any] | None = None,
     ) -> Self:
         """Start an attempt: a new run (`parent` None), or the continuation of attempt `parent` from
         `step`.
 
         `replay`: maps a step to the export whose index it must search (see `index.replay`); other
-        steps use the newest index. `threads`: threads per search; 0: FAISS's default.
+        steps use the newest index. `threads`: threads per search; 0: FAISS's default. `lexical`:
+        settings of the BM25 that each version must contain.
         """
         replay = {at: export for at, export in (replay or {}).items() if at >= step}
 
@@ -93,6 +95,7 @@ class LiveIndex:
             follow=is_rank_zero() and not replay,
             threads=threads or None,
             search_on=config.search_on,
+            lexical=lexical,
         )
         return cls(folder, config, attempt, watcher, replay)
 

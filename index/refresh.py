@@ -15,6 +15,7 @@ import faiss
 import torch
 
 from index.encode import SINGLE_PROCESS, Encoder, NonFiniteEmbeddings, load_encoder
+from index.fusion import Fusion
 from index.lease import Lease
 from index.replay import requested_exports
 from index.retention import GarbageCollector, process_name, remove_leftovers, remove_path
@@ -53,6 +54,7 @@ def refresh(
     load: Callable[[Path], Encoder] = load_encoder,
     stop: threading.Event | None = None,
     workers: WorkerGroup = SINGLE_PROCESS,
+    fusion: Fusion | None = None,
 ) -> None:
     """Build an index for the newest exported encoder, repeatedly, until training has ended and no
     work is left.
@@ -62,6 +64,8 @@ def refresh(
     another refresher holds the lease.
     `workers`: the group of processes that encode together; all call this function with the same
     arguments, and the first of them holds the lease, builds and publishes.
+    `fusion`: if it uses BM25, each version contains it; a version without it is built again, from
+    the embeddings that it has. Default: no BM25.
 
     Raises UserError if no index can be built as configured (factory string, tokenizer), and
     LeaseLost if another refresher took over. An encoder with non-finite embeddings is logged and
@@ -70,7 +74,7 @@ def refresh(
     torch.set_num_threads(config.threads)
     faiss.omp_set_num_threads(config.threads)
     stop = stop or threading.Event()
-    refresher = _Refresher(run, config, corpus, log if workers.is_first else _discard, load, stop, workers)
+    refresher = _Refresher(run, config, corpus, log if workers.is_first else _discard, load, stop, workers, fusion)
     lease = Lease(run / "refresher" / "lease", process_name(), config.lease_expiry_s)
     with stopping(stop, lease.release), lease:
         if workers.run_on_first(lambda: refresher.acquire(lease, once)):
@@ -89,8 +93,10 @@ class _Refresher:
         load: Callable[[Path], Encoder],
         stop: threading.Event,
         workers: WorkerGroup,
+        fusion: Fusion | None,
     ) -> None:
         self.run = run
+        self.fusion = fusion or Fusion()
         self.config = config
         self.corpus = corpus
         self.log = log
@@ -174,7 +180,7 @@ class _Refresher:
         """The encoder to build next, or None.
 
         Exports requested by a replay come first, in their order, then the newest encoder in the
-        lineage of the newest attempt, if it has no index of this corpus and factory yet.
+        lineage of the newest attempt, if it has no index of this corpus and config yet.
         """
         lineage = Lineage.load(self.run)
         if lineage.current is None:
@@ -196,12 +202,14 @@ class _Refresher:
         )
 
     def _matches_config(self, version: Version) -> bool:
-        return matches_config(self.run / "indexes" / version.name, self.corpus, self.config)
+        return matches_config(self.run / "indexes" / version.name, self.corpus, self.config, self.fusion)
 
     def _build(self, version: Version, lease: Lease, once: bool) -> None:
         """Build and publish the index of an encoder; log errors that can be retried."""
         try:
-            build = VersionBuild(self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log)
+            build = VersionBuild(
+                self.run, self.config, self.corpus, version, lease, self.workers, self.stop, self.log, self.fusion
+            )
             build.build(self.load, lambda fraction_done: self._check_superseded(version, fraction_done))
             self.last_superseded, self.last_error = False, ""
         except Superseded as reason:

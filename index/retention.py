@@ -27,6 +27,8 @@ from realm.runtime.publish import TEMPORARY, PublishError
 from realm.runtime.versions import Lineage, Version, newest, versions_in
 
 _PIN = re.compile(r"(?P<host>.+)\.(?P<pid>[0-9]+)\.[0-9a-f]{32}")
+FROZEN = "frozen"
+"""Folder of a run with the stores of frozen indexes, one per retriever."""
 ASIDE = f"{TEMPORARY}aside-"
 """Name prefix of an index version while the collector looks for reasons to keep it once more."""
 
@@ -214,6 +216,13 @@ def _remove_aside(path: Path, temporary_in: Path) -> None:
     temporary = temporary_in / f"{TEMPORARY}{path.name}-{uuid.uuid4().hex}"
     path.rename(temporary)
     remove_path(temporary)
+
+
+def stores_of_run(store: Path) -> list[Path]:
+    """All index stores of the run that `store` belongs to, `store` first: the run folder, and the
+    folders under its `frozen/`."""
+    run = store.parent.parent if store.parent.name == FROZEN else store
+    return [store, *(other for other in (run, *sorted((run / FROZEN).glob("*"))) if other != store)]
 
 
 def remove_path(path: Path) -> None:

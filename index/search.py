@@ -6,6 +6,7 @@ Shape legend: B queries, K results per query, D embedding dimension.
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
 from index.exact import Searcher, TiledExactSearch, flat_vectors, is_flat
 from index.gpu import move_to_gpu
+from index.lexical import LEXICAL_FOLDER, LexicalIndex
 from index.retention import VersionPin
 from realm.errors import UserError
 from realm.runtime.publish import PublishError, check_files, checksum
@@ -36,9 +38,12 @@ class PassageIndex:
         searcher: Searcher,
         threads: int | None,
         deleted: np.ndarray,
+        lexical: LexicalIndex | None = None,
     ) -> None:
         self.version = version
         self.manifest = manifest
+        self.lexical = lexical
+        """BM25 over the same passages; None if it was not asked for."""
         self.files = files
         """Verified files by name; a file that the manifest does not list is ignored."""
         self._index = index
@@ -57,6 +62,7 @@ class PassageIndex:
         encoder: Path | None = None,
         threads: int | None = None,
         search_on: str = "cpu",
+        lexical: Mapping[str, Any] | None = None,
     ) -> "PassageIndex":
         """Verify `folder` against its manifest and the caller's arguments, and map it.
 
@@ -64,8 +70,9 @@ class PassageIndex:
         be built from): compared if given. `threads`: OpenMP threads per search, for callers that
         run other work at the same time. None: the caller has the machine to itself, and a flat
         index is searched in torch, which is faster. `search_on`: cpu or gpu (see `index.gpu`).
-        Raises IndexRefused if the index is broken, incomplete, or of another corpus, tokenizer,
-        dimension or encoder.
+        `lexical`: settings with which the version must contain BM25, which is mapped too. Raises
+        IndexRefused if the index is broken, incomplete, or of another corpus, tokenizer, dimension
+        or encoder, or if it does not have this BM25.
         """
         try:
             version = Version.parse(folder.name)
@@ -92,6 +99,9 @@ class PassageIndex:
             raise IndexRefused(
                 f"{folder} was built by another encoder, expected {encoder or version.encoder}; {remedy}"
             )
+        if lexical and manifest.lexical != lexical:
+            found = f"BM25 of {_listed(manifest.lexical)}" if manifest.lexical else "no BM25"
+            raise IndexRefused(f"{folder} contains {found}, expected that of {_listed(lexical)}; {remedy}")
         try:
             check_files(folder, raw_manifest)
         except PublishError as error:
@@ -103,12 +113,15 @@ class PassageIndex:
         set_search_parameters(index, manifest.search_parameters)
         files = {name: folder / name for name in raw_manifest["files"]}
         deleted = np.load(files[DELETED_FILE], allow_pickle=False) if DELETED_FILE in files else np.zeros(0, np.int64)
+        opened = LexicalIndex.open(folder / LEXICAL_FOLDER) if lexical else None
+        if opened is not None and len(opened) != manifest.count:
+            raise IndexRefused(f"{folder / LEXICAL_FOLDER} does not cover {manifest.count} passages; {remedy}")
         searcher: Searcher = index
         if search_on == "gpu":
             searcher = move_to_gpu(index)
         elif threads is None and is_flat(index):
             searcher = TiledExactSearch(torch.from_numpy(flat_vectors(index)))
-        return cls(version, manifest, files, index, searcher, threads, deleted)
+        return cls(version, manifest, files, index, searcher, threads, deleted, opened)
 
     @property
     def step(self) -> int:
@@ -156,3 +169,8 @@ class PassageIndex:
     def close(self) -> None:
         """Release the pin; the refresher may delete the version from now on."""
         self._release_pin()
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    """Settings of BM25 as in `k1 1.5, b 0.75`."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())

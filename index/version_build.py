@@ -1,4 +1,5 @@
-"""Build one index version from an exported encoder: encode, build, measure the drift, publish."""
+"""Build one index version from an exported encoder: encode, build (with BM25 if it is configured),
+measure the drift, publish."""
 
 import json
 import threading
@@ -17,7 +18,10 @@ import numpy as np
 from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, add_rows, build_index, empty_index, write_version
 from index.drift import DRIFT_FILE, drift_rows, gather_rows, measure_drift
 from index.encode import CompiledTower, Encoder, encode_in_shards, encode_passages, encoding_tower
+from index.fusion import Fusion
 from index.lease import Lease
+from index.lexical import lexical_folder
+from index.retention import stores_of_run
 from index.search import IndexRefused, PassageIndex
 from index.workers import WorkerGroup
 from realm.errors import UserError
@@ -39,17 +43,19 @@ class Stopped(Exception):
     """The refresher was asked to stop."""
 
 
-def matches_config(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig) -> bool:
-    """Whether an index has this corpus, factory and search parameters."""
+def matches_config(folder: Path, corpus: "PreparedCorpus", config: RefreshConfig, fusion: Fusion | None = None) -> bool:
+    """Whether an index has this corpus, factory and search parameters, and the BM25 that `fusion`
+    needs."""
     try:
         manifest, _ = IndexManifest.read(folder)
     except PublishError:
         return False
-    return (manifest.corpus, manifest.factory, manifest.search_parameters) == (
+    same = (manifest.corpus, manifest.factory, manifest.search_parameters) == (
         corpus.fingerprint,
         config.factory,
         config.search_parameters,
     )
+    return same and (fusion is None or fusion.accepts(manifest.lexical))
 
 
 @dataclass
@@ -65,6 +71,8 @@ class VersionBuild:
     workers: WorkerGroup
     stop: threading.Event
     log: Callable[[str], None]
+    fusion: Fusion
+    """Determines whether the version contains BM25, and with which settings."""
 
     def build(self, load: Callable[[Path], Encoder], check_superseded: Callable[[float], None]) -> None:
         """Build and publish; calls `check_superseded(fraction_done)` before each round of shards.
@@ -114,6 +122,10 @@ class VersionBuild:
         num_kept: int,
         timer: "_PhaseTimer",
     ) -> None:
+        lexical = None
+        if self.fusion.lexical:
+            lexical = self._build_lexical()
+            timer.end_phase("bm25")
         if ancestor is None:
             index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
             reference_PD = gather_rows(shards, drift_rows(self.corpus.base_rows, self.config.drift_passages))
@@ -135,21 +147,35 @@ class VersionBuild:
             seconds=dict(timer.seconds),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             search_parameters=self.config.search_parameters,
+            lexical=self.fusion.lexical,
             drift=drift,
         )
-
-        def before_publish() -> None:
-            self.lease.check()
-            if self.stop.is_set():
-                raise Stopped
 
         final = self.version.with_epoch(self.lease.epoch)
         arrays = {DRIFT_FILE: reference_PD}
         if self.corpus.deleted:
             arrays[DELETED_FILE] = np.array(sorted(self.corpus.deleted), dtype=np.int64)
-        write_version(self.run / "indexes", final, index, manifest, before_publish, arrays)
+        write_version(self.run / "indexes", final, index, manifest, self._check_running, arrays, lexical)
         timer.end_phase("publish")
         self._log_published(final.name, index.ntotal, num_kept, timer.seconds, drift)
+
+    def _check_running(self) -> None:
+        """Raise LeaseLost or Stopped if this refresher must not continue."""
+        self.lease.check()
+        if self.stop.is_set():
+            raise Stopped
+
+    def _build_lexical(self) -> Path:
+        """The folder with the files of BM25: those of any version of the run with the same corpus
+        and settings, or new ones."""
+        assert self.fusion.terms is not None
+        work = self.run / "refresher" / self.version.name
+        earlier = (
+            store / "indexes" / version.name
+            for store in stores_of_run(self.run)
+            for version in reversed(versions_in(store / "indexes"))
+        )
+        return lexical_folder(work, earlier, self.corpus, self.fusion.terms, self.fusion.lexical, self._check_running)
 
     def _drift(self, encoder: Encoder, fresh: faiss.Index, reference_PD: np.ndarray) -> dict[str, Any]:
         """Drift of the encoder since the newest earlier index; empty if no index is comparable."""

@@ -3,10 +3,11 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from index.retention import VersionPin
 from index.search import IndexRefused, PassageIndex
@@ -35,6 +36,7 @@ class IndexWatcher:
         log: Callable[[str], None] = print,
         follow: bool = True,
         search_on: str = "cpu",
+        lexical: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.attempt = attempt
@@ -48,6 +50,7 @@ class IndexWatcher:
             tokenizer_fingerprint=tokenizer_fingerprint,
             threads=threads,
             search_on=search_on,
+            lexical=lexical,
         )
         self._poll_s = poll_s
         self._log = log

@@ -4,15 +4,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from torch import nn
 
+from index.fusion import Fusion
 from index.interface import Index
 from pretrain.collate import MaskedCollator
 from pretrain.masking import MaskedSentence, SpanSampler
-from pretrain.search import embed_masked
+from pretrain.search import embed_masked, own_rows
 from pretrain.selection import choose_candidates
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.substitution import span_pool
@@ -22,6 +23,9 @@ from realm.runtime.distributed import rank, world_size
 from realm.text.inputs import epoch_rows
 from realm.training.sections import PretrainConfig
 from realm.training.streams import RunStream, StepStream, run_seed, step_generator
+
+Found: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Passage rows, and their scores of fused retrieval (see `Fusion.scores`)."""
 
 
 class IndexSource(Protocol):
@@ -52,17 +56,19 @@ class Candidates:
         precision: Precision,
         source: IndexSource,
         query_tower: Callable[[], nn.Module],
+        fusion: Fusion,
     ) -> None:
         """`query_tower()` returns the tower with its current weights."""
         self.config, self.seed, self.collator, self.statements = config, seed, collator, statements
         self.precision, self.source, self.query_tower = precision, source, query_tower
+        self.fusion = fusion
         self.sampler = SpanSampler(statements, config.max_span_tokens, collator.inputs.limits.query - 2)
         corpora = [statements, collator.inputs.passages]
         self.pool = span_pool(corpora, config.max_span_tokens) if config.substitution_prob else None
         self.timing: dict[str, float] = {}
         """Seconds by phase and reader tokens of the newest batch."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="candidates")
-        self._pending: tuple[int, list[MaskedSentence], Future[np.ndarray]] | None = None
+        self._pending: tuple[int, list[MaskedSentence], Future[Found]] | None = None
 
     def examples(self, step: int, size: int) -> list[MaskedSentence]:
         """Masked sentences of a step on this rank."""
@@ -81,12 +87,12 @@ class Candidates:
             self._search_ahead(step, size)
         assert self._pending is not None
         _, examples, future = self._pending
-        candidates = future.result()
+        candidates, lexical = future.result()
         found = time.monotonic()
         self._search_ahead(step + 1, size)
         embedded = time.monotonic()
         rng = step_generator(self.seed, StepStream.PRETRAIN_SUBSTITUTION, step)
-        batch = self.collator.realm(examples, candidates, self.pool, self.config.substitution_prob, rng)
+        batch = self.collator.realm(examples, candidates, self.pool, self.config.substitution_prob, rng, lexical)
         tokens = sum(int(joint.mask_RL.sum()) for joint in batch.masked.joint)
         self.timing = {
             "seconds/wait_search": found - began,
@@ -96,15 +102,19 @@ class Candidates:
         }
         return batch
 
-    def search(self, index: Index, examples: list[MaskedSentence], query_emb_BD: np.ndarray) -> np.ndarray:
-        """Candidates that are not trivial, (B, candidates − 1) passage rows, padded with EMPTY."""
+    def search(self, index: Index, examples: list[MaskedSentence], query_emb_BD: np.ndarray) -> Found:
+        """Candidates that are not trivial, (B, candidates − 1) passage rows, padded with EMPTY, and
+        their scores of fused retrieval."""
         count, inputs = self.config.candidates - 1, self.collator.inputs
-        _, retrieved = index.search(query_emb_BD, min(count + self.config.extra_retrieved, len(index)))
+        query_ids, own = self.collator.query_ids(examples), own_rows(examples, self.statements, inputs.passages)
+        k = min(count + self.config.extra_retrieved, len(index))
+        retrieved = self.fusion.retrieve(index, query_emb_BD, query_ids, k, own)
         chosen = [
             choose_candidates(rows, example, count, inputs.contexts, self.statements, inputs.wordpieces)
             for example, rows in zip(examples, retrieved, strict=True)
         ]
-        return np.array(chosen, dtype=np.int64)
+        candidates = np.array(chosen, dtype=np.int64)
+        return candidates, self.fusion.scores(index, query_ids, candidates, own)
 
     def _search_ahead(self, step: int, size: int) -> None:
         examples = self.examples(step, size)
@@ -115,17 +125,21 @@ class Candidates:
     def save(self, checkpoint: Path) -> None:
         """Add this rank's pending candidates to a checkpoint."""
         assert self._pending is not None
-        np.save(self._file(checkpoint), self._pending[2].result())
+        for name, array in zip(("candidates", "lexical"), self._pending[2].result(), strict=True):
+            np.save(self._file(checkpoint, name), array)
 
     def restore(self, checkpoint: Path, step: int) -> None:
         """Restore the pending candidates of this rank."""
-        done: Future[np.ndarray] = Future()
-        done.set_result(np.load(self._file(checkpoint)))
+        done: Future[Found] = Future()
+        candidates, lexical = np.load(self._file(checkpoint, "candidates")), self._file(checkpoint, "lexical")
+        # Checkpoints of earlier versions have no scores of fused retrieval.
+        scores = np.load(lexical) if lexical.exists() else np.zeros(candidates.shape, np.float32)
+        done.set_result((candidates, scores))
         self._pending = (step, self.examples(step, self.config.batch_size), done)
 
     @staticmethod
-    def _file(checkpoint: Path) -> Path:
-        return checkpoint / f"candidates-{rank():03d}.npy"
+    def _file(checkpoint: Path, name: str) -> Path:
+        return checkpoint / f"{name}-{rank():03d}.npy"
 
     def close(self) -> None:
         """Stop the search thread."""

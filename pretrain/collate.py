@@ -10,7 +10,7 @@ from realm.corpus.collate import NULL, Collator, Parts
 from realm.corpus.substitution import SpanPool
 from realm.models.batches import JointBatch, MaskedBatch, ReaderPretrainingBatch, RealmBatch, SpanTargets
 from realm.models.reader import pad_joint, span_targets
-from realm.text.inputs import pad_batch
+from realm.text.inputs import IntArray, pad_batch
 
 
 class MaskedCollator:
@@ -22,8 +22,12 @@ class MaskedCollator:
 
     def queries(self, examples: Sequence[MaskedSentence]) -> tuple[torch.Tensor, torch.Tensor]:
         """Retriever inputs of masked sentences: ids and padding mask, each (B, L)."""
+        return self.inputs.queries(self.query_ids(examples))
+
+    def query_ids(self, examples: Sequence[MaskedSentence]) -> list[IntArray]:
+        """Wordpieces of the queries, without special tokens except for masks."""
         mask_id = self.inputs.wordpieces.mask
-        return self.inputs.queries([example.masked_ids(mask_id) for example in examples])
+        return [example.masked_ids(mask_id) for example in examples]
 
     def masked(
         self,
@@ -84,8 +88,10 @@ class MaskedCollator:
         pool: SpanPool | None,
         substitution_prob: float,
         rng: np.random.Generator,
+        lexical: np.ndarray | None = None,
     ) -> RealmBatch:
-        """A batch of REALM pretraining; `candidates` (B, N − 1) are passage rows or EMPTY.
+        """A batch of REALM pretraining; `candidates` (B, N − 1) are passage rows or EMPTY, and
+        `lexical` their scores of fused retrieval (default: 0).
 
         With probability `substitution_prob`, an example's span is substituted from `pool`.
         """
@@ -110,6 +116,9 @@ class MaskedCollator:
         candidate_BN[:, 1:] = torch.from_numpy(inverse.reshape(candidates.shape)) + 1
         valid_BN = torch.ones_like(candidate_BN, dtype=torch.bool)
         valid_BN[:, 1:] = torch.from_numpy(candidates >= 0)
+        lexical_BN = torch.zeros(candidate_BN.shape)
+        if lexical is not None:
+            lexical_BN[:, 1:] = torch.from_numpy(lexical)
         return RealmBatch(
             *self.queries(examples),
             *inputs.passage_inputs(unique_parts),
@@ -117,4 +126,5 @@ class MaskedCollator:
             valid_BN,
             torch.tensor(contains_span),
             self.masked(read_examples, passages, read_slot_BN),
+            lexical_BN,
         )

@@ -25,7 +25,6 @@ from realm.models.modules import read_masked
 from realm.models.objectives import candidate_log_prior
 from realm.models.precision import Precision, autocast
 from realm.models.reader import Reader, load_reader
-from realm.models.retriever import Retriever
 from realm.run.folder import STAGES, Run
 from realm.runtime.distributed import local_device
 from realm.text.tokenizer import tokenize
@@ -192,7 +191,7 @@ def evaluate_masked_spans(
         figures |= retrieval_recall(run.collator, items, retrieved)
         if reader is not None:
             candidates = retrieved[:, : config.candidates - 1]
-            right, null_mass = read_retrieved(search.retriever, reader, collator, precision, examples, candidates)
+            right, null_mass = read_retrieved(search, reader, examples, candidates)
             figures["accuracy_retrieved"] = 100.0 * float(right.mean())
             figures["null_mass"] = 100.0 * float(null_mass.mean())
     return figures
@@ -208,30 +207,28 @@ def _without_trivial(run: Run, example: MaskedSentence, rows: np.ndarray) -> lis
 
 
 def read_retrieved(
-    retriever: Retriever,
+    search: FrozenSearch,
     reader: Reader,
-    collator: MaskedCollator,
-    precision: Precision,
     examples: Sequence[MaskedSentence],
     retrieved: np.ndarray,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the null passage and the retrieved ones, (len(examples), N − 1) rows.
+    """Read the null passage and the passages retrieved by `search`, (len(examples), N − 1) rows.
 
     Returns for each example whether the prediction with the largest p(z|x) p(y|z,x) is correct, and
     p(null|x).
     """
-    rights, nulls = [], []
+    rights, nulls, retriever = [], [], search.retriever
     device = next(reader.parameters()).device
     reader.eval()
     rng = np.random.default_rng(0)
-    with torch.inference_mode(), autocast(device, precision):
+    with torch.inference_mode(), autocast(device, search.precision):
         for start in range(0, len(examples), batch_size):
-            chosen = examples[start : start + batch_size]
-            batch = collator.realm(chosen, retrieved[start : start + batch_size], None, 0.0, rng).to(device)
+            chosen, rows = examples[start : start + batch_size], retrieved[start : start + batch_size]
+            batch = search.collator.realm(chosen, rows, None, 0.0, rng, search.scores(chosen, rows)).to(device)
             query_emb_BD = retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
             passage_emb_UD = retriever.embed_passages(batch.passage_ids_UL, batch.passage_mask_UL)
-            score_BN = retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
+            score_BN = retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN], batch.lexical_BN)
             log_p_z_BN = candidate_log_prior(score_BN, batch.valid_BN)
             prediction = read_masked(reader, batch.masked)
             best_B1 = (log_p_z_BN + prediction.best_log_p_BN).argmax(-1, keepdim=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from index.fusion import Fusion
 from index.interface import Index
 from pretrain.collate import MaskedCollator
 from pretrain.masking import MaskedSentence, SpanSampler, substitute
@@ -57,7 +58,8 @@ class ReaderPretraining(Stage):
         """Open the stage for timing."""
         retriever = build_retriever(run.config.retriever, run.tokenizer).to(local_device())
         collator = MaskedCollator(run.collator, run.config.pretrain.reader_buckets)
-        search = FrozenSearch(retriever, index, collator, run.config.engine.precision)
+        precision = run.config.engine.precision
+        search = FrozenSearch(retriever, index, collator, precision, Fusion.of(run), run.statements)
         return cls._build(run, build_reader(run.config.reader, run.tokenizer)[0], search)
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from index.frozen import publish_frozen
+from index.fusion import Fusion
 from index.interface import Index
 from index.live import LiveIndex
 from index.replay import read_replay
@@ -19,7 +20,7 @@ from pretrain.collate import MaskedCollator
 from pretrain.exports import ExportSchedule, drift_reference
 from pretrain.masked_span_eval import masked_accuracy
 from pretrain.masking import SpanSampler
-from pretrain.search import embed_masked
+from pretrain.search import embed_masked, own_rows
 from pretrain.selection import find_supporting_passage
 from realm.corpus.collate import NULL
 from realm.errors import UserError
@@ -73,6 +74,7 @@ class RealmPretraining(Stage):
             run.config.engine.precision,
             source,
             lambda: self.current(retriever.query_tower),
+            Fusion.of(run),
         )
 
     @classmethod
@@ -132,6 +134,7 @@ class LiveRealmPretraining(RealmPretraining):
             start,
             log,
             run.config.threads(cls.name),
+            run.config.fusion.lexical,
         )
         try:
             if live.needs_export():
@@ -216,7 +219,8 @@ def _export_first(run: Run, live: LiveIndex, source: Path, start: int) -> None:
         )
     live.export(0, lambda folder: copytree(source, folder, dirs_exist_ok=True))
     first = Version(live.attempt, 0)
-    if on_rank_zero(lambda: publish_frozen(run.folder, source, run.passages, run.config.refresh, first)):
+    fusion = Fusion.of(run)
+    if on_rank_zero(lambda: publish_frozen(run.folder, source, run.passages, run.config.refresh, first, fusion)):
         console.print("  the first index is the one that reader pretraining searched")
 
 
@@ -231,7 +235,8 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     rng = run_generator(run.config.seed, RunStream.READER_CHECK)
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, config.reader_check)]
     query_emb_BD = embed_masked(retriever.query_tower, examples, collator, precision)
-    _, retrieved = index.search(query_emb_BD, min(20, len(index)))
+    query_ids, own = collator.query_ids(examples), own_rows(examples, run.statements, run.passages)
+    retrieved = Fusion.of(run).retrieve(index, query_emb_BD, query_ids, min(20, len(index)), own)
     found = [
         find_supporting_passage(rows, example, run.statements, run.collator)
         for example, rows in zip(examples, retrieved, strict=True)

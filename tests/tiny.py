@@ -136,6 +136,8 @@ def prepared_run(folder: Path, **changes: dict) -> "Run":
 class NoIndex:
     """An index of zero embeddings, for tests that only use the reader's inputs of a batch."""
 
+    lexical = None
+
     def __len__(self) -> int:
         return len(TOWNS)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from index.frozen import FROZEN
+from index.fusion import Fusion
 from index.refresh import refresh
 from realm.corpus.documents import read_documents
 from realm.corpus.formats import count_ignored, format_of
@@ -120,4 +121,4 @@ def add_documents(
     if not stores:
         log_line("no encoder has been exported yet; the index will be built from the first one")
     for store in stores:
-        refresh(store, config.refresh, corpus, once=True, log=log_line)
+        refresh(store, config.refresh, corpus, once=True, log=log_line, fusion=Fusion.of(run))

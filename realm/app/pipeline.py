@@ -154,7 +154,7 @@ def closed_book_accuracy(run: Run) -> dict[str, float]:
 def null_masses(run: Run) -> dict[str, list[float]]:
     """p(null|x) of statements whose fact is in a passage (`known`) or in none (`unsupported`)."""
     config, folder = run.config.pretrain, run.model("pretrain")
-    collator, precision = MaskedCollator(run.collator, config.reader_buckets), run.config.engine.precision
+    collator = MaskedCollator(run.collator, config.reader_buckets)
     reader = load_reader(folder / "reader").to(local_device())
     search = FrozenSearch.open(run, folder / "retriever", collator)
     masses = {}
@@ -162,7 +162,7 @@ def null_masses(run: Run) -> dict[str, list[float]]:
         examples = [item.example for item in annotated_items(run, field)]
         if examples:
             retrieved = search(examples, config.candidates - 1)
-            _, null_mass = read_retrieved(search.retriever, reader, collator, precision, examples, retrieved)
+            _, null_mass = read_retrieved(search, reader, examples, retrieved)
             masses[name] = null_mass.tolist()
     return masses
 

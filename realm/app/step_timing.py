@@ -63,7 +63,7 @@ class RandomIndex:
     """An index of random vectors: searches are executed, but return random passages."""
 
     def __init__(self, num_vectors: int, dim: int, rows: np.ndarray, seed: int) -> None:
-        """`rows`: the passages that searches can return."""
+        """`rows`: the passages that searches can return, ascending."""
         self.rows, self.dim, self.rng = rows, dim, np.random.default_rng(seed)
         vectors = self.rng.standard_normal((min(num_vectors, MAX_RANDOM_ROWS), dim), dtype=np.float32)
         self.index = build_index(vectors, "Flat")
@@ -80,6 +80,15 @@ class RandomIndex:
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """Zeros, (len(rows), dim)."""
         return np.zeros((len(rows), self.dim), np.float32)
+
+    @property
+    def lexical(self) -> "RandomIndex":
+        """Random scores in the place of BM25."""
+        return self
+
+    def scores(self, query_terms: Sequence[str]) -> np.ndarray:
+        """Random scores of all rows."""
+        return self.rng.random(int(self.rows[-1]) + 1, dtype=np.float32)
 
     def close(self) -> None:
         """Do nothing."""

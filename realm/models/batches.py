@@ -82,6 +82,9 @@ class RealmBatch(Batch):
     contains_span_BN: Tensor
     """True if the masked span appears in the candidate or its context (telemetry only)."""
     masked: MaskedBatch
+    lexical_BN: Tensor
+    """Score of each candidate that fused retrieval adds to the inner product; 0 for the null
+    passage and empty slots."""
 
 
 @dataclass
@@ -129,6 +132,10 @@ class QuestionBatch(Batch):
     """True on spans that match an accepted answer."""
     allowed_QLW: Tensor
     """True on spans inside the passage."""
+    lexical_BK: Tensor
+    """Score of each retrieved passage that fused retrieval adds to the inner product."""
+    read_lexical_BN: Tensor
+    """The same of the passages read."""
 
     def by_passage(self, value_QLW: Tensor, fill: float | bool) -> Tensor:
         """Values of spans per read slot, (B, N, L·W); `fill` in slots that are not read."""

@@ -136,7 +136,7 @@ class RealmModel(nn.Module):
         # gradients.
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
         passage_emb_UD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_UL, batch.passage_mask_UL)
-        retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN])
+        retrieval_score_BN = self.retriever.score(query_emb_BD, passage_emb_UD[batch.candidate_BN], batch.lexical_BN)
         log_p_z_BN = candidate_log_prior(retrieval_score_BN, batch.valid_BN)
 
         # Read: one joint input per candidate; blocks of one document that are read together share
@@ -191,7 +191,7 @@ class OpenQaModel(nn.Module):
 
     def forward(self, batch: QuestionBatch) -> dict[str, Tensor]:
         query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD)
+        retrieval_score_BK = self.retriever.score(query_emb_BD, batch.passage_emb_BKD, batch.lexical_BK)
         span_score_QLW = self.reader.span_scores(self.reader(batch.ids_QL, batch.mask_QL, batch.type_QL))
         span_score_BNS, _ = self.score_spans(batch, span_score_QLW, query_emb_BD)
         is_answer_BNS = batch.by_passage(batch.is_answer_QLW, False)
@@ -207,5 +207,6 @@ class OpenQaModel(nn.Module):
     def score_spans(self, batch: QuestionBatch, span_score_QLW: Tensor, query_emb_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Span scores plus the relevance score of their read slot, (B, N, L·W), and the relevance
         scores, (B, N)."""
-        read_score_BN = merge_slot_scores(self.retriever.score(query_emb_BD, batch.read_emb_BND), batch.read_slot_BN)
+        score_BN = self.retriever.score(query_emb_BD, batch.read_emb_BND, batch.read_lexical_BN)
+        read_score_BN = merge_slot_scores(score_BN, batch.read_slot_BN)
         return batch.by_passage(span_score_QLW, MASKED_SCORE) + read_score_BN[..., None], read_score_BN

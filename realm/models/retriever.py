@@ -113,11 +113,15 @@ class Retriever(nn.Module):
         passage_emb_BD: Tensor = self.passage_tower(ids_BL, mask_BL)
         return passage_emb_BD
 
-    def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor) -> Tensor:
+    def score(self, query_emb_BD: Tensor, candidate_emb_BND: Tensor, extra_BN: Tensor | None = None) -> Tensor:
         """Relevance f(x, z) of N candidates per query, (B, N): inner product divided by the
-        temperature (section 3.1)."""
+        temperature (section 3.1).
+
+        `extra_BN` is added to the inner products, such as the scores of fused retrieval.
+        """
         with torch.autocast(query_emb_BD.device.type, enabled=False):
-            return torch.einsum("bd,bnd->bn", query_emb_BD.float(), candidate_emb_BND.float()) / self.temperature
+            score_BN = torch.einsum("bd,bnd->bn", query_emb_BD.float(), candidate_emb_BND.float())
+            return (score_BN if extra_BN is None else score_BN + extra_BN) / self.temperature
 
 
 def embed_by_length(

@@ -18,6 +18,7 @@ _USED_BY = {
     "data.masked_spans": ("evaluations/masked-spans-*.json", "evaluations/null-passage.json"),
     "data.unsupported": ("evaluations/null-passage.json",),
     "data.closed_book": ("evaluations/closed-book.json",),
+    "fusion": ("reader_pretraining", "pretrain", "finetune_retriever", "finetune", "evaluations/*"),
     "finetune_retriever": ("finetune_retriever",),
     "finetune": ("finetune",),
 }

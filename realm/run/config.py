@@ -13,6 +13,7 @@ from realm.run.data_config import DataConfig
 from realm.runtime.section import InvalidSection, PathText, Section, all_problems
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
+from realm.training.fusion_section import FusionConfig
 from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
     EngineConfig,
@@ -70,6 +71,8 @@ class RealmConfig(Section):
     """REALM stage."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """Asynchronous index refresh."""
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    """Retrieval by BM25 in addition to the retriever."""
     finetune_retriever: FinetuneRetrieverConfig = field(default_factory=FinetuneRetrieverConfig)
     """Retriever finetuning stage."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

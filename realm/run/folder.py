@@ -35,6 +35,7 @@ from realm.runtime.lock import locked
 from realm.runtime.publish import check_folder, write_text_atomic
 from realm.runtime.telemetry import console, log_line
 from realm.text.inputs import Wordpieces
+from realm.text.terms import Terms
 from realm.text.tokenizer import load_tokenizer, tokenizer_fingerprint
 from realm.training.checkpoints import newest_checkpoint, read_state, set_damaged_aside
 
@@ -177,9 +178,12 @@ class Run:
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
-        return {"seed": tree["seed"], stage: tree[stage]} | (
-            {"data": {"train": tree["data"].get("train")}} if stage.startswith("finetune") else {}
-        )
+        settings = {"seed": tree["seed"], stage: tree[stage]}
+        if stage.startswith("finetune"):
+            settings["data"] = {"train": tree["data"].get("train")}
+        if stage != "ict" and self.config.fusion.lexical:
+            settings["fusion"] = tree["fusion"]
+        return settings
 
     def _check_start(self, stage: str, checkpoint: Path) -> None:
         """Raise UserError if a stage was started from other models or with other settings than it
@@ -304,6 +308,11 @@ class Run:
     def wordpieces(self) -> Wordpieces:
         """The tokenizer's special tokens."""
         return Wordpieces.from_tokenizer(self.tokenizer)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """Turns wordpieces into terms of BM25."""
+        return Terms(self.tokenizer, self.config.fusion.stemmer)
 
     @cached_property
     def collator(self) -> Collator:

@@ -63,7 +63,7 @@ def _ls(options: argparse.Namespace) -> None:
         [
             info.path.relative_to(options.run).as_posix(),
             info.manifest and f"{info.manifest.count:,}",
-            info.manifest and info.manifest.factory,
+            info.manifest and info.manifest.factory + (" + BM25" if info.manifest.lexical else ""),
             f"{info.bytes / 2**20:,.1f}",
             info.manifest and info.manifest.created_at,
             info.state,

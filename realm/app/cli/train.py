@@ -100,12 +100,20 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _refresh(options: argparse.Namespace) -> None:
+    from index.fusion import Fusion
     from index.refresh import refresh
     from index.workers import WorkerGroup
     from realm.run.folder import Run
 
     run, workers = Run.open(options.run, options.overrides), WorkerGroup.join()
-    refresh(run.folder, run.config.refresh, run.passages, once=options.once, workers=workers)
+    refresh(
+        run.folder,
+        run.config.refresh,
+        run.passages,
+        once=options.once,
+        workers=workers,
+        fusion=Fusion.of(run),
+    )
     workers.leave()
 
 

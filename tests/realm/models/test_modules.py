@@ -54,6 +54,7 @@ class Example:
         ]
         self.candidate_BN = torch.tensor([[0, 1, 2, 0], [0, 3, 4, 1], [0, 2, 2, 4]])
         self.valid_BN = torch.tensor([[True, True, True, False], [True] * 4, [True] * 4])
+        self.lexical_BN = torch.tensor([[0.0, 0.9, 0.0, 0.0], [0.0, 0.3, 1.4, 0.0], [0.0, 0.0, 0.6, 0.2]])
         self.joints = [
             WORDS.joint(self.queries[b], *self.passages[row], 40) for b in range(B) for row in self.candidate_BN[b]
         ]
@@ -82,7 +83,13 @@ class Example:
         contains_span_BN[:, 1] = True
         order = np.random.default_rng(1).permutation(B * N)
         return RealmBatch(
-            *queries, *passages, self.candidate_BN, self.valid_BN, contains_span_BN, self.masked(order, 3)
+            *queries,
+            *passages,
+            self.candidate_BN,
+            self.valid_BN,
+            contains_span_BN,
+            self.masked(order, 3),
+            self.lexical_BN,
         )
 
 
@@ -141,7 +148,10 @@ def test_realm_loss_and_telemetry_equal_plain_loops(marginal, retriever, reader)
         with torch.no_grad():
             query_emb = retriever.embed_queries(*pad_batch([WORDS.query(example.queries[b], 20)], PAD))[0]
             inputs = [WORDS.passage(*example.passages[row], 40) for row in example.candidate_BN[b]]
-            scores = [float(query_emb @ retriever.embed_passages(*pad_batch([ids], PAD))[0]) / 2.0 for ids in inputs]
+            products = [float(query_emb @ retriever.embed_passages(*pad_batch([ids], PAD))[0]) for ids in inputs]
+        scores = [
+            (product + extra) / 2.0 for product, extra in zip(products, example.lexical_BN[b].tolist(), strict=True)
+        ]
         weights = [
             math.exp(score) if valid else 0.0 for score, valid in zip(scores, example.valid_BN[b].tolist(), strict=True)
         ]

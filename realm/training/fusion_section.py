@@ -1,0 +1,50 @@
+"""Config section of fused retrieval: BM25 in addition to the inner products."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import Stemmer
+
+from realm.runtime.section import Section
+from realm.text.terms import TERMS_VERSION
+
+
+@dataclass(frozen=True)
+class FusionConfig(Section):
+    """Fused retrieval: passages are found by the retriever and by BM25 over title and text.
+
+    BM25 is part of each index version, and of every retrieval: for candidates in pretraining, in
+    finetuning, evaluation and `realm ask`.
+    """
+
+    method: Literal["none", "weighted", "ranks"] = "none"
+    """How both are combined. none: the retriever alone. weighted: the inner product plus `weight`
+    times the BM25 score divided by the query's largest one; also added to the retrieval score in
+    p(z|x). ranks: reciprocal rank fusion (Cormack et al. 2009) chooses the passages, and p(z|x)
+    uses the inner product alone."""
+    weight: float | None = None
+    """Weight of BM25 in units of the inner product, for `weighted`; default: 0.5, which suits
+    normalized embeddings."""
+    k1: float = 1.5
+    """BM25: how slowly repetitions of a term saturate."""
+    b: float = 0.75
+    """BM25: normalization by length, between 0 (none) and 1."""
+    stemmer: str | None = "english"
+    """Language of the Snowball stemmer for the words of passages and queries; null: no stemming."""
+    rank_constant: int = 60
+    """Constant added to the ranks, for `ranks`."""
+
+    @property
+    def lexical(self) -> dict[str, Any]:
+        """What determines the BM25 index of a corpus; empty if there is none."""
+        if self.method == "none":
+            return {}
+        return {"k1": self.k1, "b": self.b, "stemmer": self.stemmer, "terms": TERMS_VERSION}
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(0, "weight", "k1", "rank_constant")
+        yield from self.probabilities("b")
+        languages = Stemmer.algorithms()
+        if self.stemmer is not None and self.stemmer not in languages:
+            yield f"stemmer must be null or one of {', '.join(languages)}, got {self.stemmer!r}"
