@@ -9,8 +9,13 @@ from typing import Protocol
 import numpy as np
 
 from finetune.questions import Question
+from index.frozen import FROZEN
+from index.fusion import open_lexical
+from index.lexical import best_rows
+from realm.corpus.collate import EMPTY
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
+from realm.run.folder import Run
 from realm.runtime.publish import check_folder, published, write_manifest
 from realm.runtime.telemetry import console, progress
 
@@ -23,25 +28,20 @@ class PassageRetriever(Protocol):
 
 
 class Bm25:
-    """BM25 over title and text without English stop words, with the package bm25s.
+    """BM25 over title and text: that of fused retrieval (`index.lexical`), with the settings of
+    `fusion`."""
 
-    Lucene's variant, k1 = 1.5, b = 0.75.
-    """
-
-    def __init__(self, passages: PreparedCorpus) -> None:
-        try:
-            import bm25s
-        except ImportError as error:
-            raise UserError("BM25 requires the package bm25s; install it with: pip install 'realm[eval]'.") from error
-        console.print(f"  BM25: indexing {len(passages.rows):,} passages")
-        self._bm25s, self.index, self.rows = bm25s, bm25s.BM25(), passages.rows
-        texts = [f"{passages.title(row)} {passages.text(row)}" for row in self.rows.tolist()]
-        self.index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    def __init__(self, run: Run) -> None:
+        console.print(f"  BM25 over {len(run.passages.rows):,} passages")
+        self.terms, self.max_query_tokens = run.terms, run.config.retriever.max_query_tokens
+        self.lexical = open_lexical(run)
 
     def retrieve(self, questions: Sequence[Question], k: int) -> np.ndarray:
-        tokens = self._bm25s.tokenize([question.text for question in questions], stopwords="en", show_progress=False)
-        rows_BK, scores_BK = self.index.retrieve(tokens, k=k, show_progress=False)
-        return np.where(np.asarray(scores_BK) > 0, self.rows[np.asarray(rows_BK, dtype=np.int64)], -1)
+        row_BK = np.full((len(questions), k), EMPTY, np.int64)
+        for b, question in enumerate(questions):
+            found = best_rows(self.lexical.scores(self.terms(question.ids[: self.max_query_tokens - 2])), k)
+            row_BK[b, : len(found)] = found
+        return row_BK
 
 
 class SentenceTransformerRetriever:
@@ -93,12 +93,11 @@ class SentenceTransformerRetriever:
         return self.rows[self.index.search(embeddings_BD, k)[1]]
 
 
-def load_baseline(name: str, passages: PreparedCorpus, cache: Path, log_every_s: float) -> PassageRetriever:
+def load_baseline(name: str, run: Run) -> PassageRetriever:
     """Load `bm25`, or a sentence-transformers model by path or hub name.
 
-    `cache`: folder for the model's passage embeddings. Raises UserError if the package or the model
-    cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
     if name == "bm25":
-        return Bm25(passages)
-    return SentenceTransformerRetriever(name, passages, cache, log_every_s)
+        return Bm25(run)
+    return SentenceTransformerRetriever(name, run.passages, run.folder / FROZEN, run.config.engine.log_every_s)

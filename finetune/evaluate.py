@@ -18,7 +18,6 @@ from finetune.metrics import answers_in_corpus, exact_match, f1, has_substring
 from finetune.patterns import patterns_in_corpus
 from finetune.questions import Question, load_questions
 from finetune.train_reader import Finetuning
-from index.frozen import FROZEN
 from realm.corpus.collate import filled
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
@@ -68,9 +67,8 @@ def _evaluate(run: Run, source: QuestionSource, stage: str, compare: Sequence[st
     intervals: dict[str, Intervals] = {}
     folder.mkdir(exist_ok=True)
     # Loaded first, so that a model that cannot be loaded fails before any question is answered.
-    log_every_s, cache = run.config.engine.log_every_s, run.folder / FROZEN
     names = [other for other in compare if other not in (INITIAL, *STAGES)]
-    baselines = {other: load_baseline(other, run.passages, cache, log_every_s) for other in names}
+    baselines = {other: load_baseline(other, run) for other in names}
     ceiling = percent(answerable(run.passages, questions, run.config.engine.log_every_s))
     for other, label in _labels((stage, *compare)).items():
         if other in baselines:

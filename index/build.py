@@ -16,10 +16,12 @@ import numpy as np
 
 from index.gpu import clustering_on_gpu
 from realm.errors import UserError
-from realm.runtime.publish import MANIFEST, PublishError, published, read_manifest, write_manifest
+from realm.runtime.publish import PublishError, published, read_manifest, write_manifest
 from realm.runtime.versions import Version
 
 INDEX_FILE = "passages.index"
+LEXICAL_FOLDER = "bm25"
+"""Folder with the files of BM25 (see `index.lexical`); absent without BM25."""
 DELETED_FILE = "deleted.npy"
 """Rows deleted from the corpus; the file is absent if there are none."""
 
@@ -188,7 +190,8 @@ def write_version(
 ) -> Path:
     """Publish `index`, and `arrays` by file name, as `indexes/<version>`; returns that folder.
 
-    `lexical`: folder with the files of BM25 (see `index.lexical.lexical_folder`), which are linked.
+    `lexical`: folder that contains BM25 (see `index.lexical.prepare_lexical`), whose files are
+    linked.
     `before_publish` is called when all files are flushed to disk, just before the version becomes
     visible. If it raises, nothing is published and the files are removed.
     """
@@ -198,9 +201,8 @@ def write_version(
         for name, array in (arrays or {}).items():
             np.save(folder / name, array, allow_pickle=False)
         if lexical is not None:
-            for file in lexical.iterdir():
-                if file.name != MANIFEST:
-                    link_or_copy(file, folder / lexical.name / file.name)
+            for file in (lexical / LEXICAL_FOLDER).iterdir():
+                link_or_copy(file, folder / LEXICAL_FOLDER / file.name)
         write_manifest(folder, {"format": 1, **asdict(manifest)})
     return final
 

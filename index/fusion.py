@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from index.build import LEXICAL_FOLDER
 from index.interface import Index
-from index.lexical import best_rows
+from index.lexical import LexicalIndex, best_rows, lexical_of_run, prepare_lexical
 from realm.corpus.collate import EMPTY, filled
 from realm.run.folder import Run
+from realm.runtime.distributed import on_rank_zero
 from realm.text.inputs import IntArray
 from realm.text.terms import Terms
 from realm.training.fusion_section import FusionConfig
@@ -117,3 +119,11 @@ def reciprocal_ranks(row_R: np.ndarray, lists: Sequence[np.ndarray], constant: i
     for rows in lists:
         score_R[np.searchsorted(row_R, rows)] += 1.0 / (constant + 1.0 + np.arange(len(rows)))
     return score_R
+
+
+def open_lexical(run: Run) -> LexicalIndex:
+    """BM25 over the run's passages, whether its retrieval is fused or not; built once, in
+    `frozen/lexical`, with the settings of `fusion`."""
+    folder = lexical_of_run(run.folder)
+    on_rank_zero(lambda: prepare_lexical(folder, run.folder, run.passages, run.terms, run.config.fusion.bm25))
+    return LexicalIndex.open(folder / LEXICAL_FOLDER)

@@ -218,10 +218,14 @@ def _remove_aside(path: Path, temporary_in: Path) -> None:
     remove_path(temporary)
 
 
+def run_of_store(store: Path) -> Path:
+    """The run folder that an index store belongs to: itself, or the one with it in `frozen/`."""
+    return store.parent.parent if store.parent.name == FROZEN else store
+
+
 def stores_of_run(store: Path) -> list[Path]:
-    """All index stores of the run that `store` belongs to, `store` first: the run folder, and the
-    folders under its `frozen/`."""
-    run = store.parent.parent if store.parent.name == FROZEN else store
+    """All index stores of the run that `store` belongs to, `store` first."""
+    run = run_of_store(store)
     return [store, *(other for other in (run, *sorted((run / FROZEN).glob("*"))) if other != store)]
 
 

@@ -12,10 +12,10 @@ import faiss
 import numpy as np
 import torch
 
-from index.build import DELETED_FILE, INDEX_FILE, IndexManifest, set_search_parameters
+from index.build import DELETED_FILE, INDEX_FILE, LEXICAL_FOLDER, IndexManifest, set_search_parameters
 from index.exact import Searcher, TiledExactSearch, flat_vectors, is_flat
 from index.gpu import move_to_gpu
-from index.lexical import LEXICAL_FOLDER, LexicalIndex
+from index.lexical import LexicalIndex
 from index.retention import VersionPin
 from realm.errors import UserError
 from realm.runtime.publish import PublishError, check_files, checksum

@@ -20,8 +20,7 @@ from index.drift import DRIFT_FILE, drift_rows, gather_rows, measure_drift
 from index.encode import CompiledTower, Encoder, encode_in_shards, encode_passages, encoding_tower
 from index.fusion import Fusion
 from index.lease import Lease
-from index.lexical import lexical_folder
-from index.retention import stores_of_run
+from index.lexical import prepare_lexical
 from index.search import IndexRefused, PassageIndex
 from index.workers import WorkerGroup
 from realm.errors import UserError
@@ -124,7 +123,7 @@ class VersionBuild:
     ) -> None:
         lexical = None
         if self.fusion.lexical:
-            lexical = self._build_lexical()
+            lexical = self._prepare_lexical()
             timer.end_phase("bm25")
         if ancestor is None:
             index = build_index(shards, self.config.factory, parameters=self.config.search_parameters)
@@ -165,17 +164,13 @@ class VersionBuild:
         if self.stop.is_set():
             raise Stopped
 
-    def _build_lexical(self) -> Path:
-        """The folder with the files of BM25: those of any version of the run with the same corpus
-        and settings, or new ones."""
+    def _prepare_lexical(self) -> Path:
+        """A folder that contains BM25 of the corpus; a refresher that is killed after this need not
+        build it again."""
         assert self.fusion.terms is not None
-        work = self.run / "refresher" / self.version.name
-        earlier = (
-            store / "indexes" / version.name
-            for store in stores_of_run(self.run)
-            for version in reversed(versions_in(store / "indexes"))
-        )
-        return lexical_folder(work, earlier, self.corpus, self.fusion.terms, self.fusion.lexical, self._check_running)
+        folder = self.run / "refresher" / self.version.name / "lexical"
+        prepare_lexical(folder, self.run, self.corpus, self.fusion.terms, self.fusion.lexical, self._check_running)
+        return folder
 
     def _drift(self, encoder: Encoder, fresh: faiss.Index, reference_PD: np.ndarray) -> dict[str, Any]:
         """Drift of the encoder since the newest earlier index; empty if no index is comparable."""

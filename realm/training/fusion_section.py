@@ -37,9 +37,12 @@ class FusionConfig(Section):
 
     @property
     def lexical(self) -> dict[str, Any]:
-        """What determines the BM25 index of a corpus; empty if there is none."""
-        if self.method == "none":
-            return {}
+        """The BM25 that indexes must contain; empty if retrieval is not fused."""
+        return {} if self.method == "none" else self.bm25
+
+    @property
+    def bm25(self) -> dict[str, Any]:
+        """Everything that determines BM25 of a corpus."""
         return {"k1": self.k1, "b": self.b, "stemmer": self.stemmer, "terms": TERMS_VERSION}
 
     def problems(self) -> Iterator[str]:
