@@ -172,5 +172,5 @@ class PassageIndex:
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
-    """Settings of BM25 as in `k1 1.5, b 0.75`."""
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+    """Settings of BM25 as in `b 0.75, k1 1.5`."""
+    return ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))

@@ -1,6 +1,7 @@
 """The terms of BM25: the words of wordpieces, stemmed."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import Stemmer
@@ -34,11 +35,10 @@ class Terms:
     def __call__(self, ids: Sequence[int] | IntArray) -> list[str]:
         """The terms of a text's wordpieces, in order, with repetitions."""
         pieces = list(map(int, ids))
-        starts = [at for at, piece in enumerate(pieces) if not self._continues[piece]]
-        if pieces and (not starts or starts[0]):
-            starts.insert(0, 0)  # the text begins inside a word
+        # A text may begin inside a word.
+        edges = [at for at, piece in enumerate(pieces) if at == 0 or not self._continues[piece]]
         terms = []
-        for start, end in zip(starts, [*starts[1:], len(pieces)], strict=True):
+        for start, end in pairwise([*edges, len(pieces)]):
             word = tuple(pieces[start:end])
             term = self._term_of.get(word)
             if term is None:

@@ -24,9 +24,8 @@ def test_wordpieces_are_joined_to_words_without_punctuation(
 
 
 def test_words_are_stemmed(tokenizer: "PreTrainedTokenizerBase", wordpieces: Callable[[str], np.ndarray]) -> None:
-    ids = wordpieces("rivers lived ends programs")
-    assert Terms(tokenizer, "english")(ids) == ["river", "live", "end", "program"]
-    assert Terms(tokenizer, "german")(ids) == ["rivers", "lived", "end", "programs"]
+    assert Terms(tokenizer, "english")(wordpieces("rivers lived ends")) == ["river", "live", "end"]
+    assert Terms(tokenizer, "german")(wordpieces("lebten enden")) == ["lebt", "end"]
 
 
 def test_words_with_special_tokens_are_dropped(
