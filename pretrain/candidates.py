@@ -1,4 +1,4 @@
-"""Masked sentences and their candidates, retrieved one step ahead of training."""
+"""Masked sentences and questions with their candidates, retrieved one step ahead of training."""
 
 import time
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from torch import nn
 from index.fusion import Fusion
 from index.interface import Index
 from pretrain.collate import MaskedCollator
-from pretrain.masking import MaskedSentence, SpanSampler
+from pretrain.masking import MaskedSentence
+from pretrain.pseudo_questions import ExampleSampler
 from pretrain.search import embed_masked, own_rows
 from pretrain.selection import choose_candidates
-from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.substitution import span_pool
 from realm.models.batches import RealmBatch
 from realm.models.precision import Precision
@@ -52,18 +52,18 @@ class Candidates:
         config: PretrainConfig,
         seed: int,
         collator: MaskedCollator,
-        statements: PreparedCorpus,
+        sampler: ExampleSampler,
         precision: Precision,
         source: IndexSource,
         query_tower: Callable[[], nn.Module],
         fusion: Fusion,
     ) -> None:
         """`query_tower()` returns the tower with its current weights."""
-        self.config, self.seed, self.collator, self.statements = config, seed, collator, statements
+        self.config, self.seed, self.collator = config, seed, collator
+        self.sampler, self.statements = sampler, sampler.corpus
         self.precision, self.source, self.query_tower = precision, source, query_tower
         self.fusion = fusion
-        self.sampler = SpanSampler(statements, config.max_span_tokens, collator.inputs.limits.query - 2)
-        corpora = [statements, collator.inputs.passages]
+        corpora = [self.statements, collator.inputs.passages]
         self.pool = span_pool(corpora, config.max_span_tokens) if config.substitution_prob else None
         self.timing: dict[str, float] = {}
         """Seconds by phase and reader tokens of the newest batch."""
@@ -71,7 +71,7 @@ class Candidates:
         self._pending: tuple[int, list[MaskedSentence], Future[Found]] | None = None
 
     def examples(self, step: int, size: int) -> list[MaskedSentence]:
-        """Masked sentences of a step on this rank."""
+        """Masked sentences and questions of a step on this rank."""
         order_seed = run_seed(self.seed, RunStream.PRETRAIN)
         places = epoch_rows(len(self.sampler.rows), size * world_size(), step, order_seed)[rank() :: world_size()]
         rng = step_generator(self.seed, StepStream.MASKED_SENTENCES, step)

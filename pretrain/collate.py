@@ -21,13 +21,13 @@ class MaskedCollator:
         self.inputs, self.num_buckets = collator, num_buckets
 
     def queries(self, examples: Sequence[MaskedSentence]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Retriever inputs of masked sentences: ids and padding mask, each (B, L)."""
+        """Retriever inputs of masked sentences and questions: ids and padding mask, each (B, L)."""
         return self.inputs.queries(self.query_ids(examples))
 
     def query_ids(self, examples: Sequence[MaskedSentence]) -> list[IntArray]:
         """Wordpieces of the queries, without special tokens except for masks."""
         mask_id = self.inputs.wordpieces.mask
-        return [example.masked_ids(mask_id) for example in examples]
+        return [example.query_ids(mask_id) for example in examples]
 
     def masked(
         self,
@@ -45,7 +45,7 @@ class MaskedCollator:
         if read_slot_BN is None:
             read_slot_BN = np.tile(np.arange(count), (len(examples), 1))
         joints = {
-            b * count + n: self.inputs.joint(example.masked_ids(words.mask), parts)
+            b * count + n: self.inputs.joint(example.query_ids(words.mask), parts)
             for b, (example, slots) in enumerate(zip(examples, passages, strict=True))
             for n, parts in enumerate(slots)
             if read_slot_BN[b, n] == n
@@ -55,9 +55,12 @@ class MaskedCollator:
         for rows in np.array_split(order, min(self.num_buckets, len(examples))):
             tensors = pad_joint([joints[i][0] for i in rows], [joints[i][1] for i in rows], words.pad)
             buckets.append(JointBatch(*tensors, torch.from_numpy(rows)))
-        positions = [np.arange(example.start, example.end) + 1 for example in examples]
-        position_BM, token_mask_BM = pad_batch(positions, 0)
-        target_BM, _ = pad_batch([example.span_ids for example in examples], 0)
+        # A question has no masks.
+        targets = [example.span_ids[: None if example.question is None else 0] for example in examples]
+        width = max(1, *map(len, targets))
+        positions = [np.arange(len(ids)) + example.start + 1 for example, ids in zip(examples, targets, strict=True)]
+        position_BM, token_mask_BM = pad_batch(positions, 0, width)
+        target_BM, _ = pad_batch(targets, 0, width)
         return MaskedBatch(buckets, position_BM, target_BM, token_mask_BM.bool(), torch.from_numpy(read_slot_BN))
 
     def reader_pretraining(

@@ -24,14 +24,20 @@ class MaskedSentence:
     end: int
     """One past the last wordpiece of the span."""
     kind: int
-    """Span type, an index into SPAN_TYPES."""
+    """Span type, an index into SPAN_TYPES, or PHRASE."""
     others: tuple[IntArray, ...] = ()
     """The sentence's other salient spans, if they are known."""
+    question: IntArray | None = None
+    """A question whose answer is the span, as the query instead of the masked sentence."""
 
     @property
     def span_ids(self) -> IntArray:
         """The span's wordpieces."""
         return self.sentence_ids[self.start : self.end]
+
+    def query_ids(self, mask_id: int) -> IntArray:
+        """The question, or the masked sentence if there is none."""
+        return self.masked_ids(mask_id) if self.question is None else self.question
 
     def masked_ids(self, mask_id: int) -> IntArray:
         """The sentence with a mask for each wordpiece of the span."""
@@ -97,9 +103,13 @@ def substitute(
 ) -> tuple[MaskedSentence, list[IntArray]]:
     """Replace the masked span, in the target and in `texts`, with a random span of its type.
 
-    The query contains only masks, so the new span can only be predicted by copying it from the
-    passage.
+    The query contains only masks or is a question without the span, so the new span can only be
+    predicted by copying it from the passage. A question does not change. Not replaced are spans of
+    types that the pool does not have, such as phrases, and spans by one that the question contains.
     """
-    others = pool[example.kind]
+    if (others := pool.get(example.kind)) is None:
+        return example, list(texts)
     other = others[rng.integers(len(others))]
+    if example.question is not None and wordpieces.find(example.question, other):
+        return example, list(texts)
     return example.with_span(other), [replace_span(text, example.span_ids, other, wordpieces) for text in texts]

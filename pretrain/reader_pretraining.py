@@ -11,11 +11,11 @@ import numpy as np
 from index.fusion import Fusion
 from index.interface import Index
 from pretrain.collate import MaskedCollator
-from pretrain.masking import MaskedSentence, SpanSampler, substitute
+from pretrain.masking import MaskedSentence, substitute
+from pretrain.pseudo_questions import ExampleSampler
 from pretrain.search import FrozenSearch
 from pretrain.selection import find_supporting_passage
 from realm.corpus.collate import NULL, Parts
-from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.substitution import SpanPool, span_pool
 from realm.errors import UserError
 from realm.models.batches import ReaderPretrainingBatch
@@ -25,7 +25,7 @@ from realm.models.retriever import build_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_reader, initial_retriever
 from realm.runtime.distributed import local_device, rank, world_size
-from realm.text.inputs import epoch_rows
+from realm.text.inputs import IntArray, epoch_rows
 from realm.training.sections import ReaderPretrainingConfig
 from realm.training.stage import Stage
 from realm.training.streams import RunStream, StepStream, run_seed, step_generator
@@ -66,7 +66,8 @@ class ReaderPretraining(Stage):
     def _build(cls, run: Run, reader: Reader, search: FrozenSearch) -> "ReaderPretraining":
         config, longest = run.config.reader_pretraining, run.config.pretrain.max_span_tokens
         answer_tokens = run.config.reader.max_span_tokens
-        batches = ReaderPretrainingBatches(run.statements, search, config, longest, answer_tokens, run.config.seed)
+        sampler = ExampleSampler.open(run, config.question_prob)
+        batches = ReaderPretrainingBatches(sampler, search, config, longest, answer_tokens, run.config.seed)
         return cls(reader, batches, config)
 
     def draw(self, step: int, size: int) -> ReaderPretrainingBatch:
@@ -84,15 +85,17 @@ class ReaderPretraining(Stage):
 
 
 class ReaderPretrainingBatches:
-    """Masked sentences, each with a passage that contains its span, as a function of the step.
+    """Masked sentences or questions, each with a passage that contains its span, as a function of
+    the step.
 
     Passages are retrieved for 50 steps at once. A sentence without a supporting passage is skipped
-    and replaced by the next one, so batches stay full.
+    and replaced by the next one, so batches stay full; a question may read the block of its
+    sentence instead, if sentences and passages are the same corpus.
     """
 
     def __init__(
         self,
-        statements: PreparedCorpus,
+        sampler: ExampleSampler,
         search: FrozenSearch,
         config: ReaderPretrainingConfig,
         max_span_tokens: int,
@@ -101,11 +104,13 @@ class ReaderPretrainingBatches:
     ) -> None:
         """`max_span_tokens`: longest masked span; `max_answer_tokens`: longest span that the span
         head can predict."""
-        self.statements, self.search, self.collator = statements, search, search.collator
+        self.sampler, self.statements = sampler, sampler.corpus
+        self.search, self.collator = search, search.collator
         self.config, self.max_answer_tokens, self.seed = config, max_answer_tokens, seed
         self.passages = self.collator.inputs.passages
-        self.sampler = SpanSampler(statements, max_span_tokens, self.collator.inputs.limits.query - 2)
-        self.pool: SpanPool = span_pool([statements, self.passages], max_span_tokens)
+        self.has_sources = self.statements.fingerprint == self.passages.fingerprint
+        """Whether the blocks of the sentences are passages."""
+        self.pool: SpanPool = span_pool([self.statements, self.passages], max_span_tokens)
         self._block = -1
         self._found: list[tuple[MaskedSentence, int]] = []
 
@@ -130,7 +135,7 @@ class ReaderPretrainingBatches:
         rng = step_generator(self.seed, StepStream.READER_PRETRAINING_EXAMPLES, step)
         inputs, examples, passages = self.collator.inputs, [], []
         for example, row in pairs:
-            parts = self._sentence(row, example) if step < self.config.sentence_steps else inputs.in_context(row)
+            parts = self._sentence(row, example) if step < self.config.sentence_steps else self._read(row, example)[:2]
             if rng.random() < self.config.null_prob:
                 parts = inputs.passage(NULL)
             if rng.random() < self.config.substitution_prob:
@@ -140,24 +145,62 @@ class ReaderPretrainingBatches:
             passages.append(parts)
         return self.collator.reader_pretraining(examples, passages, self.max_answer_tokens)
 
+    def _read(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray, IntArray]:
+        """Title and text that are read for an example, and the places at which sentences begin.
+
+        The block of a question's sentence is read without the sentence if it still contains the
+        span.
+        """
+        if self.has_sources and row == example.row and (cut := self._without_sentence(example)):
+            return cut
+        title, text = self.collator.inputs.in_context(row)
+        return title, text, self._sentence_starts(row)
+
+    def _without_sentence(self, example: MaskedSentence) -> tuple[IntArray, IntArray, IntArray] | None:
+        """The example's own block in its context as in `_read`, without the sentence; None if it
+        does not contain the span then."""
+        inputs, sentence = self.collator.inputs, example.sentence_ids
+        title, text = inputs.in_context(example.row)
+        sentences = np.split(text, self._sentence_starts(example.row)[1:])
+        kept = [ids for ids in sentences if not np.array_equal(ids[: len(sentence)], sentence)]
+        rest = np.concatenate([text[:0], *kept])
+        starts = np.cumsum([0, *map(len, kept)])[:-1]
+        return (title, rest, starts) if inputs.contains((title, rest), example.span_ids) else None
+
+    def _sentence_starts(self, row: int) -> IntArray:
+        """Places in a passage's context at which sentences begin."""
+        context = self.collator.inputs.contexts.around(row)
+        return np.concatenate(
+            [
+                self.passages.sentence_starts(row) + start
+                for row, start in zip(context.rows, context.starts, strict=True)
+            ]
+        )
+
     def _sentence(self, row: int, example: MaskedSentence) -> Parts:
-        """The first sentence in a passage's context that contains the span, without a title.
+        """The first sentence in what is read that contains the span, without a title.
 
         Returns the title as the text if only the title contains the span.
         """
-        inputs = self.collator.inputs
-        title, ids = inputs.in_context(row)
-        places = inputs.wordpieces.find(ids, example.span_ids)
+        title, ids, starts = self._read(row, example)
+        places = self.collator.inputs.wordpieces.find(ids, example.span_ids)
         if not places:
             return ids[:0], title
-        context = inputs.contexts.around(row)
-        block_starts = [
-            self.passages.sentence_starts(other) + start
-            for other, start in zip(context.rows, context.starts, strict=True)
-        ]
-        starts = np.append(np.concatenate(block_starts), len(ids))
-        number = np.searchsorted(starts, places[0], side="right")
-        return ids[:0], ids[starts[number - 1] : starts[number]]
+        bounds = np.append(starts, len(ids))
+        number = np.searchsorted(bounds, places[0], side="right")
+        return ids[:0], ids[bounds[number - 1] : bounds[number]]
+
+    def _from_source(self, example: MaskedSentence, rng: np.random.Generator) -> MaskedSentence | None:
+        """The question, to be asked about its sentence's block; None if it is not.
+
+        It is noisier if the block contains the answer in the sentence only.
+        """
+        questions = self.sampler.questions
+        if questions is None or example.question is None or not self.has_sources:
+            return None
+        if rng.random() >= questions.config.source_prob:
+            return None
+        return example if self._without_sentence(example) else questions.with_noise(example, rng)
 
     def _supported(self, examples: list[MaskedSentence]) -> list[int | None]:
         """The supporting passage of each masked sentence, or None."""
@@ -167,12 +210,14 @@ class ReaderPretrainingBatches:
         ]
 
     def _retrieve(self, block: int, size: int) -> list[tuple[MaskedSentence, int]]:
-        """Masked sentences for 50 steps, each with a supporting passage.
+        """Examples for 50 steps, each with the row of the passage to read.
 
         Draws as many sentences as are needed, up to `MAX_DRAWS` times. Raises UserError if no
         sentence has a supporting passage.
         """
         needed = STEPS_PER_RETRIEVAL * size
+        missing_questions = round(self.config.question_prob * needed)
+        missing = {True: missing_questions, False: needed - missing_questions}
         rng = step_generator(self.seed, StepStream.SUPPORTING_PASSAGES, block)
         order_seed = run_seed(self.seed, RunStream.READER_PRETRAINING)
         count = MAX_DRAWS * needed * world_size()
@@ -184,13 +229,20 @@ class ReaderPretrainingBatches:
             examples = [self.sampler.draw(int(row), rng) for row in rows[start : start + needed]]
             for example, row in zip(examples, self._supported(examples), strict=True):
                 if row is None:
-                    continue
+                    if (asked := self._from_source(example, rng)) is None:
+                        continue
+                    example, row = asked, asked.row
                 keep = rng.random() < self.config.title_span_prob
-                if keep or not self.collator.inputs.wordpieces.find(self.passages.title_ids(row), example.span_ids):
+                keep |= not self.collator.inputs.wordpieces.find(self.passages.title_ids(row), example.span_ids)
+                asks = example.question is not None
+                if keep and missing[asks]:
                     found.append((example, row))
+                    missing[asks] -= 1
         if not found:
             raise UserError(
                 "no retrieved passage contains any masked span, so the reader has nothing to learn from; "
                 "train the retriever first (realm ict)."
             )
-        return found[:needed]
+        if self.config.question_prob:  # one kind may have been complete before the other
+            found = [found[place] for place in rng.permutation(len(found))]
+        return found

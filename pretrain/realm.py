@@ -20,6 +20,7 @@ from pretrain.collate import MaskedCollator
 from pretrain.exports import ExportSchedule, drift_reference
 from pretrain.masked_span_eval import masked_accuracy
 from pretrain.masking import SpanSampler
+from pretrain.pseudo_questions import ExampleSampler
 from pretrain.search import embed_masked, own_rows
 from pretrain.selection import find_supporting_passage
 from realm.corpus.collate import NULL
@@ -70,7 +71,7 @@ class RealmPretraining(Stage):
             config,
             run.config.seed,
             self.collator,
-            run.statements,
+            ExampleSampler.open(run, config.question_prob),
             run.config.engine.precision,
             source,
             lambda: self.current(retriever.query_tower),

@@ -74,8 +74,9 @@ def embed_masked(
     precision: Precision,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Query embeddings of masked sentences, (len(examples), D) float32; no gradient, no dropout."""
-    order = np.argsort([len(example.sentence_ids) for example in examples], kind="stable")
+    """Query embeddings of the examples, (len(examples), D) float32; no gradient, no dropout."""
+    mask_id = collator.inputs.wordpieces.mask
+    order = np.argsort([len(example.query_ids(mask_id)) for example in examples], kind="stable")
     embeddings: list[np.ndarray] = []
     for start in range(0, len(order), batch_size):
         ids_BL, mask_BL = collator.queries([examples[i] for i in order[start : start + batch_size]])

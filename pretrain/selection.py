@@ -52,13 +52,14 @@ def find_supporting_passage(
 
     The other one must be a salient span of the same sentence: a year or a city appears in many
     passages, but a passage that contains both spans probably states the same fact. For a sentence
-    without other spans, the first passage that contains the span.
+    without other spans, the first passage that contains the span; none if it is a question.
     """
     for row in filled(retrieved):
         parts = collator.in_context(row)
         if not collator.contains(parts, example.span_ids):
             continue
-        if example.others and not any(collator.contains(parts, other) for other in example.others):
+        alone = not example.others and example.question is None
+        if not alone and not any(collator.contains(parts, other) for other in example.others):
             continue
         (kept,) = choose_candidates([row], example, 1, collator.contexts, statements, collator.wordpieces)
         if kept != EMPTY:

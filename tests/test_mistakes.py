@@ -263,8 +263,10 @@ def test_only_settings_that_nothing_has_used_may_change(capsys: pytest.CaptureFi
     assert main(["prepare", *arguments]) == 0 and main(["ict", *arguments]) == 0
     capsys.readouterr()
     changes = ["--data.train", "other.json", "--evaluate.read", "1", "--finetune.optim.lr", "0.5"]
+    changes += ["--pretrain.threads", "1", "--engine.log_every_s", "1"]
     assert main(["ict", *arguments, "--resume", *changes]) == 0
-    assert "config.yaml updated: finetune.optim.lr, evaluate.read, data.train.path" in capsys.readouterr().out
+    updated = "engine.log_every_s, pretrain.threads, finetune.optim.lr, evaluate.read, data.train.path"
+    assert f"config.yaml updated: {updated}" in capsys.readouterr().out
     assert load_config(folder / "run" / "config.yaml").evaluate.read == 1
     message = error_message(capsys, "ict", *arguments, "--resume", *changes, "--ict.optim.lr", "0.5")
     assert "changed: ict.optim.lr)" in message
@@ -388,6 +390,9 @@ def test_half_a_launcher_is_refused(
     assert "RANK is not set" in error_message(capsys, "prepare", "--config", write_config(folder))
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE must be a whole number" in error_message(capsys, "prepare", "--config", write_config(folder))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "first")
+    assert "RANK must be a whole number" in error_message(capsys, "prepare", "--config", write_config(folder))
 
 
 @pytest.mark.parametrize(

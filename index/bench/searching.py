@@ -21,7 +21,6 @@ from index.build import build_index, index_bytes, set_search_parameters
 from index.encode import load_encoder
 from index.exact import Searcher, TiledExactSearch
 from realm.corpus.prepared import PreparedCorpus
-from realm.errors import UserError
 from realm.models.retriever import embed_no_grad
 from realm.runtime.telemetry import console, peak_memory, print_table
 from realm.text.inputs import pad_batch
@@ -175,13 +174,9 @@ def _time_search(index: Searcher, query_emb_QD: np.ndarray) -> tuple[float, np.n
     return min(seconds for seconds, _ in runs), runs[0][1]
 
 
-def bench_synthetic(shape: str) -> dict[str, Any]:
+def bench_synthetic(count: int, dim: int) -> dict[str, Any]:
     """Build an index of random unit vectors from shards on disk, write, map and search it; measures
     the times and the peak memory."""
-    try:
-        count, dim = map(int, shape.lower().split("x"))
-    except ValueError as error:
-        raise UserError(f"--synthetic {shape!r} is not of the form NxD, such as 10000000x128.") from error
     shard_rows, rng = 500_000, np.random.default_rng(3)
     factory = f"IVF{2 ** round(np.log2(4 * np.sqrt(count)))},SQ8"
     with tempfile.TemporaryDirectory(prefix="realm-synthetic-", dir=os.environ.get("TMPDIR")) as folder:
@@ -190,7 +185,7 @@ def bench_synthetic(shape: str) -> dict[str, Any]:
             vectors = rng.standard_normal((min(shard_rows, count - start), dim), dtype=np.float32)
             np.save(Path(folder) / f"{number}.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
             shards.append(np.load(Path(folder) / f"{number}.npy", mmap_mode="r"))
-        console.print(f"  {shape}: {factory}")
+        console.print(f"  {count:,} x {dim}: {factory}")
         build_seconds, index = timed(lambda: build_index(shards, factory, parameters="nprobe=64"))
         write_start = time.perf_counter()
         faiss.write_index(index, f"{folder}/index")

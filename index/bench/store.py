@@ -24,7 +24,7 @@ def bench_index(
     passages: int,
     queries: int,
     scale: int,
-    synthetic: str | None,
+    synthetic: tuple[int, int] | None,
     json_file: Path | None,
     picture: Path | None,
 ) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def bench_index(
     curves to `picture`.
 
     `passages`: number to encode. `queries`: number to search. `scale`: rows of the jittered copies.
-    `synthetic`: `NxD` of the random vectors to build and search an index of. Raises UserError if
-    the run has no index, or if its encoder was removed.
+    `synthetic`: number and dimension of the random vectors to build and search an index of. Raises
+    UserError if the run has no index, or if its encoder was removed.
     """
     usable = [
         info
@@ -60,7 +60,7 @@ def bench_index(
         curves[count] = bench_search(embeddings_ND, query_emb_QD)
     figures["search"] = {str(count): rows for count, rows in curves.items()}
     if synthetic is not None:
-        figures["synthetic"] = bench_synthetic(synthetic)
+        figures["synthetic"] = bench_synthetic(*synthetic)
     if picture is not None:
         plot_recall(curves, picture)
     if json_file is not None:

@@ -11,6 +11,11 @@ from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import log_line
 
 _USED_BY = {
+    "engine.keep_checkpoints": (),
+    "engine.log_every_s": (),
+    "engine.threads": (),
+    "pretrain.threads": (),
+    "refresh.threads": (),
     "evaluate": (),
     "data.test": (),
     "data.validation": (),
@@ -19,6 +24,7 @@ _USED_BY = {
     "data.unsupported": ("evaluations/null-passage.json",),
     "data.closed_book": ("evaluations/closed-book.json",),
     "fusion": ("reader_pretraining", "pretrain", "finetune_retriever", "finetune", "evaluations/*"),
+    "pseudo_questions": ("ict", "reader_pretraining", "pretrain"),
     "finetune_retriever": ("finetune_retriever",),
     "finetune": ("finetune",),
 }

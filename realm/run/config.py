@@ -11,9 +11,11 @@ from realm.models.reader import ReaderConfig
 from realm.models.retriever import RetrieverConfig
 from realm.run.data_config import DataConfig
 from realm.runtime.section import InvalidSection, PathText, Section, all_problems
+from realm.runtime.threads import threads_beside
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
 from realm.training.fusion_section import FusionConfig
+from realm.training.pseudo_question_section import PseudoQuestionConfig
 from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
     EngineConfig,
@@ -69,6 +71,8 @@ class RealmConfig(Section):
     """Reader pretraining stage."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """REALM stage."""
+    pseudo_questions: PseudoQuestionConfig = field(default_factory=PseudoQuestionConfig)
+    """Questions made from sentences, as queries without labels."""
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     """Asynchronous index refresh."""
     fusion: FusionConfig = field(default_factory=FusionConfig)
@@ -83,8 +87,11 @@ class RealmConfig(Section):
     """Questions and annotated statements."""
 
     def threads(self, stage: str) -> int:
-        """CPU threads of the trainer in a stage; 0: torch's default."""
-        return (self.pretrain.threads if stage == "pretrain" else 0) or self.engine.threads
+        """CPU threads of the trainer in a stage; 0: torch's default. REALM pretraining leaves the
+        refresher its cores."""
+        if stage != "pretrain":
+            return self.engine.threads
+        return self.pretrain.threads or self.engine.threads or threads_beside(self.refresh.threads)
 
     def __post_init__(self) -> None:
         if problems := list(all_problems(self)):

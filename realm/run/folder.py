@@ -25,7 +25,7 @@ from realm.corpus.context import Contexts
 from realm.corpus.prepared import PreparedCorpus
 from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
-from realm.run.changes import changed_fields, existing_config, update_config
+from realm.run.changes import changed_fields, existing_config, is_used, update_config
 from realm.run.config import RealmConfig
 from realm.run.config_file import dump_config, load_config
 from realm.run.data_config import QuestionSource
@@ -179,6 +179,8 @@ class Run:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
         settings = {"seed": tree["seed"], stage: tree[stage]}
+        if tree[stage].get("question_prob"):
+            settings["pseudo_questions"] = tree["pseudo_questions"]
         if stage.startswith("finetune"):
             settings["data"] = {"train": tree["data"].get("train")}
         if stage != "ict" and self.config.fusion.lexical:
@@ -189,7 +191,8 @@ class Run:
         """Raise UserError if a stage was started from other models or with other settings than it
         would be now."""
         state = read_state(checkpoint)
-        changed = list(changed_fields(state.get("settings", {}), self.settings(stage)))
+        differing = changed_fields(state.get("settings", {}), self.settings(stage))
+        changed = [field for field in differing if is_used(field, self.folder)]
         if "settings" in state and changed:
             raise UserError(
                 f"stage {stage} was started with other values of {', '.join(changed)}; resume it with the same "

@@ -27,7 +27,7 @@ _INTERRUPT = ""
 
 def rank() -> int:
     """Rank of this training process."""
-    return int(os.environ.get("RANK", "0"))
+    return _launcher_number("RANK", 0)
 
 
 def world_size() -> int:
@@ -52,7 +52,7 @@ def local_device() -> torch.device:
     """Device of this process: its local GPU, or the CPU without CUDA."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", _launcher_number("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def is_rank_zero() -> bool:

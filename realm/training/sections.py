@@ -135,6 +135,9 @@ class ReaderPretrainingConfig(StageConfig):
     span_loss: float = 1.0
     """Weight of the span head's loss (find the same span in the passage) relative to the
     masked-language head's; 0: the span head is trained in finetuning only."""
+    question_prob: float = 0.0
+    """Share of examples whose query is a question made from the sentence (`pseudo_questions`)
+    instead of the masked sentence."""
     sentence_steps: int = 0
     """Number of steps at the start in which only the sentence that contains the span is read:
     copying is learned faster from short texts."""
@@ -143,7 +146,7 @@ class ReaderPretrainingConfig(StageConfig):
         yield from super().problems()
         yield from self.at_least(1, "retrieve")
         yield from self.at_least(0, "sentence_steps", "span_loss")
-        yield from self.probabilities("substitution_prob", "title_span_prob", "null_prob")
+        yield from self.probabilities("substitution_prob", "title_span_prob", "null_prob", "question_prob")
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,8 @@ class PretrainConfig(StageConfig):
     steps: int = 200_000
     """Optimizer updates; 0: skip the stage."""
     threads: int = 0
-    """CPU threads of the trainer in this stage, which shares the cores with the refresher; 0:
-    `engine.threads`."""
+    """CPU threads of the trainer in this stage; 0: `engine.threads`, or else the cores that
+    `refresh.threads` leaves. If the refresher runs on another machine, set it to all cores."""
     batch_size: int = 16
     """Masked sentences per update and process."""
     candidates: int = 8
@@ -167,6 +170,9 @@ class PretrainConfig(StageConfig):
     """Marginal likelihood of the whole span, or of each wordpiece separately."""
     substitution_prob: float = 0.0
     """Probability of entity substitution, as in reader pretraining; applied to all candidates."""
+    question_prob: float = 0.0
+    """Share of examples whose query is a question made from the sentence (`pseudo_questions`)
+    instead of the masked sentence."""
     reader_buckets: int = 4
     """Groups of similar length into which joint inputs are padded. Constant, so that all ranks
     issue the same collectives."""
@@ -181,7 +187,7 @@ class PretrainConfig(StageConfig):
         yield from self.at_least(0, "threads", "extra_retrieved", "reader_check")
         yield from self.at_most(MAX_PROCESSES, "threads")
         yield from self.at_least(1, "max_span_tokens", "reader_buckets")
-        yield from self.probabilities("substitution_prob")
+        yield from self.probabilities("substitution_prob", "question_prob")
         if self.candidates < 2:
             yield f"candidates must be at least 2 (the null passage and one other), got {self.candidates}"
 

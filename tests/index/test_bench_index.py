@@ -10,7 +10,6 @@ import torch
 from index.bench.searching import TORCH_FLAT, bench_search, bench_synthetic, jittered_copies
 from index.frozen import frozen_index
 from realm.app.cli import main
-from realm.errors import UserError
 from realm.run.initial import build_initial_retriever
 from tests.tiny import prepared_run
 
@@ -78,10 +77,17 @@ def test_jittered_copies_keep_their_norm_and_move_by_the_neighbour_distance() ->
 
 
 def test_an_index_of_random_vectors_is_built_written_mapped_and_searched() -> None:
-    result = bench_synthetic("5000x16")
+    result = bench_synthetic(5000, 16)
     assert result["own row found first, %"] > 90 and result["GiB on disk"] > 0
-    with pytest.raises(UserError, match="NxD"):
-        bench_synthetic("many")
+
+
+@pytest.mark.parametrize("shape", ["many", "0x0", "10x128", "100000", "1000x0"])
+def test_a_shape_that_cannot_be_built_is_refused_before_anything_else(
+    shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "index", "--run", "missing", "--synthetic", shape])
+    assert "must have the form NxD" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -131,6 +131,16 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def shape(text: str) -> tuple[int, int]:
+    """Type of an option of the form NxD: rows and dimension of an index."""
+    match = re.fullmatch(r"([0-9]{1,10})[xX]([0-9]{1,5})", text)
+    if match is None or int(match[1]) < 1000 or int(match[2]) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must have the form NxD, such as 10000000x128, with at least 1000 rows, got {text[:80]!r}"
+        )
+    return int(match[1]), int(match[2])
+
+
 def seconds(text: str) -> float:
     """Type of an option that is a number of seconds."""
     try:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from realm.app.cli.arguments import path_option, seconds, whole
+from realm.app.cli.arguments import path_option, seconds, shape, whole
 from realm.app.cli.common import open_run
 from realm.errors import UserError
 
@@ -86,7 +86,10 @@ def add_bench_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPa
         "--scale", type=whole(0), default=0, metavar="N", help="also search N rows: the embeddings repeated with noise"
     )
     store.add_argument(
-        "--synthetic", metavar="NxD", help="also build and search an index of random vectors, such as 10000000x128"
+        "--synthetic",
+        type=shape,
+        metavar="NxD",
+        help="also build and search an index of random vectors, such as 10000000x128",
     )
     store.add_argument("--json", type=path_option, metavar="FILE", help="also write the figures to FILE")
     store.add_argument("--picture", type=path_option, metavar="FILE", help="plot recall against speed")

@@ -41,7 +41,7 @@ def add_question_commands(commands: Commands) -> None:
     ask = add_command(commands, "ask", _ask, "answer one question from the corpus", "run")
     ask.add_argument("question", help="the question, in quotes")
     ask.set_defaults(stray_hint="write the question in quotes")
-    ask.add_argument("--passages", type=whole(1), default=5, help="passages to read (default: 5)")
+    ask.add_argument("--passages", type=whole(1), help="passages to read (default: evaluate.read)")
     ask.add_argument("--stage", help="training stage whose models answer (default: the last finished stage)")
 
 
@@ -75,4 +75,5 @@ def _ask(options: argparse.Namespace) -> None:
     from finetune.ask import ask
 
     run = open_run(options)
-    ask(run, options.question, options.passages, options.stage or run.last_finished())
+    passages = options.passages or run.config.evaluate.read
+    ask(run, options.question, passages, options.stage or run.last_finished())

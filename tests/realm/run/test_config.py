@@ -364,6 +364,19 @@ def test_invalid_numbers_of_threads_are_refused(override, message, tmp_path):
         load_config(write(tmp_path, BASE), override)
 
 
+@pytest.mark.parametrize(
+    ("omp_threads", "cores", "refresher", "expected"),
+    [(None, 2, 1, 1), (None, 16, 3, 13), (None, 1, 1, 1), ("4", 16, 1, 3), ("1", 16, 1, 1), ("", 8, 2, 6)],
+)
+def test_pretraining_leaves_the_refresher_its_cores(omp_threads, cores, refresher, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr("realm.runtime.threads.cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_threads)
+    config = load_config(write(tmp_path, BASE), ["--refresh.threads", str(refresher)])
+    assert (config.threads("pretrain"), config.threads("ict")) == (expected, 0)
+
+
 def test_threads_can_be_set_per_stage(tmp_path):
     config = load_config(write(tmp_path, BASE), ["--engine.threads", "3", "--pretrain.threads", "1"])
     assert (config.threads("ict"), config.threads("pretrain")) == (3, 1)
