@@ -40,7 +40,7 @@ class RetrieverFinetuning(Stage):
     config: FinetuneRetrieverConfig
 
     def __init__(self, retriever: Retriever, batches: "RetrieverBatches", config: FinetuneRetrieverConfig) -> None:
-        super().__init__(DualEncoderModel(retriever), config, retriever=retriever)
+        super().__init__(DualEncoderModel(retriever, config.chunk_size), config, retriever=retriever)
         self.batches = batches
 
     @classmethod

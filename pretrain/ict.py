@@ -32,7 +32,7 @@ class InverseCloze(Stage):
     config: IctConfig
 
     def __init__(self, retriever: Retriever, batches: "InverseClozeBatches", config: IctConfig) -> None:
-        super().__init__(DualEncoderModel(retriever), config, retriever=retriever)
+        super().__init__(DualEncoderModel(retriever, config.chunk_size), config, retriever=retriever)
         self.batches = batches
 
     @classmethod
