@@ -55,15 +55,19 @@ class SpanSampler:
     """Draws masked sentences from a prepared corpus."""
 
     def __init__(
-        self, corpus: PreparedCorpus, max_span_tokens: int, max_sentence_tokens: int, max_rows: int | None = None
+        self,
+        corpus: PreparedCorpus,
+        max_span_tokens: int,
+        max_sentence_tokens: int,
+        rows: np.ndarray | None = None,
     ) -> None:
-        """`max_rows`: use only the first blocks; default: all.
+        """`rows`: blocks to draw from; default: all that are not held out.
 
         Raises UserError if they have no eligible span.
         """
         self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
-        rows = [row for row in corpus.rows[:max_rows].tolist() if len(self._eligible(row)[0])]
-        self.rows = np.array(rows, dtype=np.int64)
+        rows = corpus.training_rows if rows is None else rows
+        self.rows = np.array([row for row in rows.tolist() if len(self._eligible(row)[0])], dtype=np.int64)
         """Blocks with an eligible span."""
         if not len(self.rows):
             raise UserError(

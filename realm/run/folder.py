@@ -263,7 +263,8 @@ class Run:
         without reading the sources.
         """
         self._check_prepared(kind)
-        corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
+        corpus = PreparedCorpus.open(self.prepared / kind, self.config.held_out.share)
+        config = self.config.corpus
         inputs = corpus.manifest["inputs"]
         limits = [source.limit for source in config.limited(sources)]
         for name, before, now in (
