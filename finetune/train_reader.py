@@ -62,7 +62,7 @@ class Finetuning(Stage):
         super().__init__(OpenQaModel(retriever, reader), config, retriever, reader)
         max_span_tokens = run.config.reader.max_span_tokens
         pool: SpanPool = span_pool([run.passages], max_span_tokens) if config.substitution_prob else {}
-        fusion = Fusion.of(run)
+        fusion = Fusion.of(run, run.starting_retriever(self.name))
         collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, config.positives, fusion)
         self.batches = FinetuningBatches(
             collator,

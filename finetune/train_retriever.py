@@ -76,7 +76,7 @@ class RetrieverFinetuning(Stage):
         cls, run: Run, index: Index, retriever: Retriever, miner: Retriever, questions: Sequence[Question]
     ) -> "RetrieverFinetuning":
         config = run.config.finetune_retriever
-        max_span_tokens, fusion = run.config.reader.max_span_tokens, Fusion.of(run)
+        max_span_tokens, fusion = run.config.reader.max_span_tokens, Fusion.of(run, run.starting_retriever(cls.name))
         collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, fusion=fusion)
         engine = run.config.engine
         batches = RetrieverBatches(

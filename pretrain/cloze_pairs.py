@@ -36,12 +36,20 @@ class ClozePairs:
     """Draws a pair from each of `rows`."""
 
     def __init__(
-        self, passages: PreparedCorpus, config: IctConfig, mask_id: int, sampler: SpanSampler, questions: PseudoQuestions
+        self,
+        passages: PreparedCorpus,
+        config: IctConfig,
+        mask_id: int,
+        sampler: SpanSampler | None = None,
+        questions: PseudoQuestions | None = None,
     ) -> None:
-        """Raises UserError if fewer than two passages have two sentences or more."""
+        """`sampler`, `questions`: required unless `question_prob` is 0.
+
+        Raises UserError if fewer than two passages have two sentences or more.
+        """
         self.passages, self.config, self.mask_id = passages, config, mask_id
         self.sampler, self.questions = sampler, questions
-        self._with_span = frozenset(sampler.rows.tolist())
+        self._with_span = frozenset() if sampler is None else frozenset(sampler.rows.tolist())
         rows = [row for row in passages.training_rows.tolist() if len(passages.sentence_starts(row)) > 1]
         self.rows = np.array(rows, dtype=np.int64)
         """Blocks with two sentences or more that are not held out."""
@@ -55,10 +63,13 @@ class ClozePairs:
     @classmethod
     def open(cls, run: Run) -> "ClozePairs":
         """The pairs of a run's passages."""
+        config, passages = run.config.ict, run.passages
+        if not config.question_prob:
+            return cls(passages, config, run.wordpieces.mask)
         longest, span_tokens = run.config.retriever.max_query_tokens - 2, run.config.pretrain.max_span_tokens
-        sampler = SpanSampler(run.passages, span_tokens, longest)
-        questions = PseudoQuestions(run.config.pseudo_questions, run.tokenizer, run.passages, longest, span_tokens)
-        return cls(run.passages, run.config.ict, run.wordpieces.mask, sampler, questions)
+        sampler = SpanSampler(passages, span_tokens, longest)
+        questions = PseudoQuestions(run.config.pseudo_questions, run.tokenizer, passages, longest, span_tokens)
+        return cls(passages, config, run.wordpieces.mask, sampler, questions)
 
     def draw(self, row: int, rng: np.random.Generator) -> ClozePair:
         """Draw a query from a block.
@@ -76,6 +87,7 @@ class ClozePairs:
         return pair or self._sentence(row, rng)
 
     def _question(self, row: int, rng: np.random.Generator) -> ClozePair | None:
+        assert self.sampler is not None and self.questions is not None
         example = self.questions(self.sampler.draw(row, rng), rng) if row in self._with_span else None
         if example is None or example.question is None:
             return None

@@ -5,15 +5,18 @@ sentences, and titles; negatives can also be hard ones.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from index.lexical_files import open_lexical
+from index.lexical import LexicalIndex
+from index.lexical_files import lexical_files
 from pretrain.cloze_pairs import ClozePair, ClozePairs
 from pretrain.hard_negatives import HardNegatives
+from pretrain.verdict import give_verdict
 from realm.corpus.collate import NULL, Collator
 from realm.corpus.prepared import PreparedCorpus
 from realm.models.batches import PairBatch
@@ -22,7 +25,7 @@ from realm.models.retriever import Retriever, build_retriever
 from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_retriever
-from realm.runtime.distributed import rank, world_size
+from realm.runtime.distributed import on_rank_zero, rank, world_size
 from realm.text.inputs import epoch_rows
 from realm.training.sections import IctConfig
 from realm.training.stage import Stage
@@ -35,33 +38,49 @@ class InverseCloze(Stage):
     name = "ict"
     config: IctConfig
 
-    def __init__(self, retriever: Retriever, batches: "InverseClozeBatches", config: IctConfig) -> None:
+    def __init__(self, run: Run, retriever: Retriever, start: Path | None) -> None:
+        """`start`: folder of the retriever that the stage starts from; None for timing."""
+        config = run.config.ict
         super().__init__(DualEncoderModel(retriever, config.chunk_size), config, retriever=retriever)
-        self.batches = batches
+        self.run, self.start = run, start
+        self.checkpoint_at_end = config.keep == "better" and bool(run.config.held_out.share)
+        lexical = LexicalIndex.open(on_rank_zero(lambda: lexical_files(run))) if config.negatives.lexical else None
+        negatives = HardNegatives(run.collator, config.negatives, lexical, run.terms)
+        self.batches = InverseClozeBatches(run.collator, ClozePairs.open(run), negatives, config, run.config.seed)
 
     @classmethod
     def open(cls, run: Run) -> "InverseCloze":
         """Open the stage for training in `run`."""
-        return cls._build(run, load_retriever(initial_retriever(run, cls.name))[0])
+        start = initial_retriever(run, cls.name)
+        return cls(run, load_retriever(start)[0], start)
 
     @classmethod
     def open_for_timing(cls, run: Run) -> "InverseCloze":
         """Open the stage for timing."""
-        return cls._build(run, build_retriever(run.config.retriever, run.tokenizer))
-
-    @classmethod
-    def _build(cls, run: Run, retriever: Retriever) -> "InverseCloze":
-        config = run.config.ict
-        lexical = open_lexical(run) if config.negatives.lexical else None
-        negatives = HardNegatives(run.collator, config.negatives, lexical, run.terms)
-        batches = InverseClozeBatches(run.collator, ClozePairs.open(run), negatives, config, run.config.seed)
-        return cls(retriever, batches, config)
+        return cls(run, build_retriever(run.config.retriever, run.tokenizer), None)
 
     def draw(self, step: int, size: int) -> PairBatch:
         return self.batches(step, size)
 
     def progress_line(self, values: dict[str, Any]) -> str:
         return f"loss {values['loss']:.3f}  in-batch accuracy {values['accuracy']:.2f}"
+
+    def before_saving(self) -> None:
+        if self.config.average:
+            assert self.retriever is not None and self.start is not None
+            average_weights(self.retriever, load_retriever(self.start)[0], self.config.average)
+
+    def after_saving(self, folder: Path) -> None:
+        if self.config.keep == "better":
+            assert self.start is not None
+            give_verdict(self.run, self.name, folder, self.start)
+
+
+def average_weights(trained: Retriever, start: Retriever, share: float) -> None:
+    """Set each weight of `trained` to (1 − share) · trained + share · start (Wortsman et al. 2022)."""
+    with torch.no_grad():
+        for weight, before in zip(trained.parameters(), start.parameters(), strict=True):
+            weight.lerp_(before.to(weight), share)
 
 
 class InverseClozeBatches:

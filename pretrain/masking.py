@@ -61,15 +61,13 @@ class SpanSampler:
         max_sentence_tokens: int,
         rows: np.ndarray | None = None,
     ) -> None:
-        """`rows`: blocks to draw from; default: all that are not held out.
-
-        Raises UserError if they have no eligible span.
-        """
+        """`rows`: blocks to draw from; default: all that are not held out, and a UserError if they
+        have no eligible span."""
         self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
-        rows = corpus.training_rows if rows is None else rows
-        self.rows = np.array([row for row in rows.tolist() if len(self._eligible(row)[0])], dtype=np.int64)
+        allowed = corpus.training_rows if rows is None else rows
+        self.rows = np.array([row for row in allowed.tolist() if len(self._eligible(row)[0])], dtype=np.int64)
         """Blocks with an eligible span."""
-        if not len(self.rows):
+        if rows is None and not len(self.rows):
             raise UserError(
                 "the statements contain no salient span that fits a query; check the span pipeline and "
                 "retriever.max_query_tokens."

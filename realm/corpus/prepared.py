@@ -111,7 +111,9 @@ class PreparedCorpus:
     are views of the mapped file, int32 unless stated otherwise.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch], held_out_share: float = 0.0):
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch], held_out_share: float = 0.0
+    ):
         self.path = path
         self.held_out_share = held_out_share
         """Share of the documents that are held out (see `held_out_rows`)."""

@@ -175,6 +175,11 @@ class Run:
             part: None if path is None else path.relative_to(self.folder).as_posix() for part, path in found.items()
         }
 
+    def starting_retriever(self, stage: str) -> Path:
+        """Folder of the retriever that a stage starts from; before any training it may not be built
+        yet (`realm.run.initial`)."""
+        return self.latest("retriever", before=stage) or self.folder / "initial" / "retriever"
+
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
