@@ -12,8 +12,8 @@ LEXICAL = "lexical"
 
 
 def lexical_files(run: Run) -> Path:
-    """Folder with BM25 of the run's passages, with the settings of `fusion` whatever its method, for
-    `LexicalIndex.open`.
+    """Folder with BM25 of the run's passages, with the settings of `fusion` whatever its method,
+    for `LexicalIndex.open`.
 
     Its files are those of an index version of the run, or are built once in `RUN/lexical`. To be
     called on one rank.

@@ -1,4 +1,5 @@
-"""The weight of BM25 that was tuned for a retriever on held-out questions (`pretrain/held_out.py`)."""
+"""The weight of BM25 that was tuned for a retriever on held-out questions
+(`pretrain/held_out.py`)."""
 
 from pathlib import Path
 
@@ -14,7 +15,8 @@ def measurement_file(run: Path, retriever: Path) -> Path:
 
 
 def tuned_weight(run: Path, retriever: Path) -> float | None:
-    """The weight of BM25 for a retriever; None if it was not measured, or with too few questions."""
+    """The weight of BM25 for a retriever; None if it was not measured, or with too few
+    questions."""
     path = measurement_file(run, retriever)
     if not path.exists():
         return None

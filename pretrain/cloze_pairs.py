@@ -1,5 +1,5 @@
-"""The query-block pairs of inverse cloze: a sentence, a question made from it, or a title, each with
-the block that it was taken from."""
+"""The query-block pairs of inverse cloze: a sentence, a question made from it, or a title, each
+with the block that it was taken from."""
 
 from dataclasses import dataclass
 

@@ -39,7 +39,8 @@ RELATIVE_WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 
 of the largest and the mean one, on average over the questions."""
 
 Way = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Scores of passages, from their inner products and their BM25 scores divided by the largest one."""
+"""Scores of passages, from their inner products and their BM25 scores divided by the largest
+one."""
 
 
 def measure_retriever(run: Run, retriever: Path) -> dict[str, Any] | None:
@@ -48,8 +49,8 @@ def measure_retriever(run: Run, retriever: Path) -> dict[str, Any] | None:
     Returns `weight`, the weight of BM25 that is best, or that of the config, and `ranks` by target
     (`source`, `supporting`) and way of scoring (`dense`, `bm25`, `fused`): the rank of the first
     passage to find for each question, counted from 1, or None for questions without one. The result
-    is kept in `RUN/held-out`, one file per retriever, and is not measured again. To be called on one
-    rank.
+    is kept in `RUN/held-out`, one file per retriever, and is not measured again. To be called on
+    one rank.
     """
     if not run.config.held_out.share:
         return None
@@ -178,6 +179,6 @@ def reciprocal(rank: np.ndarray) -> np.ndarray:
 
 
 def criterion(ranks: Mapping[str, Any]) -> str:
-    """What retrievers are compared and weights tuned by: the `source` passages if sentences are from
-    the passages, else the `supporting` ones."""
+    """What retrievers are compared and weights tuned by: the `source` passages if sentences are
+    from the passages, else the `supporting` ones."""
     return "source" if any(rank for rank in ranks["source"]["dense"]) else "supporting"

@@ -19,8 +19,8 @@ _SEED = 20_177
 _ROUNDS = 4
 """Maximum number of questions from one block."""
 _SUPPORT_DEPTH = 100
-"""Number of passages, the best ones of BM25 for an answer and a second entity, that are searched for
-both."""
+"""Number of passages, the best ones of BM25 for an answer and a second entity, that are searched
+for both."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Inverse cloze task, the warm start of the retriever.
 
-Lee et al. 2019, section 4; Guu et al. 2020, section 3.4. Queries can also be questions made from the
-sentences, and titles; negatives can also be hard ones.
+Lee et al. 2019, section 4; Guu et al. 2020, section 3.4. Queries can also be questions made from
+the sentences, and titles; negatives can also be hard ones.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,8 @@ class InverseCloze(Stage):
 
 
 def average_weights(trained: Retriever, start: Retriever, share: float) -> None:
-    """Set each weight of `trained` to (1 − share) · trained + share · start (Wortsman et al. 2022)."""
+    """Set each weight of `trained` to (1 − share) · trained + share · start (Wortsman et al.
+    2022)."""
     with torch.no_grad():
         for weight, before in zip(trained.parameters(), start.parameters(), strict=True):
             weight.lerp_(before.to(weight), share)

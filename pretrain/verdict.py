@@ -1,4 +1,5 @@
-"""Whether a trained retriever is better than the one that its stage started from, without labels."""
+"""Whether a trained retriever is better than the one that its stage started from, without
+labels."""
 
 import shutil
 from pathlib import Path
@@ -20,10 +21,10 @@ def give_verdict(run: Run, stage: str, folder: Path, start: Path) -> None:
     """Replace the trained retriever in `folder / "retriever"` by the one in `start`, unless it is
     better; write `verdict.json` and print the verdict in one sentence.
 
-    Better: the mean reciprocal rank of what the held-out questions ask for (`held_out.criterion`) is
-    higher, and the 95 % interval of the paired difference excludes 0; by fused retrieval if `fusion`
-    is configured. With too few held-out questions the trained retriever stays. To be called on one
-    rank.
+    Better: the mean reciprocal rank of what the held-out questions ask for (`held_out.criterion`)
+    is higher, and the 95 % interval of the paired difference excludes 0; by fused retrieval if
+    `fusion` is configured. With too few held-out questions the trained retriever stays. To be
+    called on one rank.
     """
     trained, title = folder / "retriever", STAGES[stage].title
     before, after = measure_retriever(run, start), measure_retriever(run, trained)

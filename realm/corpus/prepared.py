@@ -212,7 +212,8 @@ class PreparedCorpus:
 
     @cached_property
     def training_rows(self) -> np.ndarray:
-        """Rows that sentences and queries may be drawn from: not deleted and not held out, int64."""
+        """Rows that sentences and queries may be drawn from: not deleted and not held out,
+        int64."""
         return self.rows[~self._is_held_out[self.rows]]
 
     @cached_property

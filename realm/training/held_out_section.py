@@ -23,8 +23,8 @@ class HeldOutConfig(Section):
     then random ones. They are encoded with the retriever of each stage. null: all passages."""
 
     pseudo_questions: PseudoQuestionConfig = field(default_factory=PseudoQuestionConfig)
-    """How the questions are made; apart from the stages' `pseudo_questions`, so that retrievers which
-    are trained with different ones are measured with the same questions."""
+    """How the questions are made; apart from the stages' `pseudo_questions`, so that retrievers
+    which are trained with different ones are measured with the same questions."""
 
     def problems(self) -> Iterator[str]:
         yield from self.below_one("share")

@@ -117,7 +117,8 @@ class IctConfig(StageConfig):
     question_prob: float = 0.0
     """Probability that a query is a question made from a sentence (`pseudo_questions`)."""
     title_prob: float = 0.0
-    """Probability that a query is the title of the block's document. Other queries are sentences."""
+    """Probability that a query is the title of the block's document. Other queries are
+    sentences."""
     keep_sentence_prob: float = 0.1
     """Probability that the sentence, or the title, stays in the block."""
     mask_span_prob: float = 0.0
@@ -133,9 +134,9 @@ class IctConfig(StageConfig):
     rest of the trained ones (Wortsman et al. 2022): less forgotten, less learned. 0: the trained
     weights."""
     keep: Literal["better", "always"] = "better"
-    """Which retriever is published. better: the trained one only if it finds the held-out questions'
-    passages better than the one that the stage started from, otherwise that one; with too few
-    held-out questions the trained one. always: the trained one."""
+    """Which retriever is published. better: the trained one only if it finds the held-out
+    questions' passages better than the one that the stage started from, otherwise that one; with
+    too few held-out questions the trained one. always: the trained one."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -31,7 +31,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def same_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Half of the documents are held out; sentences are from the passages, two blocks a document."""
+    """Half of the documents are held out; sentences are from the passages, two blocks a
+    document."""
     corpus = {"statements": None, "block_tokens": 24}
     return prepared_run(tmp_path_factory.mktemp("same"), held_out=HALF, corpus=corpus)
 

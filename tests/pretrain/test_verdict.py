@@ -1,4 +1,5 @@
-"""What a stage publishes: the trained retriever, its average with the first one, or the first one."""
+"""What a stage publishes: the trained retriever, its average with the first one, or the first
+one."""
 
 import json
 from dataclasses import replace
