@@ -12,7 +12,7 @@ import numpy as np
 from index.build import LEXICAL_FOLDER
 from index.interface import Index
 from index.lexical import LexicalIndex, best_rows, lexical_of_run, prepare_lexical
-from index.tuned_weight import tuned_weight
+from index.measurements import tuned_weight
 from realm.corpus.collate import EMPTY, filled
 from realm.run.folder import Run
 from realm.runtime.distributed import on_rank_zero
@@ -132,6 +132,11 @@ def reciprocal_ranks(row_R: np.ndarray, lists: Sequence[np.ndarray], constant: i
 def open_lexical(run: Run) -> LexicalIndex:
     """BM25 over the run's passages, whether its retrieval is fused or not; built once, in
     `frozen/lexical`, with the settings of `fusion`."""
+    return LexicalIndex.open(on_rank_zero(lambda: lexical_files(run)))
+
+
+def lexical_files(run: Run) -> Path:
+    """The folder of `open_lexical`, for a single rank."""
     folder = lexical_of_run(run.folder)
-    on_rank_zero(lambda: prepare_lexical(folder, run.folder, run.passages, run.terms, run.config.fusion.bm25))
-    return LexicalIndex.open(folder / LEXICAL_FOLDER)
+    prepare_lexical(folder, run.folder, run.passages, run.terms, run.config.fusion.bm25)
+    return folder / LEXICAL_FOLDER

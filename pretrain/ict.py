@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from index.lexical import LexicalIndex
-from index.lexical_files import lexical_files
+from index.fusion import open_lexical
 from pretrain.cloze_pairs import ClozePair, ClozePairs
 from pretrain.hard_negatives import HardNegatives
 from pretrain.verdict import give_verdict
@@ -25,7 +24,7 @@ from realm.models.retriever import Retriever, build_retriever
 from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
 from realm.run.initial import initial_retriever
-from realm.runtime.distributed import on_rank_zero, rank, world_size
+from realm.runtime.distributed import rank, world_size
 from realm.text.inputs import epoch_rows
 from realm.training.sections import IctConfig
 from realm.training.stage import Stage
@@ -44,7 +43,7 @@ class InverseCloze(Stage):
         super().__init__(DualEncoderModel(retriever, config.chunk_size), config, retriever=retriever)
         self.run, self.start = run, start
         self.checkpoint_at_end = config.keep == "better" and bool(run.config.held_out.share)
-        lexical = LexicalIndex.open(on_rank_zero(lambda: lexical_files(run))) if config.negatives.lexical else None
+        lexical = open_lexical(run) if config.negatives.lexical else None
         negatives = HardNegatives(run.collator, config.negatives, lexical, run.terms)
         self.batches = InverseClozeBatches(run.collator, ClozePairs.open(run), negatives, config, run.config.seed)
 

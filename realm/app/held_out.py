@@ -8,10 +8,9 @@ import numpy as np
 from finetune.answer import Answerer
 from finetune.metrics import exact_match, f1
 from finetune.questions import Question
-from index.lexical import LexicalIndex
-from index.lexical_files import lexical_files
-from index.tuned_weight import measurement_file
-from pretrain.held_out import measure_retriever, reciprocal
+from index.fusion import open_lexical
+from index.measurements import read_measurement
+from pretrain.held_out import measure_retriever
 from pretrain.held_out_questions import HeldOutQuestions, held_out_questions
 from pretrain.masking import MaskedSentence
 from realm.corpus.prepared import PreparedCorpus
@@ -51,10 +50,10 @@ def held_out_figures(run: Run, stage: str) -> Figures:
     values = retrieval_values(measured["ranks"])
     if "reader" in STAGES[stage].models:
         values["reader"] = _reader_values(run, stage)
-    figures = {way: {name: 100.0 * float(np.mean(column)) for name, column in of.items()} for way, of in values.items()}
+    means = {way: {name: 100.0 * float(np.mean(column)) for name, column in of.items()} for way, of in values.items()}
     intervals = {way: {name: _interval(column) for name, column in of.items()} for way, of in values.items()}
     return {
-        "figures": figures,
+        "means": means,
         "intervals": intervals,
         "counts": {"questions": measured["count"], "supporting": len(values["dense"]["supporting_mrr"])},
         "weight": {"tuned": measured["weight"]},
@@ -65,7 +64,7 @@ def held_out_figures(run: Run, stage: str) -> Figures:
 def figures_before_training(run: Run) -> dict[str, dict[str, float]]:
     """Retrieval figures of the retriever before any training, if it was measured."""
     folder = run.folder / "initial" / "retriever"
-    if not folder.exists() or not measurement_file(run.folder, folder).exists():
+    if not folder.exists() or read_measurement(run.folder, folder) is None:
         return {}
     measured = measure_retriever(run, folder)
     values = {} if measured is None else retrieval_values(measured["ranks"])
@@ -81,7 +80,7 @@ def retrieval_values(ranks: Mapping[str, Mapping[str, Sequence[int | None]]]) ->
             rank_B = np.array([rank for rank in of if rank is not None])
             if len(rank_B):
                 recalls = {f"{target}_recall@{k}": (rank_B <= k).astype(float) for k in DEPTHS}
-                values.setdefault(way, {}).update({**recalls, f"{target}_mrr": reciprocal(rank_B)})
+                values.setdefault(way, {}).update({**recalls, f"{target}_mrr": 1.0 / rank_B})
     return values
 
 
@@ -92,7 +91,7 @@ def _interval(values: np.ndarray) -> list[float]:
 
 def _reader_values(run: Run, stage: str) -> dict[str, np.ndarray]:
     """EM and F1 of each question, from its source and from retrieved passages."""
-    asked = held_out_questions(run, LexicalIndex.open(lexical_files(run)))
+    asked = held_out_questions(run, open_lexical(run))
     questions = as_questions(run, asked)[:MAX_READ]
     answerer, config = Answerer(run, stage), run.config.evaluate
     values: dict[str, list[float]] = {}

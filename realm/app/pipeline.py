@@ -187,7 +187,7 @@ def _summarize(
         summary |= {f"masked_span_{name}_{short}": value for name, value in recalls.items()}
     way = "dense" if run.config.fusion.method == "none" else "fused"
     for stage, measured in held_out.items():
-        figures = measured.get("figures", {})
+        figures = measured.get("means", {})
         chosen = {**figures.get(way, {}), **figures.get("reader", {})}
         summary |= {f"held_out_{name}_{stage}": chosen[name] for name in _HELD_OUT_FIGURES if name in chosen}
     summary |= {f"null_mass_{name}": 100.0 * float(np.mean(values)) for name, values in null.items()}

@@ -183,7 +183,7 @@ class Run:
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
-        settings = {"seed": tree["seed"], stage: tree[stage]}
+        settings = {"seed": tree["seed"], stage: tree[stage], "held_out": {"share": self.config.held_out.share}}
         if tree[stage].get("question_prob"):
             settings["pseudo_questions"] = tree["pseudo_questions"]
         if stage.startswith("finetune"):

@@ -59,7 +59,7 @@ def print_summary(
 def print_held_out(before: Mapping[str, Any], held_out: Mapping[str, Mapping[str, Any]]) -> None:
     """Print a table of the figures on held-out questions: of BM25, of the retriever before
     training, and of each stage. Nothing is printed if nothing was measured."""
-    stages = {STAGES[name].title: measured["figures"] for name, measured in held_out.items() if measured}
+    stages = {STAGES[name].title: measured["means"] for name, measured in held_out.items() if measured}
     if not stages:
         return
     bm25 = next(iter(stages.values()))["bm25"]

@@ -16,9 +16,9 @@ class HeldOutConfig(Section):
     share: float = 0.02
     """Share of the documents, chosen by a hash of their text: a document stays held out when the
     corpus grows. 0: none, so that nothing is measured."""
-    questions: int = 1000
+    questions: int = 2000
     """Maximum number of questions made from their sentences."""
-    passages: int | None = 10_000
+    passages: int | None = 20_000
     """Number of passages among which the questions' passages are searched: those of the questions,
     then random ones. They are encoded with the retriever of each stage. null: all passages."""
 

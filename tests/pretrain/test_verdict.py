@@ -32,9 +32,11 @@ def run(prepared: Run, tmp_path: Path) -> Run:
 
 
 def ranks(better: bool, count: int = 200) -> dict:
-    """A measurement whose source passages are found at rank 2 on average, or a little better."""
+    """A measurement whose supporting passages are found at rank 2 on average, or a little
+    better."""
     rank_B = np.random.default_rng(0).integers(1, 4, count)
-    return {"ranks": {"source": {"dense": np.maximum(1, rank_B - better).tolist(), "fused": rank_B.tolist()}}}
+    found = {"dense": np.maximum(1, rank_B - better).tolist(), "fused": rank_B.tolist()}
+    return {"ranks": {"source": {"dense": rank_B.tolist()}, "supporting": found}}
 
 
 def measurements(monkeypatch: pytest.MonkeyPatch, run: Run, better: bool | None) -> None:
@@ -76,15 +78,15 @@ def test_the_retriever_that_is_not_better_is_not_published(
 
 def test_a_verdict_needs_an_interval_above_zero() -> None:
     before, after = ranks(False), ranks(True)
-    verdict = compare(before, after, "dense")
+    verdict = compare(before, after, "supporting", "dense")
     assert (
         verdict["better"] and 0 < verdict["interval"][0] < verdict["after"] - verdict["before"] < verdict["interval"][1]
     )
-    assert not compare(after, before, "dense")["better"]
-    same = compare(before, after, "fused")
+    assert not compare(after, before, "supporting", "dense")["better"]
+    same = compare(before, after, "supporting", "fused")
     assert not same["better"] and same["interval"] == [0.0, 0.0]
     few = {"ranks": {"source": {"dense": [2] * 5}}}, {"ranks": {"source": {"dense": [1, 3, 2, 2, 2]}}}
-    assert not compare(*few, "dense")["better"]
+    assert not compare(*few, "source", "dense")["better"]
 
 
 def test_an_interrupted_verdict_is_given_on_resume_without_training_again(
