@@ -3,6 +3,7 @@ one."""
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pretrain.ict import InverseCloze, average_weights
+from pretrain.realm import LiveRealmPretraining
 from pretrain.verdict import compare
 from realm.models.retriever_files import load_retriever
 from realm.run.folder import Run
@@ -130,3 +132,19 @@ def test_every_weight_is_averaged(run: Run) -> None:
     average_weights(trained, start, 0.75)
     for weight, before in zip(trained.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(weight, before + 0.25)
+
+
+@pytest.mark.slow
+def test_an_interrupted_verdict_of_realm_is_given_on_resume(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: Run, folder: Path) -> dict:
+        raise KeyboardInterrupt
+
+    open_stage = partial(LiveRealmPretraining.open, with_refresher=True)
+    monkeypatch.setattr("pretrain.verdict.measure_retriever", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(run, "pretrain", open_stage)
+    measurements(monkeypatch, run, better=False)
+    train_stage(run, "pretrain", open_stage, resume=True)
+    assert len(read_metrics(run.folder / "metrics.jsonl")["pretrain"]) == run.config.pretrain.steps
+    assert checksum(run.model("pretrain") / "retriever") == checksum(build_initial_retriever(run))
+    assert (run.model("pretrain") / "reader").exists() and (run.folder / "training-ended").exists()
