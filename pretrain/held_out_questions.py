@@ -32,8 +32,8 @@ class HeldOutQuestions:
     """Row of the passage that the question was made from; -1 if sentences are not from the
     passages."""
     supporting: list[list[int]]
-    """Rows of other passages that hold the answer and a second salient span of the sentence that is
-    also in the question, but not the sentence itself; most questions have none."""
+    """Rows of other passages that hold the answer and a second salient span of the sentence, not a
+    number, that is also in the question, but not the sentence itself; most questions have none."""
     pool: np.ndarray
     """Rows of the passages among which they are searched, ascending."""
 
@@ -70,7 +70,7 @@ def _supporting_rows(example: MaskedSentence, source: int, run: Run, lexical: Le
     collator, terms, asked = run.collator, run.terms, set(example.query_ids(0).tolist())
     found: set[int] = set()
     for other in example.others:
-        if asked.issuperset(other.tolist()):
+        if asked.issuperset(other.tolist()) and not all(term.isdigit() for term in terms(other)):
             rows = best_rows(lexical.scores([*terms(example.span_ids), *terms(other)]), _SUPPORT_DEPTH)
             found.update(row for row in rows.tolist() if _supports(collator, row, example, other))
     copies = {source, *(row for row in found if source >= 0 and _is_copy(run, row, source))}

@@ -117,7 +117,7 @@ def as_questions(run: Run, asked: HeldOutQuestions) -> list[Question]:
         questions.append(
             Question(
                 f"held-out-{number}",
-                run.tokenizer.decode(example.question),
+                str(run.tokenizer.decode(example.question)),
                 (answer,),
                 example.question,
                 (example.span_ids,),

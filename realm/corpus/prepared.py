@@ -208,13 +208,15 @@ class PreparedCorpus:
         Their sentences are never trained on. A document is held out if the hash of its first block
         is below `held_out_share` of all hashes, whatever other documents there are.
         """
-        return self.rows[self._is_held_out[self.rows]]
+        rows: np.ndarray = self.rows[self._is_held_out[self.rows]]
+        return rows
 
     @cached_property
     def training_rows(self) -> np.ndarray:
         """Rows that sentences and queries may be drawn from: not deleted and not held out,
         int64."""
-        return self.rows[~self._is_held_out[self.rows]]
+        rows: np.ndarray = self.rows[~self._is_held_out[self.rows]]
+        return rows
 
     @cached_property
     def _is_held_out(self) -> np.ndarray:
@@ -223,7 +225,8 @@ class PreparedCorpus:
             return np.zeros(len(self), dtype=bool)
         document = np.cumsum(self.places == 0) - 1
         first_hash = self.text_hashes[self.places == 0]
-        return (first_hash < np.uint64(self.held_out_share * 2**64))[document]
+        is_held_out: np.ndarray = (first_hash < np.uint64(self.held_out_share * 2**64))[document]
+        return is_held_out
 
     def title(self, row: int) -> str:
         """Title of the block's document."""
