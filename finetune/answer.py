@@ -59,7 +59,7 @@ class Answerer:
         self.run, self.stage, self.device = run, stage, local_device()
         retriever, indexed = self._retriever()
         self.retriever = retriever.to(self.device)
-        fusion = Fusion.of(run)
+        fusion = Fusion.of(run, indexed)
         self.index = frozen_index(run.folder, indexed, run.passages, run.config.refresh, log_line, fusion)
         reader = self._reader()
         self.model = None if reader is None else OpenQaModel(self.retriever, reader).eval().to(self.device)

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from finetune.figures import RECALL_DEPTHS, values_of
-from finetune.metrics import bootstrap_interval
 from realm.corpus.records import BadRecord, BadRecords, Place
 from realm.corpus.text_files import parse_object, parsed_lines
 from realm.errors import UserError
+from realm.runtime.bootstrap import bootstrap_interval
 from realm.runtime.telemetry import console, print_table
 
 Row = dict[str, Any]

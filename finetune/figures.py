@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.metrics import bootstrap_interval
+from realm.runtime.bootstrap import bootstrap_interval
 
 RECALL_DEPTHS = (1, 5, 20)
 """Depths k of the recall figures."""

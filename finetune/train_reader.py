@@ -63,7 +63,7 @@ class Finetuning(Stage):
         reader.span_softmax = "passages"
         max_span_tokens = run.config.reader.max_span_tokens
         pool: SpanPool = span_pool([run.passages], max_span_tokens) if config.substitution_prob else {}
-        fusion = Fusion.of(run)
+        fusion = Fusion.of(run, run.starting_retriever(self.name))
         collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, config.positives, fusion)
         self.batches = FinetuningBatches(
             collator,

@@ -40,7 +40,7 @@ class RetrieverFinetuning(Stage):
     config: FinetuneRetrieverConfig
 
     def __init__(self, retriever: Retriever, batches: "RetrieverBatches", config: FinetuneRetrieverConfig) -> None:
-        super().__init__(DualEncoderModel(retriever), config, retriever=retriever)
+        super().__init__(DualEncoderModel(retriever, config.chunk_size), config, retriever=retriever)
         self.batches = batches
 
     @classmethod
@@ -76,7 +76,7 @@ class RetrieverFinetuning(Stage):
         cls, run: Run, index: Index, retriever: Retriever, miner: Retriever, questions: Sequence[Question]
     ) -> "RetrieverFinetuning":
         config = run.config.finetune_retriever
-        max_span_tokens, fusion = run.config.reader.max_span_tokens, Fusion.of(run)
+        max_span_tokens, fusion = run.config.reader.max_span_tokens, Fusion.of(run, run.starting_retriever(cls.name))
         collator = QuestionCollator(run.collator, run.tokenizer, index, max_span_tokens, fusion=fusion)
         engine = run.config.engine
         batches = RetrieverBatches(
@@ -150,7 +150,11 @@ class RetrieverBatches:
         return None if row is None else replace(question, passage=row, document=self.collator.passages.document(row))
 
     def __call__(self, step: int, size: int) -> PairBatch:
-        """The batch of step `step` on this rank: questions, their passages, then hard negatives."""
+        """The batch of step `step` on this rank: questions, their passages, then hard negatives.
+
+        Missing negatives are replaced by an excluded passage, so that all ranks have the same
+        number of passages.
+        """
         order_seed = run_seed(self.seed, RunStream.FINETUNE_RETRIEVER)
         places = epoch_rows(len(self.questions), size * world_size(), step, order_seed)[rank() :: world_size()]
         questions = [self.questions[int(place)] for place in places]
@@ -161,8 +165,11 @@ class RetrieverBatches:
             if negatives:
                 count = min(self.config.negatives, len(negatives))
                 rows += rng.choice(negatives, count, replace=False).tolist()
+        missing = len(questions) * (1 + self.config.negatives) - len(rows)
         excluded_BC = np.array([[not self._is_negative(question, row) for row in rows] for question in questions])
+        excluded_BC = np.pad(excluded_BC, ((0, 0), (0, missing)), constant_values=True)
         np.fill_diagonal(excluded_BC, False)
+        rows += rows[:1] * missing
         inputs = self.collator.inputs
         return PairBatch(
             *self.collator.queries(questions),

@@ -4,6 +4,7 @@ Shape legend: B queries, K rows per query, N passages, D embedding dimension.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from index.build import LEXICAL_FOLDER
 from index.interface import Index
 from index.lexical import LexicalIndex, best_rows, lexical_of_run, prepare_lexical
+from index.measurements import tuned_weight
 from realm.corpus.collate import EMPTY, filled
 from realm.run.folder import Run
 from realm.runtime.distributed import on_rank_zero
@@ -19,7 +21,7 @@ from realm.text.terms import Terms
 from realm.training.fusion_section import FusionConfig
 
 DEFAULT_WEIGHT = 0.5
-"""Weight of BM25 if `fusion.weight` is not set."""
+"""Weight of BM25 if `fusion.weight` is not set and no weight was tuned."""
 MIN_DEPTH = 100
 """Each of the two lists has at least this many passages: the best by the sum of both scores may be
 among the first in neither of them."""
@@ -35,9 +37,15 @@ class Fusion:
         """Weight of BM25 relative to the inner product, for the method `weighted`."""
 
     @classmethod
-    def of(cls, run: Run) -> "Fusion":
-        """The fusion of a run."""
-        return cls(run.config.fusion, run.terms if run.config.fusion.lexical else None)
+    def of(cls, run: Run, retriever: Path | None = None) -> "Fusion":
+        """The fusion of a run, with the weight tuned for the retriever saved in `retriever` if
+        `fusion.weight` is not set and it was measured."""
+        config = run.config.fusion
+        fusion = cls(config, run.terms if config.lexical else None)
+        if config.tunes_weight and retriever is not None:
+            tuned = tuned_weight(run.folder, retriever)
+            fusion.weight = DEFAULT_WEIGHT if tuned is None else tuned
+        return fusion
 
     @property
     def lexical(self) -> dict[str, Any]:
@@ -124,6 +132,11 @@ def reciprocal_ranks(row_R: np.ndarray, lists: Sequence[np.ndarray], constant: i
 def open_lexical(run: Run) -> LexicalIndex:
     """BM25 over the run's passages, whether its retrieval is fused or not; built once, in
     `frozen/lexical`, with the settings of `fusion`."""
+    return LexicalIndex.open(on_rank_zero(lambda: lexical_files(run)))
+
+
+def lexical_files(run: Run) -> Path:
+    """The folder of `open_lexical`, for a single rank."""
     folder = lexical_of_run(run.folder)
-    on_rank_zero(lambda: prepare_lexical(folder, run.folder, run.passages, run.terms, run.config.fusion.bm25))
-    return LexicalIndex.open(folder / LEXICAL_FOLDER)
+    prepare_lexical(folder, run.folder, run.passages, run.terms, run.config.fusion.bm25)
+    return folder / LEXICAL_FOLDER

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 DEPTHS = (1, 5)
 """Depths of the recall reported."""
+MIN_HELD_OUT = 100
+"""With fewer held-out blocks, masked sentences are drawn from all."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,12 @@ def _annotated_statement(passages: PreparedCorpus, place: Place, line: bytes) ->
 
 
 def sample_items(run: Run, count: int = 500) -> list[MaskedSpanItem]:
-    """Masked sentences drawn from the run's own statements, for which no passage is known."""
-    longest = run.config.retriever.max_query_tokens - 2
-    sampler = SpanSampler(run.statements, run.config.pretrain.max_span_tokens, longest)
+    """Masked sentences drawn from the run's held-out statements, or from all if fewer than
+    `MIN_HELD_OUT` are held out; no passage is known for them."""
+    longest, span_tokens = run.config.retriever.max_query_tokens - 2, run.config.pretrain.max_span_tokens
+    sampler = SpanSampler(run.statements, span_tokens, longest, run.statements.held_out_rows)
+    if len(sampler.rows) < MIN_HELD_OUT:
+        sampler = SpanSampler(run.statements, span_tokens, longest)
     rng = run_generator(run.config.seed, RunStream.MASKED_SPAN_ITEMS)
     rows = rng.permutation(sampler.rows)[:count]
     return [MaskedSpanItem(sampler.draw(int(row), rng), None) for row in rows]

@@ -55,17 +55,19 @@ class SpanSampler:
     """Draws masked sentences from a prepared corpus."""
 
     def __init__(
-        self, corpus: PreparedCorpus, max_span_tokens: int, max_sentence_tokens: int, max_rows: int | None = None
+        self,
+        corpus: PreparedCorpus,
+        max_span_tokens: int,
+        max_sentence_tokens: int,
+        rows: np.ndarray | None = None,
     ) -> None:
-        """`max_rows`: use only the first blocks; default: all.
-
-        Raises UserError if they have no eligible span.
-        """
+        """`rows`: blocks to draw from; default: all that are not held out, and a UserError if they
+        have no eligible span."""
         self.corpus, self.max_span_tokens, self.max_sentence_tokens = corpus, max_span_tokens, max_sentence_tokens
-        rows = [row for row in corpus.rows[:max_rows].tolist() if len(self._eligible(row)[0])]
-        self.rows = np.array(rows, dtype=np.int64)
+        allowed = corpus.training_rows if rows is None else rows
+        self.rows = np.array([row for row in allowed.tolist() if len(self._eligible(row)[0])], dtype=np.int64)
         """Blocks with an eligible span."""
-        if not len(self.rows):
+        if rows is None and not len(self.rows):
             raise UserError(
                 "the statements contain no salient span that fits a query; check the span pipeline and "
                 "retriever.max_query_tokens."

@@ -23,6 +23,7 @@ from pretrain.masking import SpanSampler
 from pretrain.pseudo_questions import ExampleSampler
 from pretrain.search import embed_masked, own_rows
 from pretrain.selection import find_supporting_passage
+from pretrain.verdict import give_verdict
 from realm.corpus.collate import NULL
 from realm.errors import UserError
 from realm.models.batches import RealmBatch
@@ -77,7 +78,7 @@ class RealmPretraining(Stage):
             run.config.engine.precision,
             source,
             lambda: self.current(retriever.query_tower),
-            Fusion.of(run),
+            Fusion.of(run, run.starting_retriever(self.name)),
         )
 
     @classmethod
@@ -112,6 +113,8 @@ class LiveRealmPretraining(RealmPretraining):
     """REALM pretraining with a refresher: follows its indexes and exports the retriever for it."""
 
     source: LiveIndex
+    start: Path
+    """Folder of the retriever that the stage starts from."""
 
     @classmethod
     def open(cls, run: Run, with_refresher: bool = False, replay: Path | None = None) -> "LiveRealmPretraining":
@@ -150,7 +153,10 @@ class LiveRealmPretraining(RealmPretraining):
             if checkpoint is None and run.config.pretrain.reader_check:
                 # Before DeepSpeed may partition the parameters.
                 check_reader(run, retriever.to(local_device()), reader.to(local_device()), live.index)
-            return cls(run, retriever, reader, live)
+            stage = cls(run, retriever, reader, live)
+            stage.start = source
+            stage.checkpoint_at_end = run.config.pretrain.keep == "better" and bool(run.config.held_out.share)
+            return stage
         except BaseException:
             live.close()
             raise
@@ -187,6 +193,10 @@ class LiveRealmPretraining(RealmPretraining):
     def restore(self, folder: Path, step: int) -> None:
         self.candidates.restore(folder, step)
         self.exports.restore(folder)
+
+    def after_saving(self, folder: Path) -> None:
+        if self.config.keep == "better":
+            give_verdict(self.run, self.name, folder, self.start)
 
     def finish(self) -> None:
         try:
@@ -242,7 +252,8 @@ def check_reader(run: Run, retriever: Retriever, reader: Reader, index: Index) -
     examples = [sampler.draw(int(row), rng) for row in rng.choice(sampler.rows, config.reader_check)]
     query_emb_BD = embed_masked(retriever.query_tower, examples, collator, precision)
     query_ids, own = collator.query_ids(examples), own_rows(examples, run.statements, run.passages)
-    retrieved = Fusion.of(run).retrieve(index, query_emb_BD, query_ids, min(20, len(index)), own)
+    fusion = Fusion.of(run, run.starting_retriever(RealmPretraining.name))
+    retrieved = fusion.retrieve(index, query_emb_BD, query_ids, min(20, len(index)), own)
     found = [
         find_supporting_passage(rows, example, run.statements, run.collator)
         for example, rows in zip(examples, retrieved, strict=True)

@@ -39,7 +39,7 @@ class FrozenSearch:
     def open(cls, run: Run, folder: Path, collator: MaskedCollator) -> "FrozenSearch":
         """Load the retriever saved in `folder`, and open or build its index."""
         retriever = load_retriever(folder)[0].to(local_device())
-        fusion = Fusion.of(run)
+        fusion = Fusion.of(run, folder)
         index = frozen_index(run.folder, folder, run.passages, run.config.refresh, log_line, fusion)
         return cls(retriever, index, collator, run.config.engine.precision, fusion, run.statements)
 

@@ -19,15 +19,15 @@ from pretrain.realm import LiveRealmPretraining
 from pretrain.search import FrozenSearch
 from realm.app.checks import check_inputs
 from realm.app.corpus import prepare
-from realm.app.stages import STAGE_FACTORIES
+from realm.app.held_out import Figures, figures_before_training, held_out_figures
+from realm.app.stages import train
 from realm.corpus.collate import NULL
 from realm.errors import UserError
 from realm.models.reader import load_reader
 from realm.run.config import RealmConfig
 from realm.run.curves import draw_curves
 from realm.run.folder import STAGES, Run
-from realm.run.report import print_next, print_summary
-from realm.run.train import train_stage
+from realm.run.report import print_held_out, print_next, print_summary
 from realm.runtime.distributed import local_device, world_size
 from realm.runtime.publish import read_json, write_json_atomic
 from realm.runtime.telemetry import console, read_metrics
@@ -38,6 +38,7 @@ _SUMMARY_FIGURES = (
 )  # fmt: skip
 _MASKED_SPAN_STAGES = ("ict", "reader_pretraining", "pretrain")
 """Stages after which masked spans are evaluated."""
+_HELD_OUT_FIGURES = ("source_recall@5", "supporting_recall@5", "source_em", "em")
 _RECALL_STAGES = {"ict": "ict", "pretrain": "realm"}
 """Stages whose masked-span recall is in the summary, and their names there."""
 
@@ -77,14 +78,16 @@ def _run_stages(run: Run, resume: bool, stage_times: dict[str, float]) -> None:
     """The stages and evaluations of `run_all`; adds the seconds of each stage to `stage_times`."""
     config = run.config
     masked_spans: dict[str, dict[str, float]] = {}
+    held_out: dict[str, Figures] = {}
     for name in STAGES:
         if getattr(config, name).steps == 0:
             continue
         console.print(name, style="bold")
-        train_stage(run, name, _open_stage(name), resume)
+        train(run, name, resume, _open_stage(name))
         stage_times[name] = run.seconds(name)
         if name in _MASKED_SPAN_STAGES:
             masked_spans[name] = _cached(run, f"masked-spans-{name}", partial(evaluate_stage_masked_spans, run, name))
+            held_out[name] = _cached(run, f"held-out-{name}", partial(held_out_figures, run, name))
     questions: dict[str, float] = {}
     if run.finished(Finetuning.name) and run.questions("test"):
         console.print("evaluate", style="bold")
@@ -95,20 +98,19 @@ def _run_stages(run: Run, resume: bool, stage_times: dict[str, float]) -> None:
     null = {}
     if run.data("unsupported") and run.finished("pretrain"):
         null = _cached(run, "null-passage", partial(null_masses, run))
-    summary = _summarize(run, stage_times, masked_spans, questions | closed_book, null)
+    summary = _summarize(run, stage_times, masked_spans, held_out, questions | closed_book, null)
     write_json_atomic(run.folder / "summary.json", summary)
     draw_curves(run.folder, null)
+    print_held_out(figures_before_training(run), held_out)
     print_summary(run, stage_times, masked_spans, questions, summary)
     if questions:
         _print_some_answers(run)
     print_next(run)
 
 
-def _open_stage(name: str) -> Callable[[Run], Any]:
-    """The function that opens the stage; REALM pretraining starts a refresher."""
-    if name == LiveRealmPretraining.name:
-        return partial(LiveRealmPretraining.open, with_refresher=True)
-    return STAGE_FACTORIES[name].open
+def _open_stage(name: str) -> Callable[[Run], Any] | None:
+    """REALM pretraining starts a refresher; None: the function of the registry."""
+    return partial(LiveRealmPretraining.open, with_refresher=True) if name == LiveRealmPretraining.name else None
 
 
 def _print_some_answers(run: Run, count: int = 3) -> None:
@@ -171,6 +173,7 @@ def _summarize(
     run: Run,
     stage_times: dict[str, float],
     masked_spans: dict[str, dict[str, float]],
+    held_out: dict[str, Figures],
     questions: dict[str, float],
     null: dict[str, list[float]],
 ) -> dict[str, float]:
@@ -182,6 +185,11 @@ def _summarize(
     for stage, short in _RECALL_STAGES.items():
         recalls = {name: value for name, value in masked_spans.get(stage, {}).items() if "recall@" in name}
         summary |= {f"masked_span_{name}_{short}": value for name, value in recalls.items()}
+    way = "dense" if run.config.fusion.method == "none" else "fused"
+    for stage, measured in held_out.items():
+        figures = measured.get("means", {})
+        chosen = {**figures.get(way, {}), **figures.get("reader", {})}
+        summary |= {f"held_out_{name}_{stage}": chosen[name] for name in _HELD_OUT_FIGURES if name in chosen}
     summary |= {f"null_mass_{name}": 100.0 * float(np.mean(values)) for name, values in null.items()}
     summary["index_versions_swapped"] = max(0, len(versions) - 1)
     summary["train_seconds"] = sum(seconds for stage, seconds in stage_times.items() if stage in STAGES)

@@ -8,12 +8,14 @@ from typing import Any
 
 from finetune.compare import read_predictions
 from index.admin import index_stores, list_versions, verify
+from index.measurements import HELD_OUT
+from pretrain.verdict import VERDICT
 from realm.corpus.prepared import PreparedCorpus
 from realm.errors import UserError
 from realm.models.reader import load_reader
 from realm.models.retriever_files import load_retriever
 from realm.run.folder import STAGES, Run
-from realm.runtime.publish import MANIFEST, read_json
+from realm.runtime.publish import MANIFEST, read_json, read_manifest
 from realm.runtime.telemetry import METRIC_FIELDS, console, print_table, read_log
 from realm.runtime.versions import Lineage, versions_in
 from realm.training.checkpoints import check_checkpoint, checkpoints
@@ -70,7 +72,8 @@ def _parts(run: Run) -> Iterator[Part]:
 def _misplaced(folder: Path) -> Iterator[Part]:
     """Files where a run has folders."""
     inside = (path for name in STAGES for path in (name, f"{name}/model", f"{name}/checkpoints"))
-    for name in ("initial", "encoders", "indexes", "refresher", "frozen", "evaluations", *inside):
+    parts = ("initial", "encoders", "indexes", "refresher", "frozen", "evaluations", HELD_OUT)
+    for name in (*parts, *inside):
         if (folder / name).is_file():
             yield Part(name, DAMAGED, f"{folder / name} is a file instead of a folder; remove it")
 
@@ -127,6 +130,8 @@ def _stage(run: Run, name: str) -> Iterator[Part]:
         for part in STAGES[name].models:
             yield _model(run, models / part, part, again)
         yield _check(f"{name}/model/seconds.txt", partial(_read, run.seconds, name))
+        if (verdict := models / VERDICT).exists():
+            yield _check(f"{name}/model/{VERDICT}", partial(_read, partial(read_json, remedy="remove it"), verdict))
     elif stage.exists() and later:
         yield Part(f"{name}/model", MISSING, f"{models} is missing; restore it from a copy, or {again}")
     remedy = "remove it, or resume: an older whole checkpoint is used if there is one"
@@ -162,6 +167,9 @@ def _records(run: Run) -> Iterator[Part]:
     if summary.exists():
         again = "remove it, and `realm run --resume` writes it again"
         yield _check("summary.json", partial(_read, partial(read_json, remedy=again), summary))
+    for folder in sorted((run.folder / HELD_OUT).glob("*/")):
+        again = f"remove {folder}, to measure the retriever again"
+        yield _check(f"{HELD_OUT}/{folder.name}", partial(_read, partial(read_manifest, remedy=again), folder))
     evaluations = run.folder / "evaluations"
     for path in sorted(evaluations.glob("*.json")):
         yield _check(f"evaluations/{path.name}", partial(_check_report, path))

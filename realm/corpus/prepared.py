@@ -111,8 +111,12 @@ class PreparedCorpus:
     are views of the mapped file, int32 unless stated otherwise.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch]):
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], batches: list[pa.RecordBatch], held_out_share: float = 0.0
+    ):
         self.path = path
+        self.held_out_share = held_out_share
+        """Share of the documents that are held out (see `held_out_rows`)."""
         self.manifest = manifest
         """Manifest of the whole corpus, additions included, except for `inputs`, which describes
         the corpus as originally prepared."""
@@ -136,7 +140,7 @@ class PreparedCorpus:
         self._first_rows = [0, *accumulate(len(batch) for batch in batches)]
 
     @classmethod
-    def open(cls, path: Path | str) -> "PreparedCorpus":
+    def open(cls, path: Path | str, held_out_share: float = 0.0) -> "PreparedCorpus":
         """Map the folder that `realm.corpus.prepare.prepare_corpus` wrote, and its additions.
 
         The sizes of all files are checked here, the content of each record batch (about 2,000
@@ -145,7 +149,7 @@ class PreparedCorpus:
         """
         path = Path(path)
         manifest, batches = _map_folder(path)
-        corpus = cls(path, manifest, batches)
+        corpus = cls(path, manifest, batches, held_out_share)
         for file in sorted((path / ADDITIONS).glob("step-*.json")):
             corpus._apply_step(file)
         return corpus
@@ -187,7 +191,7 @@ class PreparedCorpus:
         self.ancestors[self.fingerprint] = len(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreparedCorpus.open, (self.path,)
+        return PreparedCorpus.open, (self.path, self.held_out_share)
 
     def __len__(self) -> int:
         return self._first_rows[-1]
@@ -196,6 +200,33 @@ class PreparedCorpus:
     def rows(self) -> np.ndarray:
         """Rows that are not deleted, int64, ascending."""
         return np.delete(np.arange(len(self)), sorted(self.deleted))
+
+    @cached_property
+    def held_out_rows(self) -> np.ndarray:
+        """Rows of held-out documents, int64, ascending; never deleted ones.
+
+        Their sentences are never trained on. A document is held out if the hash of its first block
+        is below `held_out_share` of all hashes, whatever other documents there are.
+        """
+        rows: np.ndarray = self.rows[self._is_held_out[self.rows]]
+        return rows
+
+    @cached_property
+    def training_rows(self) -> np.ndarray:
+        """Rows that sentences and queries may be drawn from: not deleted and not held out,
+        int64."""
+        rows: np.ndarray = self.rows[~self._is_held_out[self.rows]]
+        return rows
+
+    @cached_property
+    def _is_held_out(self) -> np.ndarray:
+        """Whether the document of each row is held out."""
+        if not self.held_out_share:
+            return np.zeros(len(self), dtype=bool)
+        document = np.cumsum(self.places == 0) - 1
+        first_hash = self.text_hashes[self.places == 0]
+        is_held_out: np.ndarray = (first_hash < np.uint64(self.held_out_share * 2**64))[document]
+        return is_held_out
 
     def title(self, row: int) -> str:
         """Title of the block's document."""
@@ -267,6 +298,11 @@ class PreparedCorpus:
     def places(self) -> np.ndarray:
         """`place` of every row; 0 at the beginning of a document."""
         return np.concatenate([batch.checked().place for batch in self._batches])
+
+    @cached_property
+    def text_hashes(self) -> np.ndarray:
+        """`text_hash` of every row, uint64."""
+        return np.concatenate([batch.checked().text_hash for batch in self._batches])
 
     def row_of_id(self, block_id: str) -> int:
         """Row of the block with this id. The first call reads all ids into memory.

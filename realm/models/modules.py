@@ -41,13 +41,20 @@ class DualEncoderModel(nn.Module):
     """Retrieval of each query's passage from those of the batch: the inverse cloze task, and
     finetuning of the retriever on questions."""
 
-    def __init__(self, retriever: Retriever) -> None:
+    def __init__(self, retriever: Retriever, chunk_size: int | None = None) -> None:
+        """`chunk_size`: most texts whose activations are kept at once (see `embed_by_length`);
+        None: all."""
         super().__init__()
-        self.retriever = retriever
+        self.retriever, self.chunk_size = retriever, chunk_size
 
     def forward(self, batch: PairBatch) -> dict[str, Tensor]:
-        query_emb_BD = self.retriever.embed_queries(batch.query_ids_BL, batch.query_mask_BL)
-        passage_emb_CD = embed_by_length(self.retriever.embed_passages, batch.passage_ids_CL, batch.passage_mask_CL)
+        retriever, chunk = self.retriever, self.chunk_size
+        query_emb_BD = embed_by_length(
+            retriever.embed_queries, batch.query_ids_BL, batch.query_mask_BL, num_buckets=1, chunk_size=chunk
+        )
+        passage_emb_CD = embed_by_length(
+            retriever.embed_passages, batch.passage_ids_CL, batch.passage_mask_CL, chunk_size=chunk
+        )
         loss, accuracy = in_batch_loss(
             query_emb_BD, passage_emb_CD, batch.target_B, batch.excluded_BC, self.retriever.temperature
         )

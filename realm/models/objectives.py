@@ -95,8 +95,9 @@ def in_batch_loss(
     target of query b is passage `target_B[b]`; passages where `excluded_BC` is true are ignored.
     """
     # Scores rounded to bf16 would not distinguish similar passages.
+    dtype = torch.promote_types(query_emb_BD.dtype, torch.float32)
     with torch.autocast(query_emb_BD.device.type, enabled=False):
-        score_BC = query_emb_BD.float() @ passage_emb_CD.float().T / temperature
+        score_BC = query_emb_BD.to(dtype) @ passage_emb_CD.to(dtype).T / temperature
     score_BC = score_BC.masked_fill(excluded_BC, MASKED_SCORE)
     return F.cross_entropy(score_BC, target_B), (score_BC.argmax(-1) == target_B).float().mean()
 

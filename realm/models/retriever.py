@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertModel, PreTrainedTokenizerBase
 
 from realm.attention.binding import bind_attention
@@ -125,20 +126,33 @@ class Retriever(nn.Module):
 
 
 def embed_by_length(
-    embed: Callable[[Tensor, Tensor], Tensor], ids_BL: Tensor, mask_BL: Tensor, num_buckets: int = 4
+    embed: Callable[[Tensor, Tensor], Tensor],
+    ids_BL: Tensor,
+    mask_BL: Tensor,
+    num_buckets: int = 4,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """`embed(ids_BL, mask_BL)`, (B, D), in buckets of similar length, so that short texts are not
     padded to the longest.
 
-    The number of buckets does not depend on B, so that all ranks issue the same collectives.
+    With `chunk_size`, a bucket has at most that many rows, and the backward pass embeds it again
+    instead of keeping its activations: memory is that of one bucket, embeddings and gradients are
+    those of the whole batch (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under
+    Memory Limited Setup"). The number of buckets depends only on B, so that all ranks issue the
+    same collectives if they have the same B.
     """
+    if chunk_size is not None:
+        num_buckets = max(num_buckets, -(-len(ids_BL) // chunk_size))
     lengths_B = mask_BL.sum(1)
     order_B = lengths_B.argsort(descending=True, stable=True)
     parts = []
     for rows in order_B.tensor_split(num_buckets):
         bucket = rows if len(rows) else order_B[-1:]
         max_length = int(lengths_B[bucket].max())
-        parts.append(embed(ids_BL[bucket, :max_length], mask_BL[bucket, :max_length])[: len(rows)])
+        inputs = ids_BL[bucket, :max_length], mask_BL[bucket, :max_length]
+        # Not reentrant: each parameter's gradient is accumulated once, as ZeRO's hooks expect.
+        emb_RD = embed(*inputs) if chunk_size is None else checkpoint(embed, *inputs, use_reentrant=False)
+        parts.append(emb_RD[: len(rows)])
     return torch.cat(parts)[order_B.argsort()]
 
 

@@ -11,6 +11,7 @@ from realm.runtime.publish import write_text_atomic
 from realm.runtime.telemetry import log_line
 
 _USED_BY = {
+    "held_out": ("ict", "reader_pretraining", "pretrain", "held-out", "evaluations/*"),
     "engine.keep_checkpoints": (),
     "engine.log_every_s": (),
     "engine.threads": (),

@@ -15,6 +15,7 @@ from realm.runtime.threads import threads_beside
 from realm.spans.tagger import SpanConfig
 from realm.text.tokenizer import TokenizerConfig
 from realm.training.fusion_section import FusionConfig
+from realm.training.held_out_section import HeldOutConfig
 from realm.training.pseudo_question_section import PseudoQuestionConfig
 from realm.training.refresh_section import RefreshConfig
 from realm.training.sections import (
@@ -65,6 +66,8 @@ class RealmConfig(Section):
     """Models of another run to start from."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Precision, threads, checkpoints and DeepSpeed."""
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    """Documents held out to measure each stage without labels."""
     ict: IctConfig = field(default_factory=IctConfig)
     """Inverse cloze stage."""
     reader_pretraining: ReaderPretrainingConfig = field(default_factory=ReaderPretrainingConfig)

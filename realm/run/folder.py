@@ -175,10 +175,15 @@ class Run:
             part: None if path is None else path.relative_to(self.folder).as_posix() for part, path in found.items()
         }
 
+    def starting_retriever(self, stage: str) -> Path:
+        """Folder of the retriever that a stage starts from; before any training it may not be built
+        yet (`realm.run.initial`)."""
+        return self.latest("retriever", before=stage) or self.folder / "initial" / "retriever"
+
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage must be resumed with, as they are in a config file."""
         tree = parse_yaml(dump_config(self.config))
-        settings = {"seed": tree["seed"], stage: tree[stage]}
+        settings = {"seed": tree["seed"], stage: tree[stage], "held_out": {"share": self.config.held_out.share}}
         if tree[stage].get("question_prob"):
             settings["pseudo_questions"] = tree["pseudo_questions"]
         if stage.startswith("finetune"):
@@ -263,7 +268,8 @@ class Run:
         without reading the sources.
         """
         self._check_prepared(kind)
-        corpus, config = PreparedCorpus.open(self.prepared / kind), self.config.corpus
+        corpus = PreparedCorpus.open(self.prepared / kind, self.config.held_out.share)
+        config = self.config.corpus
         inputs = corpus.manifest["inputs"]
         limits = [source.limit for source in config.limited(sources)]
         for name, before, now in (

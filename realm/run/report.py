@@ -1,6 +1,8 @@
 """The printed report of a finished run: stages, index versions, and next steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from realm.run.folder import STAGES, Run
 from realm.runtime.telemetry import console, format_seconds, print_table, read_log, read_metrics
@@ -16,6 +18,19 @@ _MASKED_SPAN_FIGURES = {
     "recall@1": "R@1",
     "recall@5": "R@5",
 }
+_HELD_OUT_COLUMNS = {
+    "source R@1": ("source_recall@1", "dense"),
+    "R@5": ("source_recall@5", "dense"),
+    "R@20": ("source_recall@20", "dense"),
+    "fused R@1": ("source_recall@1", "fused"),
+    "fused R@5": ("source_recall@5", "fused"),
+    "fused R@20": ("source_recall@20", "fused"),
+    "supporting R@5": ("supporting_recall@5", "dense"),
+    "fused": ("supporting_recall@5", "fused"),
+    "source EM": ("source_em", "reader"),
+    "EM": ("em", "reader"),
+}
+"""Columns of the table of held-out questions: figure, and way of scoring."""
 _QUESTION_FIGURES = {"recall@1": "question R@1", "recall@5": "question R@5", "em": "EM"}
 
 
@@ -41,6 +56,24 @@ def print_summary(
     print_table(title, ["stage", "time", *_MASKED_SPAN_FIGURES.values(), *_QUESTION_FIGURES.values()], rows)
     _print_versions(run.folder)
     console.print("  " + "  ".join(f"{name} {value}" for name, value in summary.items()))
+
+
+def print_held_out(before: Mapping[str, Any], held_out: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a table of the figures on held-out questions: of BM25, of the retriever before
+    training, and of each stage. Nothing is printed if nothing was measured."""
+    stages = {STAGES[name].title: measured["means"] for name, measured in held_out.items() if measured}
+    if not stages:
+        return
+    bm25 = next(iter(stages.values()))["bm25"]
+    rows = {"BM25": {"dense": bm25}, **({"before training": before} if before else {}), **stages}
+    cells = [
+        [title, *(figures.get(way, {}).get(name) for name, way in _HELD_OUT_COLUMNS.values())]
+        for title, figures in rows.items()
+    ]
+    (count, *_) = [measured["counts"]["questions"] for measured in held_out.values() if measured]
+    title = f"{count:,} questions made from held-out documents, without labels, percent"
+    console.print()
+    print_table(title, ["", *_HELD_OUT_COLUMNS], cells)
 
 
 def _print_versions(folder: Path) -> None:

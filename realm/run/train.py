@@ -43,12 +43,14 @@ def _publish_models(run: Run, stage: Stage, seconds: float) -> None:
     models = [model for model in (stage.retriever, stage.reader) if model is not None]
 
     def publish() -> None:
+        stage.before_saving()
         with published(run.model(stage.name)) as folder:
             if stage.retriever is not None:
                 export_retriever(run, stage.retriever, folder / "retriever")
             if stage.reader is not None:
                 save_reader(stage.reader, run.tokenizer, folder / "reader")
             (folder / "seconds.txt").write_text(f"{seconds:.3f}\n")
+            stage.after_saving(folder)
 
     with stage.engine.gathered(*models):
         on_rank_zero(publish)

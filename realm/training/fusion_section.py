@@ -24,8 +24,8 @@ class FusionConfig(Section):
     p(z|x). ranks: reciprocal rank fusion (Cormack et al. 2009) chooses the passages, and p(z|x)
     uses the inner product alone."""
     weight: float | None = None
-    """Weight of BM25 in units of the inner product, for `weighted`; default: 0.5, which suits
-    normalized embeddings."""
+    """Weight of BM25 in units of the inner product, for `weighted`; default: tuned for each
+    retriever on the held-out questions, or 0.5 with too few of them."""
     k1: float = 1.5
     """BM25: how slowly repetitions of a term saturate."""
     b: float = 0.75
@@ -44,6 +44,11 @@ class FusionConfig(Section):
     def bm25(self) -> dict[str, Any]:
         """Everything that determines BM25 of a corpus."""
         return {"k1": self.k1, "b": self.b, "stemmer": self.stemmer, "terms": TERMS_VERSION}
+
+    @property
+    def tunes_weight(self) -> bool:
+        """Whether the weight is that tuned for the retriever."""
+        return self.method == "weighted" and self.weight is None
 
     def problems(self) -> Iterator[str]:
         yield from self.at_least(0, "weight", "k1", "rank_constant")

@@ -48,7 +48,8 @@ def train(stage: Stage, run_folder: Path, config: EngineConfig, seed: int) -> fl
             metrics.log(done, values)
             ticker.update(done, stage.progress_line(values))
             interrupted = any_rank(stop.is_set())
-            if interrupted or (done % stage.config.checkpoint_every == 0 and done < steps):
+            due = stage.checkpoint_at_end if done == steps else done % stage.config.checkpoint_every == 0
+            if interrupted or due:
                 state = {"step": done, "seconds": seconds(), "started_from": stage.started_from}
                 state |= {"settings": stage.settings, **stage.state()}
                 engine.save(checkpoint_folder(folder, done), state, stage.save)

@@ -84,30 +84,67 @@ class StageConfig(Section):
 
 
 @dataclass(frozen=True)
+class IctNegativesConfig(Section):
+    """Hard negatives per query of inverse cloze: passages that do not contain the span that a
+    question asks for, or the sentence. The negatives of a query are also those of the others."""
+
+    lexical: int = 0
+    """Passages that BM25 finds for the query."""
+    document: int = 0
+    """Other blocks of the same document (Ram et al. 2022, section 3)."""
+
+    def problems(self) -> Iterator[str]:
+        yield from self.at_least(0, "lexical", "document")
+
+
+@dataclass(frozen=True)
 class IctConfig(StageConfig):
     """Inverse cloze task: the warm start of the retriever (Lee et al. 2019, section 4)."""
 
     steps: int = 100_000
     """Optimizer updates; 0: skip the stage."""
     batch_size: int = 4096
-    """Sentence-block pairs per update and process; the negatives of a sentence are the blocks of
-    the other pairs."""
+    """Query-block pairs per update and process; the negatives of a query are the blocks of the
+    other pairs."""
+    chunk_size: int | None = None
+    """Most texts whose activations are kept at once: the others are embedded again in the backward
+    pass, so that memory does not limit the batch. The gradients are the same; a step takes about a
+    third longer. Default: all."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4))
     """Optimizer."""
+    question_prob: float = 0.0
+    """Probability that a query is a question made from a sentence (`pseudo_questions`)."""
+    title_prob: float = 0.0
+    """Probability that a query is the title of the block's document. Other queries are
+    sentences."""
     keep_sentence_prob: float = 0.1
-    """Probability that a sentence stays in its block."""
+    """Probability that the sentence, or the title, stays in the block."""
     mask_span_prob: float = 0.0
     """Probability that one salient span of the sentence is masked, as in pretraining's queries."""
     null_prob: float = 0.0
     """Probability that the sentence's block is withheld, so that the null passage is the correct
     choice. After this stage, the score of the null passage is between those of matching and of
     other passages. 0: the null passage is not a candidate."""
+    negatives: IctNegativesConfig = field(default_factory=IctNegativesConfig)
+    """Hard negatives in addition to the blocks of the other pairs."""
+    average: float = 0.0
+    """At the end, weights become this share of the retriever's that the stage started from plus the
+    rest of the trained ones (Wortsman et al. 2022): less forgotten, less learned. 0: the trained
+    weights."""
+    keep: Literal["better", "always"] = "better"
+    """Which retriever is published. better: the trained one only if it finds the held-out
+    questions' passages better than the one that the stage started from, otherwise that one; with
+    too few held-out questions the trained one. always: the trained one."""
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.probabilities("keep_sentence_prob", "mask_span_prob", "null_prob")
+        yield from self.at_least(1, "chunk_size")
+        yield from self.probabilities("question_prob", "title_prob", "keep_sentence_prob", "mask_span_prob")
+        yield from self.probabilities("null_prob", "average")
+        if self.question_prob + self.title_prob > 1:
+            yield f"question_prob + title_prob must be at most 1, got {self.question_prob + self.title_prob:g}"
 
 
 @dataclass(frozen=True)
@@ -184,6 +221,8 @@ class PretrainConfig(StageConfig):
     reader_check: int = 256
     """Masked sentences on which the reader is tested before training, with a passage that contains
     the span; 0: no test."""
+    keep: Literal["better", "always"] = "better"
+    """Which retriever is published, as in inverse cloze; the reader is always the trained one."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-5))
     """Optimizer."""
 
@@ -209,6 +248,8 @@ class FinetuneRetrieverConfig(StageConfig):
     batch_size: int = 48
     """Questions per update and process; the negatives of a question are the passages of the other
     questions."""
+    chunk_size: int | None = None
+    """Most texts whose activations are kept at once, as in inverse cloze; default: all."""
     retrieve: int = 50
     """Passages retrieved per question. Hard negatives are drawn from them, and a question without a
     known passage is paired with the best one that contains an answer."""
@@ -224,7 +265,7 @@ class FinetuneRetrieverConfig(StageConfig):
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
-        yield from self.at_least(1, "retrieve")
+        yield from self.at_least(1, "retrieve", "chunk_size")
         yield from self.at_least(0, "negatives")
 
 

@@ -39,6 +39,9 @@ class Stage(AbstractContextManager["Stage"], ABC):
         """The saved models that the stage started from; part of every checkpoint."""
         self.settings: dict[str, Any] = {}
         """The settings that the stage must be resumed with; part of every checkpoint."""
+        self.checkpoint_at_end = False
+        """Whether to write a checkpoint after the last step, because publishing takes long and may
+        be interrupted."""
 
     @abstractmethod
     def draw(self, step: int, size: int) -> Batch:
@@ -81,6 +84,13 @@ class Stage(AbstractContextManager["Stage"], ABC):
 
     def restore(self, folder: Path, step: int) -> None:
         """Read the files written by `save`; training continues from step `step`."""
+
+    def before_saving(self) -> None:
+        """Called on rank 0, with all parameters in full, before the models are saved."""
+
+    def after_saving(self, folder: Path) -> None:
+        """Called on rank 0 when the models are saved in `folder`, before it is published; may
+        change its content. Without collectives."""
 
     def finish(self) -> None:
         """Called after the models are published."""

@@ -28,6 +28,8 @@ class RunStream(IntEnum):
     """Sentences of masked-span evaluation, if none are annotated."""
     MASKED_SPAN_RANDOM_PASSAGES = 11
     EVALUATION_RANDOM_PASSAGES = 13
+    HELD_OUT = 17
+    """Held-out questions, and the passages among which their passages are searched."""
 
 
 class StepStream(IntEnum):
@@ -41,6 +43,7 @@ class StepStream(IntEnum):
     PRETRAIN_SUBSTITUTION = 5
     FINETUNE_SUBSTITUTION = 6
     HARD_NEGATIVES = 7
+    ICT_NEGATIVES = 9
 
 
 def run_seed(seed: int, stream: RunStream) -> int:

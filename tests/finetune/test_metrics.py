@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from finetune.metrics import (
     answer_tokens,
     answers_in_corpus,
-    bootstrap_interval,
     exact_match,
     f1,
     has_answer,
@@ -18,6 +17,7 @@ from finetune.metrics import (
     normalize_answer,
 )
 from finetune.patterns import AnswerPattern, patterns_in_corpus
+from realm.runtime.bootstrap import bootstrap_interval
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from pretrain.collate import MaskedCollator
-from pretrain.ict import InverseClozeBatches
 from pretrain.masking import MaskedSentence, SpanSampler, substitute
 from pretrain.selection import choose_candidates, find_supporting_passage
 from realm.corpus.collate import EMPTY, NULL, Collator, InputLimits
 from realm.corpus.context import Contexts
 from realm.corpus.substitution import replace_span, span_pool
-from realm.models.batches import PairBatch
 from realm.run.folder import Run
-from realm.training.sections import IctConfig
 from tests.tiny import prepared_run
 
 
@@ -236,32 +232,6 @@ def test_questions_are_read_without_masks_and_all_ranks_have_the_same_buckets(
             if answers_LW.any()
         ]
         assert found == [1], "the first example's first candidate contains the Quill"
-
-
-def test_inverse_cloze_withholds_blocks_with_null_prob(run: Run, collator: MaskedCollator) -> None:
-    def batches(null_prob: float) -> list[PairBatch]:
-        return [
-            InverseClozeBatches(run.passages, collator.inputs, IctConfig(null_prob=null_prob), 0)(step, 6)
-            for step in range(40)
-        ]
-
-    for batch in batches(0.0):
-        assert (
-            len(batch.passage_ids_CL) == 6 and not batch.excluded_BC.any() and batch.target_B.tolist() == list(range(6))
-        )
-    withheld = 0
-    for batch in batches(0.5):
-        assert batch.passage_ids_CL[-1][batch.passage_mask_CL[-1].bool()].tolist() == [
-            run.wordpieces.cls,
-            run.wordpieces.sep,
-            run.wordpieces.sep,
-        ]
-        assert len(batch.passage_ids_CL) == 7
-        withheld_B = batch.target_B == 6
-        assert torch.equal(batch.target_B[~withheld_B], torch.arange(6)[~withheld_B])
-        assert all(row.tolist() == [*withheld_B.tolist(), False] for row in batch.excluded_BC)
-        withheld += int(withheld_B.sum())
-    assert 0.35 < withheld / 240 < 0.65
 
 
 def test_masks_are_at_the_positions_of_the_batch(run: Run, collator: MaskedCollator) -> None:

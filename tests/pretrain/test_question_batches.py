@@ -70,7 +70,6 @@ def batches(
         Search(run, rows),
         stage,
         10,
-        10,
         seed=3,  # type: ignore[arg-type]
     )
 

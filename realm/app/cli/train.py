@@ -83,20 +83,19 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from realm.app.stages import STAGE_FACTORIES
-    from realm.run.train import train_stage
+    from realm.app.stages import train
 
-    train_stage(open_run(options), options.stage, STAGE_FACTORIES[options.stage].open, options.resume)
+    train(open_run(options), options.stage, options.resume)
 
 
 def _pretrain(options: argparse.Namespace) -> None:
     from functools import partial
 
     from pretrain.realm import LiveRealmPretraining
-    from realm.run.train import train_stage
+    from realm.app.stages import train
 
     open_stage = partial(LiveRealmPretraining.open, with_refresher=options.with_refresher, replay=options.replay)
-    train_stage(open_run(options), options.stage, open_stage, options.resume)
+    train(open_run(options), options.stage, options.resume, open_stage)
 
 
 def _refresh(options: argparse.Namespace) -> None:
@@ -124,8 +123,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from realm.app.stages import STAGE_FACTORIES
-    from realm.run.train import train_stage
+    from realm.app.stages import train
 
     run = with_questions(open_run(options), options, "train")
     unused = options.questions if options.questions is not None else " ".join(options.overrides)
@@ -134,4 +132,4 @@ def _finetune(options: argparse.Namespace) -> None:
             f"run {run.folder} is already finetuned, so {unused} would not be used; remove "
             f"{run.stage(options.stage)} or copy the run."
         )
-    train_stage(run, options.stage, STAGE_FACTORIES[options.stage].open, options.resume)
+    train(run, options.stage, options.resume)

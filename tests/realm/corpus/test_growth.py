@@ -142,3 +142,17 @@ def test_different_pipeline_or_foreign_step_is_refused(run, corpus, tmp_path):
     step.write_text(step.read_text().replace('"parent": "', '"parent": "0'))
     with pytest.raises(UserError, match="does not belong"):
         PreparedCorpus.open(corpus)
+
+
+def test_the_documents_that_are_held_out_stay_so(run, corpus: Path, tmp_path: Path) -> None:
+    def held_out() -> set[str]:
+        opened = PreparedCorpus.open(corpus, 0.5)
+        return {opened.ids[row] for row in opened.held_out_rows.tolist()}
+
+    before = held_out()
+    grow(run, corpus, documents(tmp_path, *(f"new-{n}" for n in range(20))), delete=("town-3",))
+    after = held_out()
+    added, old = {name for name in after if name.startswith("new")}, {name for name in after if name.startswith("town")}
+    assert before and old == {name for name in before if not name.startswith("town-3#")}
+    documents_added = {name.partition("#")[0] for name in added}
+    assert 3 <= len(documents_added) <= 17, "about half of the new documents are held out, too"
