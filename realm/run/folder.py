@@ -321,7 +321,7 @@ class Run:
     @cached_property
     def terms(self) -> Terms:
         """Turns wordpieces into terms of BM25."""
-        return Terms(self.tokenizer, self.config.fusion.stemmer)
+        return Terms(self.tokenizer, self.config.fusion.prefix, self.config.fusion.stemmer)
 
     @cached_property
     def collator(self) -> Collator:

@@ -30,8 +30,12 @@ class FusionConfig(Section):
     """BM25: how slowly repetitions of a term saturate."""
     b: float = 0.75
     """BM25: normalization by length, between 0 (none) and 1."""
-    stemmer: str | None = "english"
-    """Language of the Snowball stemmer for the words of passages and queries; null: no stemming."""
+    prefix: int = 4
+    """BM25: the first so many characters of a longer word are a term in addition to the word, so
+    that forms of a word match in any language; 0: words only."""
+    stemmer: str | None = None
+    """BM25: language of a Snowball stemmer, whose stems replace the words of passages and queries;
+    null: no stemming."""
     rank_constant: int = 60
     """Constant added to the ranks, for `ranks`."""
 
@@ -43,7 +47,7 @@ class FusionConfig(Section):
     @property
     def bm25(self) -> dict[str, Any]:
         """Everything that determines BM25 of a corpus."""
-        return {"k1": self.k1, "b": self.b, "stemmer": self.stemmer, "terms": TERMS_VERSION}
+        return {"k1": self.k1, "b": self.b, "prefix": self.prefix, "stemmer": self.stemmer, "terms": TERMS_VERSION}
 
     @property
     def tunes_weight(self) -> bool:
@@ -51,7 +55,7 @@ class FusionConfig(Section):
         return self.method == "weighted" and self.weight is None
 
     def problems(self) -> Iterator[str]:
-        yield from self.at_least(0, "weight", "k1", "rank_constant")
+        yield from self.at_least(0, "weight", "k1", "prefix", "rank_constant")
         yield from self.at_most(1_000_000, "weight", "k1")
         yield from self.probabilities("b")
         languages = Stemmer.algorithms()

@@ -25,7 +25,7 @@ class Setup:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", deleted: frozenset[int] = DELETED) -> None:
         rng = np.random.default_rng(1)
-        self.terms, self.corpus = Terms(tokenizer, "english"), WordCorpus(len(tokenizer), N, deleted)
+        self.terms, self.corpus = Terms(tokenizer, stemmer="english"), WordCorpus(len(tokenizer), N, deleted)
         self.emb_ND = rng.standard_normal((N, D)).astype(np.float32)
         self.query_emb_BD = rng.standard_normal((B, D)).astype(np.float32)
         self.lexical = LexicalIndex.build(self.corpus, self.terms, 1.5, 0.75)  # type: ignore[arg-type]
@@ -152,5 +152,5 @@ def test_what_an_index_must_contain() -> None:
     assert dense.lexical == {} and dense.accepts({}) and dense.accepts(fused.lexical)
     assert fused.accepts(fused.lexical) and not fused.accepts({})
     assert Fusion(FusionConfig("ranks", weight=3.0, rank_constant=5)).lexical == fused.lexical
-    for change in ({"k1": 1.2}, {"b": 0.4}, {"stemmer": None}):
+    for change in ({"k1": 1.2}, {"b": 0.4}, {"prefix": 5}, {"stemmer": "english"}):
         assert not fused.accepts(replace(fused.config, **change).lexical)

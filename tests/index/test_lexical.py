@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def test_scores_equal_a_plain_loop(
     tokenizer: "PreTrainedTokenizerBase", tmp_path: Path, deleted: frozenset[int], k1: float, b: float
 ) -> None:
-    terms, corpus = Terms(tokenizer, "english"), WordCorpus(len(tokenizer), deleted=deleted)
+    terms, corpus = Terms(tokenizer, stemmer="english"), WordCorpus(len(tokenizer), deleted=deleted)
     built = LexicalIndex.build(corpus, terms, k1, b)  # type: ignore[arg-type]
     built.save(tmp_path)
     opened = LexicalIndex.open(tmp_path)
@@ -36,7 +36,7 @@ def test_scores_equal_a_plain_loop(
 def test_queries_without_a_known_term_and_corpora_without_terms(
     tokenizer: "PreTrainedTokenizerBase", tmp_path: Path
 ) -> None:
-    terms = Terms(tokenizer, None)
+    terms = Terms(tokenizer)
     lexical = LexicalIndex.build(WordCorpus(len(tokenizer)), terms, 1.5, 0.75)  # type: ignore[arg-type]
     assert not lexical.scores(["unheard"]).any() and not lexical.scores([]).any()
     empty = WordCorpus(len(tokenizer), num_rows=3, deleted=frozenset({1, 2}))  # the text of row 0 is empty
@@ -47,7 +47,7 @@ def test_queries_without_a_known_term_and_corpora_without_terms(
 
 def test_the_same_corpus_gives_the_same_files(tokenizer: "PreTrainedTokenizerBase", tmp_path: Path) -> None:
     for name in ("first", "second"):
-        LexicalIndex.build(WordCorpus(len(tokenizer)), Terms(tokenizer, "english"), 1.5, 0.75).save(tmp_path / name)  # type: ignore[arg-type]
+        LexicalIndex.build(WordCorpus(len(tokenizer)), Terms(tokenizer, stemmer="english"), 1.5, 0.75).save(tmp_path / name)  # type: ignore[arg-type]
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert len(files) > 3
     for name in files:
@@ -62,7 +62,7 @@ def test_the_build_can_be_stopped_in_each_of_its_passes(tokenizer: "PreTrainedTo
         if calls[0] == limit:
             raise KeyboardInterrupt
 
-    corpus, terms, limit = WordCorpus(len(tokenizer)), Terms(tokenizer, None), 0
+    corpus, terms, limit = WordCorpus(len(tokenizer)), Terms(tokenizer), 0
     LexicalIndex.build(corpus, terms, 1.5, 0.75, check)  # type: ignore[arg-type]
     assert calls[0] >= 3, "term ids, document frequencies and scores are separate passes"
     for limit in range(1, calls[0] + 1):  # noqa: B007  (read by `check`)

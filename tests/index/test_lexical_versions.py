@@ -75,7 +75,7 @@ def test_a_version_contains_bm25_and_is_searched_with_it(run: Run, capsys: pytes
     assert main(["index", "verify", "--run", str(run.folder)]) == 0
     assert "12 passages with BM25" in capsys.readouterr().out
     assert main(["index", "show", "--run", str(run.folder), index.version.name]) == 0
-    assert json.loads(capsys.readouterr().out)["lexical"]["stemmer"] == "english"
+    assert json.loads(capsys.readouterr().out)["lexical"]["prefix"] == 4
 
 
 def test_a_version_with_a_damaged_file_of_bm25_is_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,10 +230,10 @@ def test_a_trainer_follows_versions_with_bm25_only(run: Run) -> None:
 
 
 def test_the_stemmer_of_the_config_is_used(run: Run) -> None:
-    plain = Run(run.folder, replace(run.config, fusion=FusionConfig("ranks", stemmer=None)))
-    index = open_index(plain)
-    assert index.lexical is not None and index.manifest.lexical["stemmer"] is None
-    assert index.lexical.scores(["founded"]).any() and not index.lexical.scores(["found"]).any()
+    stemmed = Run(run.folder, replace(run.config, fusion=FusionConfig("ranks", stemmer="english", prefix=0)))
+    index = open_index(stemmed)
+    assert index.lexical is not None and index.manifest.lexical["stemmer"] == "english"
+    assert index.lexical.scores(["found"]).any() and not index.lexical.scores(["founded"]).any()
     assert checksum(index.files["passages.index"]) == checksum(open_index(run).files["passages.index"])
 
 

@@ -177,9 +177,7 @@ def test_held_out_documents_are_no_source_of_queries_but_are_negatives(run: Run)
     assert held_out and held_out.isdisjoint(half.passages.training_rows.tolist())
     pairs = ClozePairs.open(half)
     assert held_out.isdisjoint(pairs.rows.tolist()) and held_out.isdisjoint(pairs.sampler.rows.tolist())
-    negatives = HardNegatives(
-        half.collator, half.config.ict.negatives, open_lexical(half), half.terms
-    )
+    negatives = HardNegatives(half.collator, half.config.ict.negatives, open_lexical(half), half.terms)
     rng = np.random.default_rng(0)
     found = {row for row in pairs.rows.tolist() for row in negatives.draw(pairs.draw(row, rng), rng)}
     assert found & held_out

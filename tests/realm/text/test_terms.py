@@ -1,4 +1,4 @@
-"""Terms of BM25: whole words of wordpieces, stemmed."""
+"""Terms of BM25: words, their beginnings and stems."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -18,21 +18,29 @@ def test_wordpieces_are_joined_to_words_without_punctuation(
     ids = wordpieces("Zürich borders lakes; 1234567890 people never lived there, did they?")
     words = ["zurich", "borders", "lakes", "1234567890", "people", "never", "lived", "there", "did", "they"]
     assert any(piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist()))
-    terms = Terms(tokenizer, None)
+    terms = Terms(tokenizer)
     assert terms(ids) == words and terms(ids.tolist()) == words, "the second time they come from the cache"
     assert terms([]) == []
 
 
 def test_words_are_stemmed(tokenizer: "PreTrainedTokenizerBase", wordpieces: Callable[[str], np.ndarray]) -> None:
-    assert Terms(tokenizer, "english")(wordpieces("rivers lived ends")) == ["river", "live", "end"]
-    assert Terms(tokenizer, "german")(wordpieces("lebten enden")) == ["lebt", "end"]
+    assert Terms(tokenizer, stemmer="english")(wordpieces("rivers lived ends")) == ["river", "live", "end"]
+    assert Terms(tokenizer, stemmer="german")(wordpieces("lebten enden")) == ["lebt", "end"]
+
+
+def test_beginnings_of_longer_words_are_terms(
+    tokenizer: "PreTrainedTokenizerBase", wordpieces: Callable[[str], np.ndarray]
+) -> None:
+    ids = wordpieces("Zürich ends there")
+    assert Terms(tokenizer, prefix=4)(ids) == ["zurich", "zuri", "ends", "there", "ther"]
+    assert Terms(tokenizer, 4, "english")(wordpieces("rivers end")) == ["river", "rive", "end"]
 
 
 def test_words_with_special_tokens_are_dropped(
     tokenizer: "PreTrainedTokenizerBase", wordpieces: Callable[[str], np.ndarray]
 ) -> None:
     words = ["ada", "borders", "lakes", "there"]
-    terms, ids = Terms(tokenizer, None), wordpieces(" ".join(words))
+    terms, ids = Terms(tokenizer), wordpieces(" ".join(words))
     continues = [piece.startswith("##") for piece in tokenizer.convert_ids_to_tokens(ids.tolist())]
     inside = continues.index(True)
     cut = words[inside - 1]
@@ -45,7 +53,7 @@ def test_words_with_special_tokens_are_dropped(
 def test_a_text_that_begins_inside_a_word(tokenizer: "PreTrainedTokenizerBase") -> None:
     continuation = next(id for piece, id in sorted(tokenizer.get_vocab().items()) if piece.startswith("##a"))
     piece = tokenizer.convert_ids_to_tokens(continuation)
-    assert Terms(tokenizer, None)([continuation, continuation]) == [2 * piece.removeprefix("##")]
+    assert Terms(tokenizer)([continuation, continuation]) == [2 * piece.removeprefix("##")]
 
 
 @pytest.mark.parametrize("name", ["klingon", ""])
