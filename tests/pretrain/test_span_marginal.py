@@ -251,7 +251,7 @@ def test_a_step_calls_the_same_modules_and_trains_the_same_parameters_whatever_i
 
 
 def test_the_probabilities_of_candidates_that_are_read_together_are_added():
-    """0.3 + 0.3 times 0.6 is more than 0.4 times 0.8; empty slots are read with the null passage."""
+    """(0.3 + 0.3) · 0.6 is more than 0.4 · 0.8; empty slots are read with the null passage."""
     p_z_BN = torch.tensor([[1e-9, 0.3, 0.3, 0.4, 0.0]])
     best_p_BN = torch.tensor([[0.0, 0.6, 0.6, 0.8, 0.0]])
     correct_BN = torch.tensor([[False, True, True, False, False]])
