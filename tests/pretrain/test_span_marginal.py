@@ -15,7 +15,13 @@ from realm.corpus.collate import Collator, InputLimits
 from realm.models.batches import RealmBatch
 from realm.models.bert import BertSource
 from realm.models.modules import ReaderPretrainingModel, RealmModel
-from realm.models.objectives import candidate_log_prior, span_log_probs, span_marginal_log_likelihood
+from realm.models.objectives import (
+    MASKED_SCORE,
+    candidate_log_prior,
+    span_log_probs,
+    span_marginal_log_likelihood,
+)
+from realm.models.predictions import SpanPrediction, best_span_is_right
 from realm.models.reader import ReaderConfig, build_reader, pad_joint
 from realm.text.inputs import Wordpieces, pad_batch
 
@@ -242,6 +248,17 @@ def test_a_step_calls_the_same_modules_and_trains_the_same_parameters_whatever_i
     assert len(calls[0]) > 20 and all(names == calls[0] for names in calls)
     assert all(names == trained[0] for names in trained) and "reader.span_absent.weight" in trained[0]
     assert shapes == [(2, 2)] * 4
+
+
+def test_the_probabilities_of_candidates_that_are_read_together_are_added():
+    """(0.3 + 0.3) · 0.6 is more than 0.4 · 0.8; empty slots are read with the null passage."""
+    p_z_BN = torch.tensor([[1e-9, 0.3, 0.3, 0.4, 0.0]])
+    best_p_BN = torch.tensor([[0.0, 0.6, 0.6, 0.8, 0.0]])
+    correct_BN = torch.tensor([[False, True, True, False, False]])
+    spans = SpanPrediction(correct_BN, best_p_BN.log(), best_p_BN, correct_BN, best_p_BN.log().clamp(min=MASKED_SCORE))
+    log_p_z_BN = p_z_BN.log().clamp(min=MASKED_SCORE)
+    assert best_span_is_right(log_p_z_BN, spans, torch.tensor([[0, 1, 1, 3, 0]])).tolist() == [True]
+    assert best_span_is_right(log_p_z_BN, spans, torch.tensor([[0, 1, 2, 3, 0]])).tolist() == [False]
 
 
 def test_the_null_passage_alone_says_that_everything_is_absent(reader):
