@@ -232,6 +232,8 @@ class PretrainConfig(StageConfig):
         yield from self.at_most(MAX_PROCESSES, "threads")
         yield from self.at_least(1, "max_span_tokens", "reader_buckets")
         yield from self.probabilities("substitution_prob", "question_prob")
+        if self.question_prob and self.head == "mlm":
+            yield "question_prob must be 0 with head mlm, because questions have no masks; set head to span or both"
         if self.candidates < 2:
             yield f"candidates must be at least 2 (the null passage and one other), got {self.candidates}"
 

@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import pretrain.masked_span_eval
+from index.fusion import Fusion
 from pretrain.collate import MaskedCollator
 from pretrain.masked_span_eval import (
     DEPTHS,
@@ -22,6 +24,7 @@ from pretrain.masked_span_eval import (
     sample_items,
 )
 from pretrain.masking import MaskedSentence
+from pretrain.search import FrozenSearch
 from realm.app.corpus import prepare
 from realm.corpus.collate import EMPTY, NULL
 from realm.errors import UserError
@@ -118,7 +121,9 @@ def test_the_span_head_is_right_if_its_best_span_of_all_passages_is_the_masked_o
         accuracies = masked_accuracy(reader, collator, "fp32", examples, candidates[:, 0])
         assert accuracies.span == pytest.approx(100 * np.mean(single)) and 0 < accuracies.span < 100
         assert masked_accuracy(reader, collator, "fp32", examples, [NULL] * len(examples)).span == 0.0
-        reading = read_retrieved(retriever, reader, collator, "fp32", examples, candidates)
+        index: Any = None  # nothing is searched
+        search = FrozenSearch(retriever, index, collator, "fp32", Fusion(), run.statements)
+        reading = read_retrieved(search, reader, examples, candidates)
         for number, (example, rows) in enumerate(zip(examples, candidates.tolist(), strict=True)):
             query_emb_D = retriever.embed_queries(*collator.queries([example]))[0]
             parts = [collator.inputs.passage(row) for row in (NULL, *rows)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from index.fusion import Fusion
 from pretrain.candidates import Candidates
 from pretrain.collate import MaskedCollator
 from pretrain.masking import MaskedSentence, SpanSampler, substitute
@@ -119,14 +120,14 @@ def test_without_questions_batches_of_reader_pretraining_are_those_of_masked_sen
                     parts = title, text
                 read.append(example)
                 passages.append(parts)
-            assert same(made(step, SIZE), search.collator.reader_pretraining(read, passages, 10))
+            assert same(made(step, SIZE), search.collator.masked(read, [[parts] for parts in passages]))
 
 
 def candidates(run: Run, question_prob: float) -> Candidates:
     config = PretrainConfig(batch_size=SIZE, question_prob=question_prob)
     collator = MaskedCollator(run.collator, 2)
     index = FixedIndex(NoIndex())  # type: ignore[arg-type]
-    return Candidates(config, 3, collator, sampler(run, question_prob), "fp32", index, torch.nn.Module)
+    return Candidates(config, 3, collator, sampler(run, question_prob), "fp32", index, torch.nn.Module, Fusion())
 
 
 def same_example(one: MaskedSentence, other: MaskedSentence) -> bool:
@@ -251,12 +252,12 @@ def test_batches_with_questions_show_questions_and_read_sentences_first(own: Run
     for step in (52, 0, 1):
         batch = made(step, SIZE)
         assert same(batch, again(step, SIZE)), "a function of the step"
-        for joint, spans in zip(batch.masked.joint, batch.spans, strict=True):
+        for joint, spans in zip(batch.joint, batch.spans, strict=True):
             for ids, kind, mask, answers, row in zip(
                 joint.ids_RL, joint.type_RL, joint.mask_RL, spans.is_answer_RLW, joint.row_R, strict=True
             ):
                 asked = "?" in own.tokenizer.decode(ids)
-                masked_tokens = batch.masked.token_mask_BM[row].sum()
+                masked_tokens = batch.token_mask_BM[row].sum()
                 assert asked == (masked_tokens == 0), "a question has no masks"
                 assert (ids == own.tokenizer.mask_token_id).sum() == masked_tokens
                 assert answers.any(), "the answer is marked in what is read"

@@ -72,8 +72,8 @@ class FixedScores(nn.Module):
 
     embed_passages = embed_queries
 
-    def score(self, query_emb_BD, candidate_emb_BND):
-        return self.score_BN
+    def score(self, query_emb_BD, candidate_emb_BND, extra_BN):
+        return self.score_BN + extra_BN
 
 
 def masked_batch(examples, slots):
@@ -89,7 +89,9 @@ def realm_batch(examples):
     any_ids = pad_batch([np.array([CLS, SEP])], PAD)
     contains_BN, candidate_BN = torch.zeros_like(valid_BN), torch.zeros(valid_BN.shape, dtype=torch.long)
     slots = [[NULL, *(parts or NULL for parts in passages)] for _, passages, _ in examples]
-    return RealmBatch(*any_ids, *any_ids, candidate_BN, valid_BN, contains_BN, masked_batch(examples, slots))
+    lexical_BN = torch.zeros(valid_BN.shape)
+    masked = masked_batch(examples, slots)
+    return RealmBatch(*any_ids, *any_ids, candidate_BN, valid_BN, contains_BN, masked, lexical_BN)
 
 
 def read_one(reader, example, parts):
