@@ -71,10 +71,10 @@ class Words:
         count.
         """
         rows = corpus.rows
-        first_rows = np.linspace(0, max(0, len(rows) - _SAMPLE_ROWS), _SAMPLE_PLACES).astype(int)
-        sample = np.unique(np.concatenate([np.arange(len(rows))[first : first + _SAMPLE_ROWS] for first in first_rows]))
+        firsts = np.linspace(0, max(0, len(rows) - _SAMPLE_ROWS), _SAMPLE_PLACES).astype(int)
+        places = {place for first in firsts.tolist() for place in range(first, min(first + _SAMPLE_ROWS, len(rows)))}
         counts: Counter[bytes] = Counter()
-        for row in rows[sample].tolist():
+        for row in rows[sorted(places)].tolist():
             ids = np.asarray(corpus.text_ids(row), np.int32)
             bounds = [(start, end) for start, end in self._bounds(ids) if self._has_letter[ids[start]]]
             counts.update({ids[start:end].tobytes() for start, end in bounds})
