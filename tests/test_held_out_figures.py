@@ -24,8 +24,10 @@ def run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_figures_of_retriever_and_reader(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert figures_before_training(run) == {}, "not measured yet"
+    before = figures_before_training(run)
+    assert set(before) == {"dense", "bm25", "fused"}
     held_out = {stage: held_out_figures(run, stage) for stage in ("ict", "pretrain")}
+    assert held_out["ict"]["means"]["bm25"] == pytest.approx(before["bm25"])
     assert "reader" not in held_out["ict"]["means"]
     report = held_out["pretrain"]
     assert set(report["means"]) == {"dense", "bm25", "fused", "reader"}
@@ -37,9 +39,10 @@ def test_figures_of_retriever_and_reader(run: Run, capsys: pytest.CaptureFixture
     recalls = [report["means"]["bm25"][f"supporting_recall@{k}"] for k in (1, 5, 20)]
     assert recalls == sorted(recalls) and recalls[-1] == 100, "there are twelve passages"
     assert report["counts"]["supporting"] <= report["counts"]["questions"]
-    print_held_out({}, held_out)
+    print_held_out(before, held_out)
     output = " ".join(capsys.readouterr().out.split())
     assert "held-out documents" in output and "BM25" in output and "REALM" in output
+    assert "before training" in output
 
 
 def test_nothing_is_printed_without_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,7 @@ def test_an_interrupted_verdict_of_realm_is_given_on_resume(run: Run, monkeypatc
     def interrupted(run: Run, folder: Path) -> dict:
         raise KeyboardInterrupt
 
+    run = Run.create(replace(run.config, run=str(run.folder)))
     open_stage = partial(LiveRealmPretraining.open, with_refresher=True)
     monkeypatch.setattr("pretrain.verdict.measure_retriever", interrupted)
     with pytest.raises(KeyboardInterrupt):
