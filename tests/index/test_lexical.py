@@ -47,7 +47,8 @@ def test_queries_without_a_known_term_and_corpora_without_terms(
 
 def test_the_same_corpus_gives_the_same_files(tokenizer: "PreTrainedTokenizerBase", tmp_path: Path) -> None:
     for name in ("first", "second"):
-        LexicalIndex.build(WordCorpus(len(tokenizer)), Terms(tokenizer, stemmer="english"), 1.5, 0.75).save(tmp_path / name)  # type: ignore[arg-type]
+        corpus, terms = WordCorpus(len(tokenizer)), Terms(tokenizer, stemmer="english")
+        LexicalIndex.build(corpus, terms, 1.5, 0.75).save(tmp_path / name)  # type: ignore[arg-type]
     files = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert len(files) > 3
     for name in files:

@@ -33,10 +33,10 @@ ZERO = {
     *("engine.threads", "engine.log_every_s", "pretrain.threads", "pretrain.extra_retrieved", "pretrain.reader_check"),
     *("reader_pretraining.span_loss", "reader_pretraining.sentence_steps", "finetune_retriever.negatives"),
     *("refresh.export_every", "refresh.max_drift", "refresh.grace_s", "refresh.wait_timeout_s"),
-    *("fusion.weight", "fusion.k1", "fusion.b", "fusion.rank_constant"),
+    *("fusion.weight", "fusion.k1", "fusion.b", "fusion.prefix", "fusion.rank_constant"),
+    *("lexical", "document", "average", "held_out.share", "clause_words", "shuffle", "min_frequent_share"),
     *("refresh.max_stale_steps", "data.train.use_folds"),
     *("retriever.bert.dropout", "retriever.bert.init_std", "reader.bert.dropout", "reader.bert.init_std"),
-    *("pseudo_questions.clause_words", "pseudo_questions.shuffle", "pseudo_questions.min_frequent_share"),
     *("redraw_every", "gate_init", "seed"),
 }
 """Fields for which 0 means something, and `steps`, probabilities and those of `optim`."""
