@@ -68,6 +68,8 @@ class PseudoQuestions:
     def __call__(self, example: MaskedSentence, rng: np.random.Generator) -> MaskedSentence | None:
         """The example with a question as its query; its answer is the span or a phrase.
 
+        `others` of the result are names in the question: a passage that contains one of them and
+        the answer can support it, one with a number or a name from elsewhere in the sentence not.
         None if the sentence does not make a question: it has too few words or too few frequent
         ones, its question would contain the answer, or the answer has unknown characters.
         """
@@ -85,9 +87,10 @@ class PseudoQuestions:
         clause = self._clause(example)
         if clause is None or (example.span_ids == self._unknown).any():
             return None
+        others = self._names(example, [*clause[0], *clause[1]])
         before, after = ([ids[word.start : word.end] for word in side] for side in clause)
-        if rng.random() < config.title_prob:
-            before = self._missing_title(example) + before
+        if rng.random() < config.title_prob and (title := self._missing_title(example)):
+            before, others = title + before, (*others, self.corpus.title_ids(example.row))
         choices = self._question_words_for(example)
         word = choices[rng.integers(len(choices))]
         if form == "noisy":
@@ -103,7 +106,7 @@ class PseudoQuestions:
         question = np.concatenate(parts).astype(np.int32)[: self.max_tokens - len(self._question_mark)]
         if self.words.wordpieces.find(question, example.span_ids):
             return None
-        return replace(example, question=np.concatenate((question, self._question_mark)))
+        return replace(example, question=np.concatenate((question, self._question_mark)), others=others)
 
     def _clause(self, example: MaskedSentence) -> tuple[list[Word], list[Word]] | None:
         """Words before and after the answer, within the shortest clause that has enough of them.
@@ -149,6 +152,16 @@ class PseudoQuestions:
             return example
         start, end = phrases[rng.integers(len(phrases))]
         return replace(example, start=start, end=end, kind=PHRASE, others=(*example.others, example.span_ids))
+
+    def _names(self, example: MaskedSentence, clause: list[Word]) -> tuple[IntArray, ...]:
+        """The sentence's other salient spans that have a letter and are in the clause."""
+        inside = np.concatenate([np.arange(word.start, word.end) for word in clause])
+        return tuple(
+            other
+            for other in example.others
+            if any(map(str.isalpha, self.words.text(other)))
+            and np.isin(self.words.wordpieces.find(example.sentence_ids, other), inside).any()
+        )
 
     def _missing_title(self, example: MaskedSentence) -> list[IntArray]:
         """The words of the title, outside of brackets, if none of its content words is in the

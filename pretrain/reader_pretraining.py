@@ -146,8 +146,8 @@ class ReaderPretrainingBatches:
     def _read(self, row: int, example: MaskedSentence) -> tuple[IntArray, IntArray, IntArray]:
         """Title and text that are read for an example, and the places at which sentences begin.
 
-        The block of a question's sentence is read without the sentence if it still contains the
-        span.
+        The block of a question's sentence is read without the sentence if its text still contains
+        the span.
         """
         if self.has_sources and row == example.row and (cut := self._without_sentence(example)):
             return cut
@@ -155,15 +155,15 @@ class ReaderPretrainingBatches:
         return title, text, self._sentence_starts(row)
 
     def _without_sentence(self, example: MaskedSentence) -> tuple[IntArray, IntArray, IntArray] | None:
-        """The example's own block in its context as in `_read`, without the sentence; None if it
-        does not contain the span then."""
+        """The example's own block in its context as in `_read`, without the sentence; None if its
+        text does not contain the span then."""
         inputs, sentence = self.collator.inputs, example.sentence_ids
         title, text = inputs.in_context(example.row)
         sentences = np.split(text, self._sentence_starts(example.row)[1:])
         kept = [ids for ids in sentences if not np.array_equal(ids[: len(sentence)], sentence)]
         rest = np.concatenate([text[:0], *kept])
         starts = np.cumsum([0, *map(len, kept)])[:-1]
-        return (title, rest, starts) if inputs.contains((title, rest), example.span_ids) else None
+        return (title, rest, starts) if inputs.wordpieces.find(rest, example.span_ids) else None
 
     def _sentence_starts(self, row: int) -> IntArray:
         """Places in a passage's context at which sentences begin."""

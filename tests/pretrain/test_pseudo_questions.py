@@ -266,10 +266,24 @@ def test_phrases_are_runs_of_content_words_away_from_names(tokenizer: BertTokeni
         text(tokenizer, asked)
         == "what in 1810 the long old - war bridge of mara venn stood for by the alda road and it was a dispute?"
     )
-    assert [tokenizer.decode(other) for other in asked.others] == ["1810", "mara venn", "alda"]
+    assert [tokenizer.decode(other) for other in asked.others] == ["mara venn", "alda"]
     short = example(tokenizer, "Mara Venn", "person", "It was for the Mara Venn of it.")
     kept = make(short, np.random.default_rng(0))
     assert kept is not None and kept.kind == short.kind, "a sentence without a phrase keeps its salient span"
+
+
+def test_other_spans_of_a_question_are_the_names_in_it(tokenizer: BertTokenizerFast) -> None:
+    sentence = "After the war of Kell, the old bridge (or Otto) of Alda was built by Mara Venn in 1810."
+    made = example(tokenizer, "Mara Venn", "person", sentence, ("Kell", "Otto", "Alda", "1810"))
+
+    def others(config: PseudoQuestionConfig) -> list[str]:
+        asked = questions(tokenizer, config, "Brell Inn")(made, np.random.default_rng(0))
+        assert asked is not None
+        return [tokenizer.decode(other) for other in asked.others]
+
+    assert others(PLAIN) == ["alda"], "neither in brackets nor in another clause, and no number"
+    assert others(replace(PLAIN, clause_words=100)) == ["kell", "alda"]
+    assert others(replace(PLAIN, title_prob=1.0)) == ["alda", "brell inn"], "the title that is added"
 
 
 def test_titles_are_added_to_questions_that_do_not_name_them(tokenizer: BertTokenizerFast) -> None:
