@@ -90,7 +90,9 @@ class PseudoQuestions:
         others = self._names(example, [*clause[0], *clause[1]])
         before, after = ([ids[word.start : word.end] for word in side] for side in clause)
         if rng.random() < config.title_prob and (title := self._missing_title(example)):
-            before, others = title + before, (*others, self.corpus.title_ids(example.row))
+            before = title + before
+            if self._has_letter(example.span_ids):
+                others = (*others, self.corpus.title_ids(example.row))
         choices = self._question_words_for(example)
         word = choices[rng.integers(len(choices))]
         if form == "noisy":
@@ -154,14 +156,23 @@ class PseudoQuestions:
         return replace(example, start=start, end=end, kind=PHRASE, others=(*example.others, example.span_ids))
 
     def _names(self, example: MaskedSentence, clause: list[Word]) -> tuple[IntArray, ...]:
-        """The sentence's other salient spans that have a letter and are in the clause."""
+        """The sentence's other salient spans that have a letter and are in the clause.
+
+        None if the answer has no letter: a number or a year and one name are in many passages that
+        state something else.
+        """
+        if not self._has_letter(example.span_ids):
+            return ()
         inside = np.concatenate([np.arange(word.start, word.end) for word in clause])
         return tuple(
             other
             for other in example.others
-            if any(map(str.isalpha, self.words.text(other)))
+            if self._has_letter(other)
             and np.isin(self.words.wordpieces.find(example.sentence_ids, other), inside).any()
         )
+
+    def _has_letter(self, ids: IntArray) -> bool:
+        return any(map(str.isalpha, self.words.text(ids)))
 
     def _missing_title(self, example: MaskedSentence) -> list[IntArray]:
         """The words of the title, outside of brackets, if none of its content words is in the

@@ -20,7 +20,7 @@ is a date of four digits, an ordinal a number of digits and letters (`18th`)."""
 def _english_question_words() -> dict[str, tuple[str, ...]]:
     return {
         "person": ("who",),
-        "place": ("where", "what place", "which city"),
+        "place": ("where", "what place"),
         "organisation": ("what", "who", "which organization"),
         "date": ("when",),
         "year": ("when", "what year", "in what year"),

@@ -281,6 +281,10 @@ def test_other_spans_of_a_question_are_the_names_in_it(tokenizer: BertTokenizerF
         assert asked is not None
         return [tokenizer.decode(other) for other in asked.others]
 
+    year = questions(tokenizer, PLAIN)(
+        example(tokenizer, "1810", "date", sentence, ("Kell", "Alda")), np.random.default_rng(0)
+    )
+    assert year is not None and year.others == (), "a year and a name are in many passages"
     assert others(PLAIN) == ["alda"], "neither in brackets nor in another clause, and no number"
     assert others(replace(PLAIN, clause_words=100)) == ["kell", "alda"]
     assert others(replace(PLAIN, title_prob=1.0)) == ["alda", "brell inn"], "the title that is added"
