@@ -21,6 +21,11 @@ weaker, because the text names few entities:
 | reviews, supporting passages | 14.6 | 18.5 | 21.0 | 22.5 | 23.2 | 24.3 | 25.0 | 26.1 |
 | reviews, sources | 43.2 | 75.8 | 89.8 | 93.9 | 95.2 | 96.0 | 96.4 | 96.6 |
 
+Training on made questions also raises the rank of sources more than that of others: after 30 steps
+of inverse cloze with questions, the reciprocal rank without BM25 rose by 5.1 for sources, by 0.7
+(95 % interval -0.0 to 1.4) for written questions, and by -0.3 (-1.4 to 1.0) for supporting
+passages.
+
 Shape legend: B questions, P passages of the pool, V ways of scoring, N passages of the corpus.
 """
 
