@@ -11,7 +11,7 @@ from realm.corpus.documents import read_documents
 from realm.corpus.formats import count_ignored, format_of
 from realm.corpus.growth import grow_corpus
 from realm.corpus.prepare import prepare_corpus
-from realm.corpus.prepared import ADDITIONS
+from realm.corpus.prepared_folder import ADDITIONS
 from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
 from realm.run.config import RealmConfig

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from realm.corpus.prepare import Progress, identity, prepare_corpus
-from realm.corpus.prepared import ADDITIONS, PreparedCorpus
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.prepared_folder import ADDITIONS
 from realm.corpus.sources import SourceConfig
 from realm.errors import UserError
 from realm.runtime.publish import TEMPORARY

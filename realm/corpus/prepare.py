@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from realm.corpus.documents import Document, read_documents
 from realm.corpus.formats import format_of, source_files
-from realm.corpus.prepared import BLOCKS, FORMAT, SCHEMA, SHARDS, PreparedCorpus, batch_checksums, prepare_again
+from realm.corpus.prepared import PreparedCorpus
+from realm.corpus.prepared_folder import BLOCKS, FORMAT, SCHEMA, SHARDS, batch_checksums, prepare_again
 from realm.corpus.records import BadRecords
 from realm.corpus.shards import Chunk, ShardMaker, init_worker, interrupts_left_to_parent, make_in_worker, write_batches
 from realm.corpus.sources import SourceConfig

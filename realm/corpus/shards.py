@@ -18,7 +18,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from realm.corpus.documents import Document
-from realm.corpus.prepared import SCHEMA
+from realm.corpus.prepared_folder import SCHEMA
 from realm.errors import UserError
 from realm.runtime.publish import write_file_atomic
 from realm.spans.cache import SpanCache
