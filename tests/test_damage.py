@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from tests.damage import COMMANDS, EXCLUDED, Workplace, command_names
+from tests.damage import Workplace
+from tests.damage_commands import COMMANDS, EXCLUDED, command_names
 
 SAMPLE = 25
 """Cases that the suite runs; the marker `slow` runs all of them."""
